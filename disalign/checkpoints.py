@@ -1,0 +1,206 @@
+"""Safe files, and the strict hand-over from stage one to stage two."""
+
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, some
+
+#: Keys of a stage-one file that stage two has no use for; an adapter may pass its own list.
+IGNORABLE = ("*.num_batches_tracked", "auxiliary_head.*", "pixel_*", "*anchor*")
+
+_REFUSED = "re-save it with torch.save(model.state_dict(), ...), or convert it, if you trust its source"
+
+
+@contextmanager
+def atomic_file(path, mode: str = "wb"):
+    """Open a file that appears under ``path`` only once it is whole: written beside it, then renamed."""
+    path = os.fspath(path)
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, mode) as file:
+            yield file
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path, value) -> None:
+    """Write JSON (NaN refused), whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic_file(path, "w") as file:
+        file.write(text + "\n")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays in builtin containers, and nothing that could run code."""
+
+    _numpy = {
+        (module, name)
+        for core in ("numpy.core", "numpy._core")
+        for module, name in (
+            (f"{core}.multiarray", "_reconstruct"),
+            (f"{core}.multiarray", "scalar"),
+            (f"{core}.numeric", "_frombuffer"),
+        )
+    } | {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self._numpy:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _as_tensors(value):
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Mapping):
+        return {key: _as_tensors(item) for key, item in value.items()}
+    return value
+
+
+def load_file(path) -> dict:
+    """Read a checkpoint without ever running code from it.
+
+    Torch files are read with ``weights_only``; a ``.pkl`` of numpy arrays (Detectron2's model zoo) by an unpickler that
+    knows arrays and builtin containers only. Which of the two is told from the content, not from the name.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it holds, on the CPU, numpy arrays as tensors.
+
+    Raises:
+        InputError: a missing or truncated file, or one that holds anything but tensors and plain values.
+    """
+    path = os.fspath(path)
+    try:
+        if zipfile.is_zipfile(path) or not path.endswith(".pkl"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            return _as_tensors(_ArrayUnpickler(file, encoding="latin1").load())
+    except FileNotFoundError:
+        raise InputError(f"expected a checkpoint at {path!r}, but there is no such file") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(f"expected only tensors and plain values in {path!r}, but: {reason}; {_REFUSED}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"expected a checkpoint at {path!r}, but it can't be read ({reason[0] if reason else type(error).__name__}); "
+            "is it truncated or of another format?"
+        ) from None
+
+
+def state_dict_of(checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: under ``"state_dict"`` or ``"model"`` or flat, without DDP's ``module.``.
+
+    Raises:
+        InputError: it holds no tensors.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    tensors = (
+        {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+        if isinstance(checkpoint, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise InputError("expected a state dict of tensors in the checkpoint, got none; is it a model's checkpoint?")
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What :func:`load_stage_one` did: names of the tensors loaded, new (at the identity) and left out."""
+
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"loaded {len(self.loaded)} of {len(self.loaded)} frozen tensors"
+        text += f"; new, starting at the identity: {', '.join(self.new)}"
+        return text + (f"; not needed: {', '.join(self.ignored)}" if self.ignored else "")
+
+
+def load_stage_one(
+    model: nn.Module, checkpoint, new: Iterable[str] | None = None, ignorable: Iterable[str] = IGNORABLE
+) -> HandOver:
+    """Load a stage-one checkpoint into a stage-two model, completely or not at all.
+
+    Args:
+        model: the frozen stage-two model (see :func:`disalign.freeze_except`).
+        checkpoint: a file, or a loaded checkpoint or state dict.
+        new: names of the tensors that stage two adds; default: whatever trains.
+        ignorable: patterns (as in ``fnmatch``) of keys that the checkpoint may hold in vain.
+
+    Returns:
+        What was loaded, what is new, what was left out.
+
+    Raises:
+        InputError: a frozen tensor is missing, mis-shaped, or not finite; a calibration in the checkpoint; or a key
+            that neither the model nor ``ignorable`` knows. The model is then unchanged.
+    """
+    where = f" in {os.fspath(checkpoint)!r}" if isinstance(checkpoint, (str, os.PathLike)) else ""
+    source = state_dict_of(load_file(checkpoint) if where else checkpoint)
+    target = model.state_dict()
+    if new is None:
+        new = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    new = set(new)
+    frozen = [name for name in target if name not in new]
+
+    calibrated = sorted(new & set(source))
+    if calibrated:
+        raise InputError(
+            f"expected a stage-one checkpoint{where}, but it already holds a calibration ({some(calibrated)}); give the "
+            "checkpoint that stage two started from"
+        )
+    missing = [name for name in frozen if name not in source]
+    if missing:
+        raise InputError(
+            f"expected all {len(frozen)} frozen tensors{where}, but {len(missing)} are missing: {some(missing)}; is it a "
+            "checkpoint of this very model?"
+        )
+    misshaped = [
+        f"{name} ({list(source[name].shape)}, not {list(target[name].shape)})"
+        for name in frozen
+        if source[name].shape != target[name].shape
+    ]
+    if misshaped:
+        raise InputError(
+            f"expected tensors of this model's shapes{where}, but {len(misshaped)} differ: {some(misshaped)}; is it "
+            "trained for another number of classes or another width?"
+        )
+    surplus = [name for name in source if name not in target]
+    unknown = [name for name in surplus if not any(fnmatchcase(name, pattern) for pattern in ignorable)]
+    if unknown:
+        raise InputError(
+            f"expected no tensors beyond the model's{where}, but got {len(unknown)}: {some(unknown)}; is it a "
+            "checkpoint of another model or classifier type?"
+        )
+    broken = [name for name in frozen if source[name].is_floating_point() and not source[name].isfinite().all()]
+    if broken:
+        raise InputError(f"expected finite numbers{where}, but {some(broken)} hold NaN or infinity; use an earlier one")
+    with torch.no_grad():
+        for name in frozen:
+            target[name].copy_(source[name])
+    return HandOver(tuple(frozen), tuple(name for name in target if name in new), tuple(surplus))

@@ -1,0 +1,105 @@
+"""Class counts: one function from whatever the user has to one int64 tensor."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError, some
+
+#: Benchmarks whose counts are shipped (``disalign/data/NAME.json``, with their source).
+BUNDLED = ("imagenet_lt", "inaturalist2018", "places_lt", "lvis_v0.5", "lvis_v1", "ade20k")
+
+_UNIT_KEYS = {None: "train_counts", "images": "image_counts"}
+
+
+def load_class_counts(source, unit: str | None = None) -> Tensor:
+    """Training examples per class, index = contiguous label.
+
+    Args:
+        source: a list, array or tensor of K counts; a mapping label -> count that covers 0..K-1; a JSON file that holds
+            one of these, alone or under ``"train_counts"``; or a bundled name (:data:`BUNDLED`).
+        unit: ``None`` for the file's own unit (images for classification, instances for LVIS, pixels for ADE20K), or
+            ``"images"`` for its ``"image_counts"``.
+
+    Returns:
+        (K,) int64. Zeros are kept: :func:`disalign.generalized_reweight` decides about them.
+
+    Raises:
+        InputError: an unknown name, a missing or malformed file, labels with gaps, or counts that are not whole numbers
+            >= 0.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return load_class_counts(_read(source, unit))
+    if isinstance(source, Mapping):
+        return _from_values(_in_label_order(source))
+    return _from_values(source)
+
+
+def bundled(name: str) -> dict:
+    """The whole shipped record of a benchmark: counts, class names, unit and source (facts; see docs/datasets.md).
+
+    Raises:
+        InputError: a name that is not bundled.
+    """
+    if name not in BUNDLED:
+        raise InputError(f"expected a bundled name among {some(BUNDLED, 10)}, got {name!r}")
+    return json.loads(resources.files("disalign").joinpath("data", f"{name}.json").read_text())
+
+
+def _read(source, unit):
+    if source in BUNDLED:
+        record = bundled(source)
+    else:
+        try:
+            with open(source, encoding="utf-8") as file:
+                record = json.load(file)
+        except FileNotFoundError:
+            raise InputError(
+                f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {os.fspath(source)!r}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"expected class counts as JSON in {os.fspath(source)!r}, but: {error}") from None
+    if unit not in _UNIT_KEYS:
+        raise InputError(f"expected unit None or 'images', got {unit!r}")
+    key = _UNIT_KEYS[unit]
+    if isinstance(record, dict) and key in record:
+        return record[key]
+    if unit is not None:
+        raise InputError(f"expected {key!r} in {os.fspath(source)!r}, which counts only one unit; pass unit=None")
+    return record
+
+
+def _in_label_order(mapping):
+    try:
+        by_label = {int(label): count for label, count in mapping.items()}
+    except (TypeError, ValueError):
+        raise InputError(f"expected labels 0..K-1 as keys of the class counts, got {some(mapping)}") from None
+    gaps = sorted(set(range(len(mapping))) ^ set(by_label))
+    if gaps:
+        raise InputError(
+            f"expected labels 0..{len(mapping) - 1} without gaps as keys of the class counts; missing or out of place: "
+            f"{some(gaps)}; give an absent class the count 0"
+        )
+    return [by_label[label] for label in range(len(by_label))]
+
+
+def _from_values(values):
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        numbers = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"expected one number per class, got {type(values).__name__} that is none") from None
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(f"expected one count per class, got an array of shape {array.shape}")
+    bad = np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0) & (numbers == np.floor(numbers))))
+    if bad.size or array.dtype == bool:
+        raise InputError(
+            f"expected counts that are whole numbers >= 0, got {some(array[bad].tolist() or ['booleans'])} "
+            f"at class {some(bad.tolist() or [0])}"
+        )
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,108 @@
+"""Frozen means frozen: parameters, buffers and behaviour."""
+
+import hashlib
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, some
+
+
+@dataclass(frozen=True)
+class FreezeReport:
+    """What trains after :func:`freeze_except`: name -> shape; and how many tensors do not."""
+
+    trainable: dict[str, tuple[int, ...]]
+    num_trainable: int
+    num_frozen_tensors: int
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{name} {list(shape)}" for name, shape in self.trainable.items())
+        return f"{self.num_trainable:,} numbers train ({names}); {self.num_frozen_tensors} tensors are frozen"
+
+
+def _within(name: str, prefixes: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
+    """Freeze a model but for the named parts, in place.
+
+    The rest gets no gradients and stays in eval mode through every later ``model.train()``, so that BatchNorm
+    statistics and dropout keep still; the model's own flag stays in eval too, since many models apply dropout in their
+    own forward. The named modules follow ``train()`` and ``eval()``. Call it before wrapping the model in DDP, which
+    then needs no ``find_unused_parameters``.
+
+    Args:
+        model: any module.
+        names: modules or parameters that stay as they are (``"fc.calibration"``); a name covers all below it.
+
+    Returns:
+        What trains.
+
+    Raises:
+        InputError: a name that the model does not have, or nothing left to train.
+    """
+    modules = dict(model.named_modules())
+    known = set(modules) | {name for name, _ in model.named_parameters()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"expected names of modules or parameters to keep training, got {some(unknown)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_within(name, names))
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise InputError(f"expected something to train, but {some(names)} holds no parameters")
+
+    kept = tuple(name for name in names if name in modules)
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        type(self).train(self, False)
+        for name in kept:
+            self.get_submodule(name).train(mode)
+        return self
+
+    # A bound method, not a closure over `model`: a deep copy (an EMA, say) then freezes itself.
+    model.train = types.MethodType(train, model)
+    model.train(model.training)
+    return FreezeReport(
+        trainable={name: tuple(parameter.shape) for name, parameter in trainable.items()},
+        num_trainable=sum(parameter.numel() for parameter in trainable.values()),
+        num_frozen_tensors=len(frozen_tensors(model, names)),
+    )
+
+
+def frozen_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """All parameters and buffers (persistent or not) outside the named parts."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in tensors.items() if not _within(name, names)}
+
+
+def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor's dtype, shape and bytes."""
+    prints = {}
+    for name, tensor in tensors.items():
+        # Viewed as bytes: numpy has no bfloat16, and -0.0 == 0.0 must not pass for bit-identical.
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+        prints[name] = hashlib.sha256(head + data).hexdigest()
+    return prints
+
+
+@contextmanager
+def assert_frozen(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Prove that nothing outside the named parts changes by a single bit within the ``with`` block.
+
+    Raises:
+        RuntimeError: on leaving, with the tensors that changed.
+    """
+    before = fingerprints(frozen_tensors(model, names))
+    yield
+    after = fingerprints(frozen_tensors(model, names))
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    if changed:
+        raise RuntimeError(f"expected {len(before)} frozen tensors to stay bit-identical, but changed: {some(changed)}")

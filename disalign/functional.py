@@ -1,0 +1,184 @@
+"""The equations of DisAlign (CVPR 2021) as pure functions; each stands here and nowhere else.
+
+Shapes: N samples, K classes, ``*`` any number of spatial dimensions (none for images and boxes, H x W for pixels).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError, some
+
+REDUCTIONS = ("weighted_mean", "mean", "sum", "none")
+
+
+def calibrate(
+    logits: Tensor,
+    confidence: Tensor,
+    magnitude: Tensor,
+    margin: Tensor,
+    num_calibrated: int | None = None,
+) -> Tensor:
+    """Blend the calibrated scores with the original ones (eq. 4-5).
+
+    With s_j = magnitude_j * z_j + margin_j, the result is confidence * s_j + (1 - confidence) * z_j. It is written as
+    ``z + confidence * ((magnitude - 1) * z + margin)``, which rounds to exactly z at magnitude 1, margin 0; the literal
+    form does not. Half-precision scores are calibrated in fp32.
+
+    Args:
+        logits: (N, C, *) stage-one scores z.
+        confidence: (N, 1, *) values in [0, 1], sigma(x) of eq. 5.
+        magnitude: (K,) alpha of eq. 4; 1 leaves the score as it is.
+        margin: (K,) beta of eq. 4; 0 leaves the score as it is.
+        num_calibrated: leading classes to calibrate, when C > K; the rest (a detector's background) pass through
+            untouched. Default: all C, so C must equal K.
+
+    Returns:
+        (N, C, *) calibrated scores, in the dtype that the inputs promote to.
+
+    Raises:
+        InputError: the number of classes and the lengths of magnitude and margin do not fit.
+    """
+    k = logits.shape[1] if num_calibrated is None else num_calibrated
+    if magnitude.shape != (k,) or margin.shape != (k,) or k > logits.shape[1]:
+        raise InputError(
+            f"expected magnitude and margin of length {k} for logits of shape {tuple(logits.shape)}, got "
+            f"{tuple(magnitude.shape)} and {tuple(margin.shape)}; give num_calibrated if only leading classes are meant"
+        )
+    result = torch.promote_types(torch.promote_types(logits.dtype, magnitude.dtype), confidence.dtype)
+    precise = torch.promote_types(result, torch.float32)
+    per_class = (1, k) + (1,) * (logits.dim() - 2)
+    z = logits[:, :k].to(precise)
+    shift = (magnitude.to(precise) - 1).view(per_class) * z + margin.to(precise).view(per_class)
+    calibrated = (z + confidence.to(precise) * shift).to(result)
+    if k == logits.shape[1]:
+        return calibrated
+    return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
+
+
+def generalized_reweight(
+    class_counts: Tensor,
+    rho: float,
+    normalize: str = "mean",
+    zero_count: str = "error",
+) -> Tensor:
+    """Class weights of the reference distribution (eq. 11), w_c = (1/r_c)^rho / sum_k (1/r_k)^rho.
+
+    Computed in log space and float64, so that no rho overflows. Counts and frequencies give the same weights.
+
+    Args:
+        class_counts: (K,) training counts (or frequencies), any real dtype.
+        rho: scale of eq. 11, >= 0; 0 weighs every class alike, 1 inversely to its frequency.
+        normalize: ``"sum"``, the weights sum to 1 (the paper); ``"mean"``, they average 1 (what the official code
+            trains with, and needed beside a background class of weight 1).
+        zero_count: ``"error"`` refuses a class that has no training example; ``"exclude"`` gives it weight 0 and leaves
+            it out of the normalisation.
+
+    Returns:
+        (K,) fp32 weights.
+
+    Raises:
+        InputError: counts that are empty, negative, not finite or all zero; a zero count under ``"error"``; a rho that
+            is negative or not finite; an unknown option.
+    """
+    counts = torch.as_tensor(class_counts).to(torch.float64)
+    if normalize not in ("mean", "sum") or zero_count not in ("error", "exclude"):
+        raise InputError(
+            f"expected normalize 'mean' or 'sum' and zero_count 'error' or 'exclude', got {normalize!r}, {zero_count!r}"
+        )
+    if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0):
+        raise InputError(f"expected a finite rho >= 0, got {rho!r}")
+    if counts.dim() != 1 or counts.numel() == 0:
+        raise InputError(f"expected one count per class, got a tensor of shape {tuple(counts.shape)}")
+    if not (torch.isfinite(counts).all() and (counts >= 0).all() and (counts > 0).any()):
+        raise InputError(
+            "expected class counts that are finite, not negative and not all zero; count the classes again"
+        )
+    present = counts > 0
+    if zero_count == "error" and not present.all():
+        empty = (~present).nonzero().flatten().tolist()
+        raise InputError(
+            f"expected at least one training example per class, got none for class {some(empty)}; remove these classes "
+            "or pass zero_count='exclude'"
+        )
+    log_weights = -rho * counts[present].log()
+    kept = (log_weights - log_weights.max()).exp()
+    kept = kept / (kept.mean() if normalize == "mean" else kept.sum())
+    weights = torch.zeros_like(counts)
+    weights[present] = kept
+    return weights.float()
+
+
+def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index: int = -100) -> Tensor:
+    """What :func:`grw_cross_entropy` divides the summed loss by.
+
+    Args:
+        target: (N, *) int64 labels.
+        weight: (K,) class weights.
+        reduction: ``"weighted_mean"``, the summed weights of the valid labels; ``"mean"``, their number.
+        ignore_index: label that is left out.
+
+    Returns:
+        A scalar of weight's dtype; 0 if nothing is valid.
+    """
+    valid = target[target != ignore_index]
+    if reduction == "mean":
+        return torch.as_tensor(valid.numel(), dtype=weight.dtype, device=weight.device)
+    return weight[valid].sum()
+
+
+def grw_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    reduction: str = "weighted_mean",
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """Cross-entropy against the re-weighted reference distribution (eq. 8-10), in fp32 or better.
+
+    Args:
+        logits: (N, K, *) calibrated scores; bf16 and fp16 are taken too.
+        target: (N, *) int64 labels in [0, K), or ``ignore_index``.
+        weight: (K,) class weights, see :func:`generalized_reweight`.
+        reduction: ``"weighted_mean"``, sum(w * ce) / sum(w) (torch's own; official classification and detection);
+            ``"mean"``, sum(w * ce) / N_valid (the paper's eq. 9); ``"sum"``; ``"none"``.
+        ignore_index: label of samples or pixels that do not count.
+        denominator: divides the sum instead of this batch's own, for a mean over more than this batch (all ranks, or
+            all pixels).
+
+    Returns:
+        A scalar, or (N, *) for ``"none"``. An empty or all-ignored batch gives 0 with zero gradients.
+
+    Raises:
+        InputError: an unknown reduction, a weight of wrong length, or (on CPU, where the check is free) a label outside
+            [0, K) that is not ``ignore_index``.
+    """
+    num_classes = logits.shape[1]
+    if reduction not in REDUCTIONS:
+        raise InputError(f"expected a reduction among {some(REDUCTIONS)}, got {reduction!r}")
+    if weight.shape != (num_classes,):
+        raise InputError(
+            f"expected {num_classes} class weights for logits of shape {tuple(logits.shape)}, got "
+            f"{tuple(weight.shape)}; do the class counts belong to this dataset?"
+        )
+    if target.device.type == "cpu":
+        wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+        if wrong.numel():
+            raise InputError(
+                f"expected labels in [0, {num_classes}) or ignore_index {ignore_index}, got {some(wrong.tolist())}; "
+                "check the annotations or the number of classes"
+            )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weight = weight.to(logits.dtype)
+    losses = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index, reduction="none")
+    if reduction == "none":
+        return losses
+    if reduction == "sum" and denominator is None:
+        return losses.sum()
+    if denominator is None:
+        denominator = grw_denominator(target, weight, reduction, ignore_index)
+    denominator = torch.as_tensor(denominator, dtype=losses.dtype, device=losses.device)
+    return losses.sum() / torch.where(denominator > 0, denominator, torch.ones_like(denominator))

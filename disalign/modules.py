@@ -1,0 +1,245 @@
+"""The trainable parts of stage two, and how any classifier gets them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError, some
+from .freezing import freeze_except
+from .functional import calibrate
+from .losses import GRWCrossEntropyLoss
+
+
+class AdaptiveCalibration(nn.Module):
+    """The adaptive calibration function (Sec. 3.2.1): 2K + d + 1 numbers that stage two learns.
+
+    It starts as the exact identity (magnitude 1, margin 0). The confidence layer starts at zero, so the confidence
+    starts at 1/2 for every input and no random number is drawn.
+
+    Args:
+        num_classes: K, classes to calibrate.
+        feature_dim: d, length of the feature that the classifier sees.
+        spatial: confidence by a 1x1 convolution on (N, d, H, W) features rather than a linear layer on (N, d).
+        magnitude, margin: learn it, or leave it at 1, at 0 (the paper's Table 5).
+        confidence: ``"learnt"``, or ``"one"`` for a fixed 1.
+        passthrough: trailing score columns that are not calibrated (1 for a detector's background).
+
+    Shapes: logits (N, K + passthrough, *), features (N, d, *); returns logits' shape.
+
+    Raises:
+        InputError: an unknown confidence, nothing to learn, or logits of another number of classes.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        spatial: bool = False,
+        magnitude: bool = True,
+        margin: bool = True,
+        confidence: str = "learnt",
+        passthrough: int = 0,
+    ) -> None:
+        super().__init__()
+        if confidence not in ("learnt", "one"):
+            raise InputError(f"expected confidence 'learnt' or 'one', got {confidence!r}")
+        if not (magnitude or margin):
+            raise InputError("expected magnitude or margin to be learnt, got neither; switch one of them on")
+        self.num_classes = num_classes
+        self.passthrough = passthrough
+        self._register("magnitude", torch.ones(num_classes), magnitude)
+        self._register("margin", torch.zeros(num_classes), margin)
+        self.confidence: nn.Module | None = None
+        if confidence == "learnt":
+            self.confidence = nn.Conv2d(feature_dim, 1, 1) if spatial else nn.Linear(feature_dim, 1)
+            nn.init.zeros_(self.confidence.weight)
+            nn.init.zeros_(self.confidence.bias)
+        self._last_confidence: Tensor | None = None
+
+    def _register(self, name: str, start: Tensor, learnt: bool) -> None:
+        if learnt:
+            self.register_parameter(name, nn.Parameter(start))
+        else:
+            self.register_buffer(name, start, persistent=False)
+
+    def confidence_score(self, features: Tensor) -> Tensor:
+        """sigma(x) = sigmoid(v.x + b) of eq. 5, in fp32 even under autocast; (N, d, *) -> (N, 1, *)."""
+        if self.confidence is None:
+            return features.new_ones(features.shape[:1] + (1,) + features.shape[2:])
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.sigmoid(self.confidence(features.to(self.confidence.weight.dtype)))
+
+    def forward(self, logits: Tensor, features: Tensor) -> Tensor:
+        expected = self.num_classes + self.passthrough
+        if logits.shape[1] != expected:
+            raise InputError(
+                f"expected {expected} score columns, got {logits.shape[1]}; the calibration was built for another "
+                "classifier"
+            )
+        confidence = self.confidence_score(features)
+        if not torch.jit.is_scripting():
+            self._last_confidence = confidence.detach()
+        return calibrate(logits, confidence, self.magnitude, self.margin, self.num_classes)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """For the log: mean and spread of the last batch's confidence, range of magnitude and margin (scalars)."""
+        report = {
+            f"{name}_{bound}": getattr(getattr(self, name).detach(), bound)()
+            for name in ("magnitude", "margin")
+            for bound in ("min", "max")
+        }
+        if self._last_confidence is not None and self._last_confidence.numel():
+            report["confidence_mean"] = self._last_confidence.mean()
+            report["confidence_std"] = self._last_confidence.std(correction=0)
+        return report
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, passthrough={self.passthrough}"
+
+
+class CosineClassifier(nn.Module):
+    """z_j = scale * cos(w_j, x) (eq. 3). Zero features and zero weights give zero scores and finite gradients.
+
+    Args:
+        feature_dim: d.
+        num_classes: K.
+        scale: s of eq. 3 (official: 20 at the start).
+        learn_scale: learn the scale with stage one, or keep it fixed.
+
+    Shapes: features (N, d); returns (N, K).
+    """
+
+    # Norms below this count as it: 1 / 1e-5 is still finite in every dtype's gradient, 1 / 1e-12 is not.
+    eps = 1e-5
+
+    def __init__(self, feature_dim: int, num_classes: int, scale: float = 20.0, learn_scale: bool = True) -> None:
+        super().__init__()
+        self.in_features = feature_dim
+        self.out_features = num_classes
+        self.weight = nn.Parameter(torch.empty(num_classes, feature_dim))
+        nn.init.normal_(self.weight, std=0.01)
+        start = torch.tensor(float(scale))
+        if learn_scale:
+            self.scale = nn.Parameter(start)
+        else:
+            self.register_buffer("scale", start)
+
+    def forward(self, features: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.normalize(features.to(dtype), dim=1, eps=self.eps)
+        w = F.normalize(self.weight.to(dtype), dim=1, eps=self.eps)
+        return self.scale * F.linear(x, w)
+
+    def extra_repr(self) -> str:
+        return f"feature_dim={self.in_features}, num_classes={self.out_features}"
+
+
+class Calibrated:
+    """Mixin before a classifier class: the same parameters under the same names, and a ``calibration`` on top."""
+
+    calibration: AdaptiveCalibration
+
+    def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage one's scores and the calibrated ones, each (N, K)."""
+        logits = super().forward(features)
+        return logits, self.calibration(logits, features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scores(features)[1]
+
+
+class CalibratedLinear(Calibrated, nn.Linear):
+    """A linear classifier (eq. 2) with the calibration on top: DisAlign."""
+
+
+class CalibratedCosineClassifier(Calibrated, CosineClassifier):
+    """A cosine classifier (eq. 3) with the calibration on top: DisAlign*."""
+
+
+CALIBRATED = {nn.Linear: CalibratedLinear, CosineClassifier: CalibratedCosineClassifier}
+
+
+def calibrate_classifier(classifier: nn.Module, **options) -> nn.Module:
+    """Put a calibration on a classifier, in place; its parameters keep their identity and their names.
+
+    Args:
+        classifier: an ``nn.Linear`` or a :class:`CosineClassifier`.
+        options: for :class:`AdaptiveCalibration`.
+
+    Returns:
+        The same object, now a :class:`CalibratedLinear` or :class:`CalibratedCosineClassifier`.
+
+    Raises:
+        InputError: a classifier of another type (a calibrated one included).
+    """
+    calibrated = CALIBRATED.get(type(classifier))
+    if calibrated is None:
+        raise InputError(
+            f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, got "
+            f"{type(classifier).__name__}; for your own, derive a class from disalign.Calibrated and it"
+        )
+    calibration = AdaptiveCalibration(classifier.out_features, classifier.in_features, **options)
+    classifier.__class__ = calibrated
+    classifier.calibration = calibration.to(classifier.weight.device)
+    return classifier
+
+
+def find_classifier(model: nn.Module, num_classes: int) -> str:
+    """Name of the model's only classifier (linear or cosine) with ``num_classes`` outputs.
+
+    Raises:
+        InputError: none or several fit.
+    """
+    fitting = [
+        name
+        for name, module in model.named_modules()
+        if type(module) in CALIBRATED and module.out_features == num_classes
+    ]
+    if len(fitting) != 1:
+        raise InputError(
+            f"expected exactly one linear or cosine classifier with {num_classes} outputs, got "
+            f"{some(fitting) or 'none'}; name it with classifier=... and check the number of classes"
+        )
+    return fitting[0]
+
+
+def wrap_classifier(
+    model: nn.Module,
+    class_counts,
+    rho: float = 1.2,
+    classifier: str | None = None,
+    reduction: str = "weighted_mean",
+    **options,
+) -> tuple[nn.Module, GRWCrossEntropyLoss]:
+    """Turn any trained classifier into its stage two, in place: calibrate its last layer and freeze the rest.
+
+    Args:
+        model: a trained module that ends in an ``nn.Linear`` or :class:`CosineClassifier`.
+        class_counts: training counts, anything :func:`disalign.load_class_counts` takes.
+        rho: scale of eq. 11.
+        classifier: name of the classifier within the model; found by its number of outputs if not given.
+        reduction: of the loss.
+        options: for :class:`AdaptiveCalibration`.
+
+    Returns:
+        The same model, frozen but for its calibration, and the loss to train it with.
+
+    Raises:
+        InputError: the classifier is not found, is of another type, or does not fit the counts.
+    """
+    loss = GRWCrossEntropyLoss(class_counts, rho, reduction)
+    name = find_classifier(model, len(loss.class_counts)) if classifier is None else classifier
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(
+            f"expected the name of a module as classifier, got {name!r}; see model.named_modules()"
+        ) from None
+    if getattr(layer, "out_features", None) not in (None, len(loss.class_counts)):
+        raise InputError(
+            f"expected one count for each of the {layer.out_features} classes, got {len(loss.class_counts)}; "
+            "do the class counts belong to this model?"
+        )
+    calibrate_classifier(layer, **options)
+    freeze_except(model, [f"{name}.calibration" if name else "calibration"])
+    return model, loss
