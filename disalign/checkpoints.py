@@ -100,10 +100,9 @@ def load_file(path) -> dict:
         reason = str(error).split(". ")[0].splitlines()[0]
         raise InputError(f"expected only tensors and plain values in {path!r}, but: {reason}; {_REFUSED}") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"expected a checkpoint at {path!r}, but it can't be read ({reason[0] if reason else type(error).__name__}); "
-            "is it truncated or of another format?"
+            f"expected a checkpoint at {path!r}, but it can't be read ({reason}); is it truncated or of another format?"
         ) from None
 
 
@@ -171,14 +170,14 @@ def load_stage_one(
     calibrated = sorted(new & set(source))
     if calibrated:
         raise InputError(
-            f"expected a stage-one checkpoint{where}, but it already holds a calibration ({some(calibrated)}); give the "
-            "checkpoint that stage two started from"
+            f"expected a stage-one checkpoint{where}, but it already holds a calibration ({some(calibrated)}); give "
+            "the checkpoint that stage two started from"
         )
     missing = [name for name in frozen if name not in source]
     if missing:
         raise InputError(
-            f"expected all {len(frozen)} frozen tensors{where}, but {len(missing)} are missing: {some(missing)}; is it a "
-            "checkpoint of this very model?"
+            f"expected all {len(frozen)} frozen tensors{where}, but {len(missing)} are missing: {some(missing)}; is it "
+            "a checkpoint of this very model?"
         )
     misshaped = [
         f"{name} ({list(source[name].shape)}, not {list(target[name].shape)})"

@@ -65,7 +65,7 @@ class AdaptiveCalibration(nn.Module):
     def confidence_score(self, features: Tensor) -> Tensor:
         """sigma(x) = sigmoid(v.x + b) of eq. 5, in fp32 even under autocast; (N, d, *) -> (N, 1, *)."""
         if self.confidence is None:
-            return features.new_ones(features.shape[:1] + (1,) + features.shape[2:])
+            return features.new_ones((features.shape[0], 1, *features.shape[2:]))
         with torch.autocast(features.device.type, enabled=False):
             return torch.sigmoid(self.confidence(features.to(self.confidence.weight.dtype)))
 
