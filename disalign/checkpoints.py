@@ -97,13 +97,21 @@ def load_file(path) -> dict:
     except FileNotFoundError:
         raise InputError(f"expected a checkpoint at {path!r}, but there is no such file") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise InputError(f"expected only tensors and plain values in {path!r}, but: {reason}; {_REFUSED}") from None
+        raise InputError(
+            f"expected only tensors and plain values in {path!r}, but {_what_else(path, error)}; {_REFUSED}"
+        ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"expected a checkpoint at {path!r}, but it can't be read ({reason}); is it truncated or of another format?"
         ) from None
+
+
+def _what_else(path, error):
+    try:
+        return f"it also holds {some(torch.serialization.get_unsafe_globals_in_checkpoint(path))}"
+    except (RuntimeError, ValueError, AttributeError):
+        return str(error).splitlines()[0]
 
 
 def state_dict_of(checkpoint) -> dict[str, Tensor]:

@@ -1,0 +1,68 @@
+"""Backbones by name: timm's, and the few that timm does not have, composed of its blocks."""
+
+import difflib
+
+import timm
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
+from torch import nn
+
+from disalign.errors import InputError, some
+
+
+def _cifar_resnet(depth: int, in_chans: int = 3) -> nn.Module:
+    """The CIFAR ResNet of He et al. (2016, Sec. 4.2), 6n + 2 layers; shortcuts by 1x1 convolution as in timm."""
+    widths, repeats = (16, 32, 64), ((depth - 2) // 6,) * 3
+    stages, _ = make_blocks(
+        (BasicBlock,) * 3, widths, repeats, inplanes=16, act_layer=nn.ReLU, norm_layer=nn.BatchNorm2d
+    )
+    stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    return _features(nn.Sequential(stem, *(stage for _, stage in stages)), widths[-1])
+
+
+def _small_cnn(in_chans: int = 1) -> nn.Module:
+    """Three 3x3 convolutions for 8x8 digits."""
+
+    def block(before, after):
+        return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+
+    return _features(nn.Sequential(*block(in_chans, 16), *block(16, 32), nn.MaxPool2d(2), *block(32, 64)), 64)
+
+
+def _features(trunk: nn.Sequential, width: int) -> nn.Module:
+    trunk.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten())
+    trunk.num_features = width
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return trunk
+
+
+OWN = {
+    "cifar_resnet20": lambda **options: _cifar_resnet(20, **options),
+    "cifar_resnet32": lambda **options: _cifar_resnet(32, **options),
+    "small_cnn": _small_cnn,
+    "resnext152_32x4d": lambda **options: ResNet(
+        Bottleneck, (3, 8, 36, 3), num_classes=0, cardinality=32, base_width=4, **options
+    ),
+}
+
+
+def build_backbone(name: str, pretrained: bool = False, **options) -> nn.Module:
+    """A module (N, C, H, W) -> (N, num_features) by name.
+
+    Args:
+        name: any timm model, or one of ``cifar_resnet20``, ``cifar_resnet32``, ``small_cnn``, ``resnext152_32x4d``.
+        pretrained: timm's weights for it (downloaded by timm).
+        options: the model's own.
+
+    Raises:
+        InputError: an unknown name, or ``pretrained`` where there is none.
+    """
+    if name in OWN and not pretrained:
+        return OWN[name](**options)
+    if name in OWN:
+        raise InputError(f"expected pretrained=False for {name!r}, which has no public weights")
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, [*OWN, *timm.list_models()])
+        raise InputError(f"expected the name of a timm model or one of {some(OWN)}, got {name!r}; close: {some(close)}")
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)

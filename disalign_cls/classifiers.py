@@ -1,0 +1,125 @@
+"""Stage one's classifier and its stage two."""
+
+import torch.nn.functional as F
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from disalign import CosineClassifier, GRWCrossEntropyLoss, InputError, calibrate_classifier, freeze_except
+
+from .backbones import build_backbone
+
+CLASSIFIERS = ("linear", "cosine")
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """A backbone and a classifier, trained with plain cross-entropy: stage one, the paper's Baseline.
+
+    Args:
+        backbone: options of :func:`disalign_cls.backbones.build_backbone`, its ``name`` among them.
+        num_classes: K.
+        classifier: ``"linear"`` (eq. 2), or ``"cosine"`` (eq. 3; the paper's starred rows).
+        cosine: options of :class:`disalign.CosineClassifier` (``scale``, ``learn_scale``).
+        data_preprocessor: mmengine's; it normalises the uint8 images on the device.
+
+    Shapes: inputs (N, C, H, W), data_samples (N,) int64 labels; scores (N, K).
+
+    Raises:
+        InputError: an unknown backbone or classifier.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        num_classes: int,
+        classifier: str = "linear",
+        cosine: dict | None = None,
+        data_preprocessor: dict | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor)
+        if classifier not in CLASSIFIERS:
+            raise InputError(f"expected a classifier among {', '.join(CLASSIFIERS)}, got {classifier!r}")
+        self.num_classes = num_classes
+        self.class_counts: Tensor | None = None
+        self.backbone = build_backbone(**backbone)
+        width = self.backbone.num_features
+        if classifier == "linear":
+            self.classifier = nn.Linear(width, num_classes)
+        else:
+            self.classifier = CosineClassifier(width, num_classes, **(cosine or {}))
+
+    def init_weights(self) -> None:
+        """Nothing: built is initialised. (mmengine would call timm's, which overwrites pretrained weights.)"""
+
+    def set_class_counts(self, class_counts: Tensor) -> None:
+        """Take the training set's (K,) counts, for the groups of the metric and for stage two's loss."""
+        if len(class_counts) != self.num_classes:
+            raise InputError(
+                f"expected one count for each of the model's {self.num_classes} classes, got {len(class_counts)}; set "
+                "model.num_classes to the dataset's"
+            )
+        self.class_counts = class_counts
+
+    def metadata(self) -> dict:
+        """Plain values that a checkpoint keeps."""
+        return {"class_counts": None if self.class_counts is None else self.class_counts.tolist()}
+
+    def forward(self, inputs: Tensor, data_samples: Tensor | None = None, mode: str = "tensor"):
+        """mmengine's: scores (``"tensor"``), named losses (``"loss"``) or each image's top-5 (``"predict"``)."""
+        features = self.backbone(inputs)
+        if mode == "tensor":
+            return self.classifier(features)
+        if mode == "loss":
+            return self.losses(features, data_samples)
+        return self.predictions(features, data_samples)
+
+    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.classifier(features), labels)}
+
+    def predictions(self, features: Tensor, labels: Tensor) -> list[dict]:
+        return _best_five(labels, top=self.classifier(features))
+
+
+@MODELS.register_module()
+class DisAlignClassifier(ImageClassifier):
+    """Stage two: the same classifier, frozen, with a calibration on top that alone learns (Sec. 3.2).
+
+    Parameter names are stage one's; new are ``classifier.calibration.*``. Built frozen, so DDP needs no
+    ``find_unused_parameters``.
+
+    Args:
+        calibration: options of :class:`disalign.AdaptiveCalibration`.
+        loss: options of :class:`disalign.GRWCrossEntropyLoss`; the class counts come from the training set.
+        options: :class:`ImageClassifier`'s.
+    """
+
+    trained = ("classifier.calibration", "loss")
+
+    def __init__(self, *args, calibration: dict | None = None, loss: dict | None = None, **options) -> None:
+        super().__init__(*args, **options)
+        calibrate_classifier(self.classifier, **(calibration or {}))
+        self.loss = GRWCrossEntropyLoss(**(loss or {}))
+        self.freeze_report = freeze_except(self, self.trained)
+
+    def set_class_counts(self, class_counts: Tensor) -> None:
+        super().set_class_counts(class_counts)
+        self.loss.set_class_counts(class_counts)
+
+    def metadata(self) -> dict:
+        return super().metadata() | self.loss.metadata()
+
+    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        loss = self.loss(self.classifier(features), labels)
+        return {"loss": loss} | self.classifier.calibration.statistics()
+
+    def predictions(self, features: Tensor, labels: Tensor) -> list[dict]:
+        # The trunk is frozen, so stage one's scores come with the same pass: its figures cost nothing.
+        stage_one, calibrated = self.classifier.scores(features)
+        return _best_five(labels, top=calibrated, stage_one=stage_one)
+
+
+def _best_five(labels: Tensor, **scores: Tensor) -> list[dict]:
+    """Per image its label and, for each of the named (N, K) scores, the labels of the (up to) five best."""
+    best = {name: z.topk(min(5, z.shape[1]), dim=1).indices for name, z in scores.items()}
+    return [{"label": label} | {name: best[name][i] for name in best} for i, label in enumerate(labels)]

@@ -1,0 +1,123 @@
+"""What the commands share: configs, the Runner, and one sentence with exit status 2 for bad input."""
+
+import argparse
+import functools
+import inspect
+import os
+import sys
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from disalign import InputError, load_file
+
+#: What a config that does not fit raises while mmengine builds from it.
+BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def command(main):
+    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None) -> int:
+        try:
+            main(argv)
+        except InputError as error:
+            # From a data loader's worker it comes with the worker's traceback around it.
+            sentence = str(error).strip().splitlines()[-1].removeprefix("disalign.errors.InputError: ")
+            print(f"error: {sentence}", file=sys.stderr)
+            return 2
+        return 0
+
+    return wrapped
+
+
+def parser(doc: str, **names: str) -> argparse.ArgumentParser:
+    """The arguments that all commands have; ``names`` are further positional ones with their help."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("config", help="a config file, or the name of a shipped one below configs/ (cls/digits/...)")
+    for name, text in names.items():
+        result.add_argument(name, help=text)
+    result.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, help="KEY=VALUE, over the config's")
+    return result
+
+
+def runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    result.add_argument("--work-dir", help="for logs, checkpoints and results; default: work_dirs/CONFIG'S NAME")
+    result.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
+    return result
+
+
+def shipped_configs() -> Path:
+    """The folder of the shipped configs, in a checkout and in an installed wheel alike."""
+    spec = find_spec("disalign_configs")
+    return Path(next(iter(spec.submodule_search_locations)) if spec else Path(__file__).parent.parent / "configs")
+
+
+def load_config(path: str, options: dict) -> Config:
+    """Read a config and set ``options`` in it.
+
+    Raises:
+        InputError: no such file, a file that is no config, or an option whose first word the config does not know.
+    """
+    if not os.path.isfile(path) and (shipped_configs() / path).is_file():
+        path = str(shipped_configs() / path)
+    if not os.path.isfile(path):
+        raise InputError(f"expected a config file, or the name of a shipped one in {shipped_configs()}, got {path!r}")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is Python: anything may come
+        raise InputError(f"expected a config in {path!r}, but: {_first_line(error)}") from error
+    known = set(config) | set(inspect.signature(Runner.__init__).parameters)
+    unknown = sorted({key.split(".")[0] for key in options} - known)
+    if unknown:
+        raise InputError(f"expected --cfg-options of keys that the config has, got {', '.join(unknown)}")
+    with config_errors(path):
+        config.merge_from_dict(options)
+    return config
+
+
+@contextmanager
+def config_errors(path: str):
+    """Whatever building from a config raises is the config's fault, in one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BUILD_ERRORS as error:
+        raise InputError(f"expected a config that can be built in {path!r}, but: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0]
+
+
+def build_runner(config: Config, args) -> Runner:
+    """A Runner for the parsed arguments; on CPUs its processes speak gloo."""
+    config.launcher = args.launcher
+    config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
+    if args.launcher != "none" and not torch.cuda.is_available():
+        # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
+        if args.launcher == "pytorch" and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    with config_errors(config.filename):
+        return Runner.from_cfg(config)
+
+
+def resumable(work_dir: str) -> str:
+    """The latest checkpoint in a work folder, once it is known to hold only plain values.
+
+    Raises:
+        InputError: there is none, or it holds more.
+    """
+    path = find_latest_checkpoint(work_dir) if os.path.isdir(work_dir) else None
+    if path is None:
+        raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")
+    load_file(path)
+    return path

@@ -1,0 +1,273 @@
+"""Datasets: list files, image folders, arrays, and the bundled digits."""
+
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from mmengine.registry import DATASETS
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from disalign.errors import InputError, some
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def build_transforms(steps: Sequence[dict]) -> v2.Compose:
+    """torchvision transforms (v2) by name, PIL image in, uint8 (C, H, W) tensor out; the model normalises.
+
+    Args:
+        steps: ``dict(type="RandomResizedCrop", size=224)`` and the like.
+
+    Raises:
+        InputError: an unknown name or wrong options.
+    """
+    built = []
+    for step in steps:
+        options = dict(step)
+        name = options.pop("type", None)
+        try:
+            built.append(getattr(v2, str(name))(**options))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"expected torchvision.transforms.v2 and its options, got {dict(step)}: {error}") from None
+    return v2.Compose([*built, v2.PILToTensor()])
+
+
+class LongTailDataset(Dataset):
+    """What all datasets share: labels in [0, K), class counts, transforms, and mmengine's ``metainfo``.
+
+    Subclasses fill ``labels`` and open one image.
+
+    Args:
+        labels: (N,) labels.
+        num_classes: K; default: the largest label + 1.
+        classes: names of the classes.
+        transforms: see :func:`build_transforms`.
+        name: of the dataset, for the log and the checkpoint.
+        split: ``"train"``, ``"val"``, ``"test"`` ...; every metric is named after it.
+        where: for error messages.
+
+    Raises:
+        InputError: no images, or a label outside [0, K).
+    """
+
+    def __init__(self, labels, num_classes=None, classes=None, transforms=(), name="", split="train", where="") -> None:
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        if not len(self.labels):
+            raise InputError(f"expected images in {where}, got none")
+        if num_classes is None:
+            num_classes = len(classes) if classes else int(self.labels.max()) + 1
+        wrong = ((self.labels < 0) | (self.labels >= num_classes)).nonzero().flatten().tolist()
+        if wrong:
+            raise InputError(
+                f"expected labels in [0, {num_classes}) in {where}, but {len(wrong)} are not: "
+                f"{some(f'{int(self.labels[i])} of image {i} ({self.describe(i)})' for i in wrong)}"
+            )
+        if classes is not None and len(classes) != num_classes:
+            raise InputError(f"expected {num_classes} class names in {where}, got {len(classes)}")
+        self.num_classes = num_classes
+        self.transforms = build_transforms(transforms)
+        self.metainfo = {"dataset": name, "split": split, "classes": list(classes) if classes else None}
+
+    @property
+    def class_counts(self) -> Tensor:
+        """(K,) int64 images per class."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
+    def describe(self, index: int) -> str:
+        return f"number {index}"
+
+    def open(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"inputs": self.transforms(self.open(index)), "data_samples": self.labels[index]}
+
+
+class FileDataset(LongTailDataset):
+    """Images in files, checked for existence when it is built."""
+
+    def __init__(self, paths: Sequence[str], labels, where: str, **options) -> None:
+        self.paths = list(paths)
+        super().__init__(labels, where=where, **options)
+        absent = missing_files(self.paths)
+        if absent:
+            raise InputError(
+                f"expected {len(self.paths)} images named in {where}, but {len(absent)} are missing: {some(absent, 3)}"
+                "; check data_root (and rewrite, if the list uses another path style)"
+            )
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+    def open(self, index: int) -> Image.Image:
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise InputError(f"expected a whole image at {path!r}, but: {error}; fetch the file again") from None
+
+
+def missing_files(paths: Sequence[str]) -> list[str]:
+    """Those that do not exist. Each folder is read once: seconds for iNaturalist's 437,513 files."""
+    folders: dict[str, set[str]] = {}
+    absent = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in folders[folder]:
+            absent.append(path)
+    return absent
+
+
+def read_list(ann_file: str) -> tuple[list[str], list[int]]:
+    """The paths and labels of a ``path label`` list file, one image a line.
+
+    Raises:
+        InputError: a missing, empty or malformed file, with the first offending lines.
+    """
+    try:
+        with open(ann_file, encoding="utf-8") as file:
+            lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"expected a list file of 'path label' lines at {ann_file!r}, but: {error}") from None
+    # The label is the last word: paths may hold spaces.
+    split = [(number, line, line.rsplit(maxsplit=1)) for number, line in lines]
+    malformed = [
+        f"line {number}: {line[:60]!r}"
+        for number, line, words in split
+        if len(words) != 2 or not re.fullmatch(r"-?\d+", words[1])
+    ]
+    if malformed:
+        raise InputError(
+            f"expected 'path label' on every line of {ann_file!r}, but {len(malformed)} differ: {some(malformed, 3)}"
+        )
+    if not split:
+        raise InputError(f"expected 'path label' lines in {ann_file!r}, but it is empty")
+    return [words[0] for _, _, words in split], [int(words[1]) for _, _, words in split]
+
+
+@DATASETS.register_module()
+class ListDataset(FileDataset):
+    """Images named in a ``path label`` list file, as ImageNet-LT, Places-LT and iNaturalist-2018 have them.
+
+    Args:
+        ann_file: the list.
+        data_root: what its paths are relative to.
+        rewrite: ``(pattern, replacement)`` for ``re.sub`` on each path, for lists in another style than the folders
+            (Places-LT: ``(r"^data_256/./", "train/")``).
+        options: :class:`LongTailDataset`'s.
+    """
+
+    def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] | None = None, **options) -> None:
+        names, labels = read_list(ann_file)
+        if rewrite is not None:
+            names = [re.sub(rewrite[0], rewrite[1], name) for name in names]
+        paths = [os.path.join(data_root, name) for name in names]
+        super().__init__(paths, labels, where=repr(ann_file), **options)
+
+
+@DATASETS.register_module()
+class FolderDataset(FileDataset):
+    """One folder per class, labels in the folders' alphabetical order.
+
+    Args:
+        data_root: the folder of folders.
+        options: :class:`LongTailDataset`'s.
+    """
+
+    def __init__(self, data_root: str, **options) -> None:
+        if not os.path.isdir(data_root):
+            raise InputError(f"expected a folder with one folder per class at {data_root!r}, but there is none")
+        classes = sorted(entry.name for entry in os.scandir(data_root) if entry.is_dir())
+        found = [
+            (os.path.join(folder, name), label)
+            for label, class_name in enumerate(classes)
+            for folder, _, names in sorted(os.walk(os.path.join(data_root, class_name)))
+            for name in sorted(names)
+            if name.lower().endswith(IMAGE_SUFFIXES)
+        ]
+        options.setdefault("classes", classes)
+        paths, labels = zip(*found, strict=True) if found else ((), ())
+        super().__init__(paths, labels, where=repr(data_root), **options)
+
+
+@DATASETS.register_module()
+class ArrayDataset(LongTailDataset):
+    """Images from a CIFAR-like ``.npz`` file.
+
+    Args:
+        file: holds ``{split}_images`` (N, H, W, 3) or (N, H, W) uint8 and ``{split}_labels`` (N,), and perhaps
+            ``class_names``.
+        split: which of them.
+        options: :class:`LongTailDataset`'s.
+    """
+
+    def __init__(self, file: str, split: str = "train", **options) -> None:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+                if "class_names" in arrays:
+                    options.setdefault("classes", [str(name) for name in arrays["class_names"]])
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            reason = str(error).strip("'\"").splitlines()[0]
+            raise InputError(f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}") from None
+        self._set_images(images, labels, where=repr(file))
+        super().__init__(labels, split=split, where=repr(file), **options)
+
+    def _set_images(self, images, labels, where) -> None:
+        shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+        if images.dtype != np.uint8 or not shaped or len(images) != len(labels):
+            raise InputError(
+                f"expected uint8 images (N, H, W, 3) or (N, H, W) and as many labels in {where}, got {images.dtype} "
+                f"{images.shape} and {len(labels)} labels"
+            )
+        self.images = images
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+
+@DATASETS.register_module()
+class DigitsLT(ArrayDataset):
+    """scikit-learn's bundled handwritten digits (8 x 8, real), made long-tailed: 242 training images, 100 down to 1.
+
+    The test split is balanced, 50 images per class, and shares no image with training.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        seed: permutes which digit is rare, and which images are drawn.
+        options: :class:`LongTailDataset`'s.
+    """
+
+    #: The exponential profile of imbalance 100: int(100 * 0.01 ** (j / 9)).
+    profile = (100, 59, 35, 21, 12, 7, 4, 2, 1, 1)
+    test_per_class = 50
+
+    def __init__(self, split: str = "train", seed: int = 0, **options) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        generator = np.random.default_rng(seed)
+        rank = generator.permutation(10)
+        chosen = []
+        for digit in range(10):
+            indices = generator.permutation(np.flatnonzero(digits.target == digit))
+            first = self.test_per_class if split == "train" else 0
+            count = self.profile[rank[digit]] if split == "train" else self.test_per_class
+            chosen.append(indices[first : first + count])
+        chosen = np.concatenate(chosen)
+        images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        labels = digits.target[chosen]
+        self._set_images(images, labels, where="scikit-learn's digits")
+        options.setdefault("classes", [str(digit) for digit in range(10)])
+        LongTailDataset.__init__(self, labels, split=split, where="scikit-learn's digits", **options)

@@ -1,0 +1,170 @@
+"""What stage two adds to a run: counts, the strict hand-over, the proof, the watch over the confidence, results."""
+
+import hashlib
+import os
+
+import numpy as np
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from disalign import InputError, load_class_counts, load_stage_one
+from disalign.checkpoints import write_json
+from disalign.freezing import fingerprints, frozen_tensors
+
+from .classifiers import DisAlignClassifier
+
+
+def unwrapped(model):
+    """The model itself, not DDP's wrapper."""
+    return model.module if is_model_wrapper(model) else model
+
+
+@HOOKS.register_module()
+class ClassCountsHook(Hook):
+    """Takes the class counts from the training set to the model and the metrics, and keeps them in the checkpoint.
+
+    They lie, with what the model's ``metadata()`` says, under ``meta["disalign"]``.
+    """
+
+    def before_train(self, runner) -> None:
+        model = unwrapped(runner.model)
+        counts = runner.train_dataloader.dataset.class_counts
+        if model.class_counts is not None and model.class_counts.tolist() != counts.tolist():
+            raise InputError(
+                f"expected the training set that this checkpoint was made with ({int(model.class_counts.sum())} images "
+                f"of {len(model.class_counts)} classes), got {int(counts.sum())} of {len(counts)}; start a new run"
+            )
+        model.set_class_counts(counts)
+
+    def before_val(self, runner) -> None:
+        self._tell(runner.model, runner.val_evaluator)
+
+    def before_test(self, runner) -> None:
+        self._tell(runner.model, runner.test_evaluator)
+
+    def _tell(self, model, evaluator) -> None:
+        for metric in evaluator.metrics:
+            if getattr(metric, "class_counts", 0) is None:
+                metric.class_counts = unwrapped(model).class_counts
+
+    def after_load_checkpoint(self, runner, checkpoint) -> None:
+        counts = checkpoint.get("meta", {}).get("disalign", {}).get("class_counts")
+        if counts is not None:
+            unwrapped(runner.model).set_class_counts(load_class_counts(counts))
+
+    def before_save_checkpoint(self, runner, checkpoint) -> None:
+        checkpoint["meta"]["disalign"] = unwrapped(runner.model).metadata()
+
+
+@HOOKS.register_module()
+class PlainCheckpointHook(Hook):
+    """Keeps checkpoints plain, and takes back only whole ones of this very model.
+
+    mmengine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
+    only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
+    """
+
+    def before_save_checkpoint(self, runner, checkpoint) -> None:
+        hub = checkpoint["message_hub"]
+        hub["log_scalars"] = {}
+        hub["runtime_info"] = {
+            key: value.item() if isinstance(value, np.generic) else value for key, value in hub["runtime_info"].items()
+        }
+        hub["resumed_keys"] = {key: kept for key, kept in hub["resumed_keys"].items() if key in hub["runtime_info"]}
+
+    def after_load_checkpoint(self, runner, checkpoint) -> None:
+        model = unwrapped(runner.model).state_dict()
+        loaded = checkpoint.get("state_dict", checkpoint)
+        differing = sorted(
+            name
+            for name in model.keys() | loaded.keys()
+            if name not in model or name not in loaded or model[name].shape != loaded[name].shape
+        )
+        if differing:
+            raise InputError(
+                f"expected a checkpoint of this config's model, but {len(differing)} of {len(model)} tensors differ "
+                f"(first: {differing[0]}); a stage-one file belongs into stage_one=..., and a resumed run into its own "
+                "work_dir"
+            )
+
+
+@HOOKS.register_module()
+class StageOneHook(Hook):
+    """Starts stage two from ``stage_one`` of the config, strictly, and proves at the end that only it was calibrated.
+
+    A resumed run starts from its own checkpoint instead; a stage-one run has nothing to hand over.
+    """
+
+    priority = "HIGH"
+
+    def before_train(self, runner) -> None:
+        model = unwrapped(runner.model)
+        if not isinstance(model, DisAlignClassifier):
+            return
+        if runner.iter == 0:
+            stage_one = runner.cfg.get("stage_one")
+            if not stage_one:
+                raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")
+            report = load_stage_one(model, stage_one, new=model.freeze_report.trainable)
+            runner.logger.info(f"{os.path.basename(stage_one)} (sha256 {_sha256(stage_one)[:12]}): {report}")
+        runner.logger.info(str(model.freeze_report))
+        self._before = fingerprints(frozen_tensors(model, model.trained))
+
+    def after_train(self, runner) -> None:
+        model = unwrapped(runner.model)
+        if not isinstance(model, DisAlignClassifier):
+            return
+        after = fingerprints(frozen_tensors(model, model.trained))
+        changed = [name for name in after if after[name] != self._before[name]]
+        if changed:
+            raise RuntimeError(f"expected frozen tensors to stay bit-identical, but {changed[:5]} changed")
+        runner.logger.info(f"{len(after)} of {len(after)} frozen tensors are bit-identical to stage one's")
+
+
+@HOOKS.register_module()
+class ConfidenceHook(Hook):
+    """Warns when the confidence has collapsed to 0: magnitude and margin then get no gradient (docs/deviations.md).
+
+    Args:
+        threshold: of the batch's mean confidence.
+    """
+
+    def __init__(self, threshold: float = 0.05) -> None:
+        self.threshold = threshold
+        self._warned = False
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        confidence = (outputs or {}).get("confidence_mean")
+        if confidence is None or self._warned or float(confidence) >= self.threshold:
+            return
+        self._warned = True
+        runner.logger.warning(
+            f"the mean confidence fell to {float(confidence):.3f} at iteration {runner.iter + 1}: magnitude and margin "
+            "hardly get gradients any more and stage two may end as stage one; keep "
+            "optim_wrapper.clip_grad=dict(max_norm=1.0), or lower the learning rate or rho"
+        )
+
+
+@HOOKS.register_module()
+class ResultsHook(Hook):
+    """Writes the last evaluation in full, per class, to ``results_{split}.json`` in the work folder."""
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self._write(runner, runner.val_evaluator)
+
+    def after_test_epoch(self, runner, metrics=None) -> None:
+        self._write(runner, runner.test_evaluator)
+
+    @master_only
+    def _write(self, runner, evaluator) -> None:
+        for metric in evaluator.metrics:
+            report = getattr(metric, "report", None)
+            if report:
+                write_json(os.path.join(runner.work_dir, f"results_{report['split']}.json"), report)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,108 @@
+"""The long tail's metric: average, groups, per class; stage two beside stage one."""
+
+import numpy as np
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
+from mmengine.registry import METRICS
+from sklearn.metrics import confusion_matrix
+
+from disalign import group_means, load_class_counts, many_medium_few
+from disalign.splits import percent
+
+COLUMNS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "balanced": "per-class mean",
+    "f1": "macro F1",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+}
+
+
+@METRICS.register_module()
+class LongTailAccuracy(BaseMetric):
+    """Top-1, top-5, class-balanced mean, macro F1, and many/medium/few means of the per-class accuracy.
+
+    Every metric is named after the evaluated split (``test/top1``). A group without an evaluated class is left out of
+    the metrics, null in the JSON and n/a in the table. A stage-two model reports stage one's figures beside its own:
+    the trunk is frozen, so both come from one pass.
+
+    Args:
+        class_counts: training counts, anything :func:`disalign.load_class_counts` takes; default: those that the
+            training set gave, or that the checkpoint keeps.
+        many, few: thresholds of the groups (training images).
+        stage_one: report stage one's figures too.
+    """
+
+    def __init__(self, class_counts=None, many: float = 100, few: float = 20, stage_one: bool = True, **options):
+        super().__init__(**options)
+        self.class_counts = None if class_counts is None else load_class_counts(class_counts)
+        self.many, self.few = many, few
+        self.stage_one = stage_one
+        #: The last evaluation in full, ready for JSON.
+        self.report: dict | None = None
+
+    @property
+    def prefix(self):
+        return (self.dataset_meta or {}).get("split", "val")
+
+    @prefix.setter
+    def prefix(self, _value):
+        """The split names the metrics."""
+
+    def process(self, data_batch, data_samples) -> None:
+        self.results.extend({name: value.cpu().numpy() for name, value in sample.items()} for sample in data_samples)
+
+    def compute_metrics(self, results: list[dict]) -> dict[str, float]:
+        labels = np.stack([result["label"] for result in results])
+        figures = {"figures": self._figures(labels, np.stack([result["top"] for result in results]))}
+        if self.stage_one and "stage_one" in results[0]:
+            figures["stage_one"] = self._figures(labels, np.stack([result["stage_one"] for result in results]))
+        counts = None if self.class_counts is None else self.class_counts.tolist()
+        meta = self.dataset_meta or {}
+        self.report = {
+            "dataset": meta.get("dataset"),
+            "split": self.prefix,
+            "images": len(results),
+            "groups": {"many": f"> {self.many} training images", "few": f"< {self.few}"},
+            "classes": meta.get("classes"),
+            "class_counts": counts,
+            **figures,
+        }
+        print_log(table(self.report), logger="current")
+        own = {name: value for name, value in figures["figures"].items() if isinstance(value, float)}
+        before = figures.get("stage_one", {})
+        return own | {f"stage_one_{name}": before[name] for name in own if name in before}
+
+    def _figures(self, labels: np.ndarray, top: np.ndarray) -> dict:
+        num_classes = len(self.class_counts) if self.class_counts is not None else int(max(labels.max(), top.max())) + 1
+        confusion = confusion_matrix(labels, top[:, 0], labels=np.arange(num_classes)).astype(np.float64)
+        hits, seen, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        accuracy = np.divide(hits, seen, out=np.full(num_classes, np.nan), where=seen > 0)
+        # F1 of the classes that were evaluated: 2 TP / (images + predictions).
+        f1 = np.divide(2 * hits, seen + predicted, out=np.full(num_classes, np.nan), where=seen > 0)
+        groups = dict.fromkeys(("many", "medium", "few"))
+        if self.class_counts is not None:
+            groups = group_means(accuracy, many_medium_few(self.class_counts, self.many, self.few))
+        return {
+            "top1": float(hits.sum() / len(labels)),
+            "top5": float((top == labels[:, None]).any(1).mean()),
+            "balanced": float(np.nanmean(accuracy)),
+            "f1": float(np.nanmean(f1)),
+            **groups,
+            "per_class": [None if np.isnan(value) else float(value) for value in accuracy],
+        }
+
+
+def table(report: dict) -> str:
+    """A report as text: one row, or stage one, DisAlign and the gain."""
+    before, after = report.get("stage_one"), report["figures"]
+    rows = {"": after} if before is None else {"stage one": before, "DisAlign": after}
+    lines = [f"{report['dataset'] or 'dataset'} {report['split']}, {report['images']} images, accuracy in %"]
+    lines.append(" " * 10 + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    lines += [f"{title:<10}" + "".join(f"{percent(row[name]):>16}" for name in COLUMNS) for title, row in rows.items()]
+    if before is not None:
+        gains = ["n/a" if after[name] is None else f"{100 * (after[name] - before[name]):+.1f}" for name in COLUMNS]
+        lines.append(f"{'gain':<10}" + "".join(f"{gain:>16}" for gain in gains))
+    return "\n".join(lines)

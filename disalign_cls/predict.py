@@ -1,0 +1,86 @@
+"""Classify images: python -m disalign_cls.predict CONFIG CHECKPOINT IMAGE [IMAGE ...]
+
+Prints JSON: for each image the five best classes and their softmax scores.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from mmengine.device import get_device
+from mmengine.registry import MODELS
+from PIL import Image
+from tqdm import tqdm
+
+from disalign import InputError, load_file
+from disalign.checkpoints import load_stage_one, write_json
+
+from .cli import command, config_errors, load_config, parser
+from .datasets import IMAGE_SUFFIXES, build_transforms
+
+
+@command
+def main(argv=None):
+    arguments = parser(__doc__, checkpoint="of the config's model")
+    arguments.add_argument("images", nargs="+", help="image files, or folders of them")
+    arguments.add_argument("--out", help="write the JSON to this file rather than to the screen")
+    args = arguments.parse_args(argv)
+    config = load_config(args.config, args.cfg_options)
+    paths = find_images(args.images)
+    checkpoint = load_file(args.checkpoint)
+    with config_errors(config.filename):
+        model = MODELS.build(config.model)
+    load_stage_one(model, checkpoint, new=(), ignorable=())
+    model.to(get_device()).eval()
+    predictions = predict(model, paths, config, class_names(checkpoint))
+    if args.out:
+        write_json(args.out, predictions)
+    else:
+        print(json.dumps(predictions, indent=2))
+
+
+def find_images(given: list[str]) -> list[str]:
+    """The files named, and all images below the folders named, in order."""
+    paths = []
+    for path in map(Path, given):
+        if path.is_dir():
+            paths += sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            paths.append(str(path))
+        else:
+            raise InputError(f"expected image files or folders, but there is no {str(path)!r}")
+    if not paths:
+        raise InputError(f"expected images in {', '.join(given)}, got none")
+    return paths
+
+
+def class_names(checkpoint: dict) -> list[str] | None:
+    """The names that the training set had, if the checkpoint keeps them."""
+    return ((checkpoint.get("meta") or {}).get("dataset_meta") or {}).get("classes")
+
+
+@torch.inference_mode()
+def predict(model, paths: list[str], config, classes: list[str] | None) -> list[dict]:
+    """For each image its path and the five best classes with their scores."""
+    transforms = build_transforms(config.test_dataloader.dataset.get("transforms", ()))
+    mode = "L" if config.model.backbone.get("in_chans", 3) == 1 else "RGB"
+    predictions = []
+    for path in tqdm(paths, unit="image", disable=not sys.stderr.isatty()):
+        try:
+            with Image.open(path) as image:
+                pixels = transforms(image.convert(mode))
+        except OSError as error:
+            raise InputError(f"expected a whole image at {path!r}, but: {error}") from None
+        inputs = model.data_preprocessor({"inputs": pixels[None], "data_samples": None})["inputs"]
+        scores, labels = model(inputs).softmax(1)[0].topk(min(5, model.num_classes))
+        top = [
+            {"label": label, "name": classes[label] if classes else None, "score": score}
+            for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+        predictions.append({"image": path, "top5": top})
+    return predictions
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Train stage one or stage two: python -m disalign_cls.train CONFIG
+
+Stage two starts from the config's stage_one (--cfg-options stage_one=FILE), trains 2K + d + 1 numbers, and prints
+stage one's figures beside its own.
+"""
+
+import sys
+
+from .cli import build_runner, command, config_errors, load_config, parser, resumable, runner_arguments
+
+
+@command
+def main(argv=None):
+    arguments = runner_arguments(parser(__doc__))
+    arguments.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the work folder")
+    args = arguments.parse_args(argv)
+    config = load_config(args.config, args.cfg_options)
+    runner = build_runner(config, args)
+    if args.resume:
+        resumable(runner.work_dir)
+        runner._resume = True
+    with config_errors(config.filename):
+        # Built here, data and all, so that whatever does not fit is said before the first step.
+        _ = runner.train_loop, runner.val_loop
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.train()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
