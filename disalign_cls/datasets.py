@@ -91,6 +91,14 @@ class LongTailDataset(Dataset):
         return {"inputs": self.transforms(self.open(index)), "data_samples": self.labels[index]}
 
 
+class MissingFilesError(InputError):
+    """Images that a list names and that are not there; ``paths`` holds them all."""
+
+    def __init__(self, sentence: str, paths: Sequence[str] = ()) -> None:
+        super().__init__(sentence)
+        self.paths = list(paths)
+
+
 class FileDataset(LongTailDataset):
     """Images in files, checked for existence when it is built."""
 
@@ -99,9 +107,10 @@ class FileDataset(LongTailDataset):
         super().__init__(labels, where=where, **options)
         absent = missing_files(self.paths)
         if absent:
-            raise InputError(
+            raise MissingFilesError(
                 f"expected {len(self.paths)} images named in {where}, but {len(absent)} are missing: {some(absent, 3)}"
-                "; check data_root (and rewrite, if the list uses another path style)"
+                "; check data_root (and rewrite, if the list uses another path style)",
+                absent,
             )
 
     def describe(self, index: int) -> str:

@@ -103,6 +103,7 @@ class StageOneHook(Hook):
         model = unwrapped(runner.model)
         if not isinstance(model, DisAlignClassifier):
             return
+        _refuse_magnitude_decay(model, runner.optim_wrapper.optimizer)
         if runner.iter == 0:
             stage_one = runner.cfg.get("stage_one")
             if not stage_one:
@@ -163,6 +164,16 @@ class ResultsHook(Hook):
             report = getattr(metric, "report", None)
             if report:
                 write_json(os.path.join(runner.work_dir, f"results_{report['split']}.json"), report)
+
+
+def _refuse_magnitude_decay(model, optimizer) -> None:
+    magnitude = model.classifier.calibration.magnitude
+    for group in optimizer.param_groups:
+        if group.get("weight_decay") and any(parameter is magnitude for parameter in group["params"]):
+            raise InputError(
+                "expected no weight decay on the magnitude, whose identity is 1 and not 0; set optim_wrapper."
+                'paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)})'
+            )
 
 
 def _sha256(path: str) -> str:

@@ -29,5 +29,3 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type="LongTailAccuracy")
 test_evaluator = val_evaluator
-val_cfg = dict()
-test_cfg = dict()

@@ -1,0 +1,10 @@
+# DisAlign: CIFAR-10-LT, imbalance 100, ResNet-32, cosine classifier
+#   python -m disalign_cls.train configs/cls/cifar_lt/disalign-cosine_resnet32_1xb128-10e_cifar10-lt.py
+# Stage one: baseline-cosine_resnet32_1xb128-200e_cifar10-lt.py; another file: --cfg-options stage_one=FILE
+# Not in the paper. Ours: not measured yet.
+_base_ = "baseline-cosine_resnet32_1xb128-200e_cifar10-lt.py"
+stage_one = "work_dirs/baseline-cosine_resnet32_1xb128-200e_cifar10-lt/epoch_200.pth"
+model = dict(type="DisAlignClassifier", loss=dict(rho=1.2, reduction="weighted_mean"))
+optim_wrapper = dict(clip_grad=dict(max_norm=1.0))
+param_scheduler = dict(T_max=10)
+train_cfg = dict(max_epochs=10, val_interval=5)

@@ -1,0 +1,53 @@
+"""Check a config's data before training: python -m disalign_cls.check CONFIG
+
+Builds the training, validation and test set, and lists what is missing.
+"""
+
+import sys
+
+from mmengine.registry import DATASETS
+
+from disalign import InputError, many_medium_few
+
+from .cli import command, config_errors, load_config, parser
+from .datasets import MissingFilesError
+
+
+@command
+def main(argv=None):
+    arguments = parser(__doc__)
+    arguments.add_argument("--all", action="store_true", help="list every missing file, not only the first ones")
+    args = arguments.parse_args(argv)
+    config = load_config(args.config, args.cfg_options)
+    faults = [
+        fault
+        for name in ("train", "val", "test")
+        if (fault := check(config, f"{name}_dataloader", args.all)) is not None
+    ]
+    if faults:
+        raise InputError(f"expected complete data, but {len(faults)} of its sets can't be read, see above")
+
+
+def check(config, name: str, list_all: bool) -> str | None:
+    """Print one line on a dataloader's dataset; return the sentence that says what is wrong with it, if anything."""
+    try:
+        with config_errors(config.filename):
+            if config.get(name) is None:
+                raise InputError(f"expected {name} in the config, got none")
+            dataset = DATASETS.build(config[name].dataset)
+    except InputError as error:
+        print(f"{name}: {error}")
+        if list_all and isinstance(error, MissingFilesError):
+            print("\n".join(f"  missing: {path}" for path in error.paths))
+        return str(error)
+    counts = dataset.class_counts
+    groups = ", ".join(f"{group} {int(members.sum())}" for group, members in many_medium_few(counts).items())
+    print(
+        f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} per "
+        f"class; classes by number of images: {groups}"
+    )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
