@@ -117,7 +117,8 @@ class CosineClassifier(nn.Module):
         self.in_features = feature_dim
         self.out_features = num_classes
         self.weight = nn.Parameter(torch.empty(num_classes, feature_dim))
-        nn.init.normal_(self.weight, std=0.01)
+        # Rows of norm 1: the gradient grows with scale / norm, and a start near 0 makes the first steps diverge.
+        nn.init.normal_(self.weight, std=feature_dim**-0.5)
         start = torch.tensor(float(scale))
         if learn_scale:
             self.scale = nn.Parameter(start)

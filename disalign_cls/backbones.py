@@ -16,7 +16,11 @@ def _cifar_resnet(depth: int, in_chans: int = 3) -> nn.Module:
         (BasicBlock,) * 3, widths, repeats, inplanes=16, act_layer=nn.ReLU, norm_layer=nn.BatchNorm2d
     )
     stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
-    return _features(nn.Sequential(stem, *(stage for _, stage in stages)), widths[-1])
+    trunk = nn.Sequential(stem, *(stage for _, stage in stages))
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return _features(trunk, widths[-1])
 
 
 def _small_cnn(in_chans: int = 1) -> nn.Module:
@@ -31,9 +35,6 @@ def _small_cnn(in_chans: int = 1) -> nn.Module:
 def _features(trunk: nn.Sequential, width: int) -> nn.Module:
     trunk.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten())
     trunk.num_features = width
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return trunk
 
 

@@ -39,14 +39,14 @@ def check(config, name: str, list_all: bool) -> str | None:
         print(f"{name}: {error}")
         if list_all and isinstance(error, MissingFilesError):
             print("\n".join(f"  missing: {path}" for path in error.paths))
-        return str(error)
+        return False
     counts = dataset.class_counts
     groups = ", ".join(f"{group} {int(members.sum())}" for group, members in many_medium_few(counts).items())
     print(
-        f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} per "
-        f"class; classes by number of images: {groups}"
+        f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} "
+        f"per class; classes by number of images: {groups}"
     )
-    return None
+    return True
 
 
 if __name__ == "__main__":

@@ -98,7 +98,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def build_runner(config: Config, args) -> Runner:
-    """A Runner for the parsed arguments; on CPUs its processes speak gloo."""
+    """A Runner for the parsed arguments; on CPUs its processes speak gloo.
+
+    Raises:
+        InputError: a config that can't be built, or a ``load_from`` that holds more than plain values.
+    """
+    if config.get("load_from"):
+        load_file(config.load_from)  # mmengine itself would unpickle whatever the file holds
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
     if args.launcher != "none" and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -180,7 +181,13 @@ class ListDataset(FileDataset):
     def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] | None = None, **options) -> None:
         names, labels = read_list(ann_file)
         if rewrite is not None:
-            names = [re.sub(rewrite[0], rewrite[1], name) for name in names]
+            try:
+                pattern, replacement = rewrite
+                names = [re.sub(pattern, replacement, name) for name in names]
+            except (re.error, TypeError, ValueError) as error:
+                raise InputError(
+                    f"expected rewrite to be a pattern and a replacement for re.sub, got {rewrite!r}: {error}"
+                ) from None
         paths = [os.path.join(data_root, name) for name in names]
         super().__init__(paths, labels, where=repr(ann_file), **options)
 
@@ -227,7 +234,7 @@ class ArrayDataset(LongTailDataset):
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
                 if "class_names" in arrays:
                     options.setdefault("classes", [str(name) for name in arrays["class_names"]])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise InputError(f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}") from None
         self._set_images(images, labels, where=repr(file))
@@ -235,10 +242,11 @@ class ArrayDataset(LongTailDataset):
 
     def _set_images(self, images, labels, where) -> None:
         shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
-        if images.dtype != np.uint8 or not shaped or len(images) != len(labels):
+        whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        if images.dtype != np.uint8 or not shaped or not whole:
             raise InputError(
-                f"expected uint8 images (N, H, W, 3) or (N, H, W) and as many labels in {where}, got {images.dtype} "
-                f"{images.shape} and {len(labels)} labels"
+                f"expected uint8 images (N, H, W, 3) or (N, H, W) and N whole labels in {where}, got {images.dtype} "
+                f"{images.shape} and {labels.dtype} {labels.shape}"
             )
         self.images = images
 
@@ -265,6 +273,8 @@ class DigitsLT(ArrayDataset):
     def __init__(self, split: str = "train", seed: int = 0, **options) -> None:
         from sklearn.datasets import load_digits
 
+        if split not in ("train", "test"):
+            raise InputError(f"expected split 'train' or 'test' of the digits, got {split!r}")
         digits = load_digits()
         generator = np.random.default_rng(seed)
         rank = generator.permutation(10)

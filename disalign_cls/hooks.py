@@ -10,7 +10,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from disalign import InputError, load_class_counts, load_stage_one
-from disalign.checkpoints import write_json
+from disalign.checkpoints import state_dict_of, write_json
+from disalign.errors import some
 from disalign.freezing import fingerprints, frozen_tensors
 
 from .classifiers import DisAlignClassifier
@@ -45,9 +46,16 @@ class ClassCountsHook(Hook):
         self._tell(runner.model, runner.test_evaluator)
 
     def _tell(self, model, evaluator) -> None:
+        model = unwrapped(model)
         for metric in evaluator.metrics:
             if getattr(metric, "class_counts", 0) is None:
-                metric.class_counts = unwrapped(model).class_counts
+                metric.class_counts = model.class_counts
+            counts = getattr(metric, "class_counts", None)
+            if counts is not None and len(counts) != model.num_classes:
+                raise InputError(
+                    f"expected one of the metric's class_counts for each of the model's {model.num_classes} classes, "
+                    f"got {len(counts)}"
+                )
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         counts = checkpoint.get("meta", {}).get("disalign", {}).get("class_counts")
@@ -76,7 +84,7 @@ class PlainCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         model = unwrapped(runner.model).state_dict()
-        loaded = checkpoint.get("state_dict", checkpoint)
+        loaded = state_dict_of(checkpoint)
         differing = sorted(
             name
             for name in model.keys() | loaded.keys()
@@ -87,6 +95,12 @@ class PlainCheckpointHook(Hook):
                 f"expected a checkpoint of this config's model, but {len(differing)} of {len(model)} tensors differ "
                 f"(first: {differing[0]}); a stage-one file belongs into stage_one=..., and a resumed run into its own "
                 "work_dir"
+            )
+        broken = [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"expected finite numbers in the checkpoint, but {some(broken)} hold NaN or infinity; use an earlier "
+                "one"
             )
 
 

@@ -63,8 +63,9 @@ def class_names(checkpoint: dict) -> list[str] | None:
 @torch.inference_mode()
 def predict(model, paths: list[str], config, classes: list[str] | None) -> list[dict]:
     """For each image its path and the five best classes with their scores."""
-    transforms = build_transforms(config.test_dataloader.dataset.get("transforms", ()))
-    mode = "L" if config.model.backbone.get("in_chans", 3) == 1 else "RGB"
+    with config_errors(config.filename):
+        transforms = build_transforms(config.test_dataloader.dataset.get("transforms", ()))
+        mode = "L" if config.model.backbone.get("in_chans", 3) == 1 else "RGB"
     predictions = []
     for path in tqdm(paths, unit="image", disable=not sys.stderr.isatty()):
         try:

@@ -6,8 +6,6 @@ the work folder.
 
 import sys
 
-from disalign import load_file
-
 from .cli import build_runner, command, config_errors, load_config, parser, runner_arguments
 
 
@@ -15,7 +13,6 @@ from .cli import build_runner, command, config_errors, load_config, parser, runn
 def main(argv=None):
     args = runner_arguments(parser(__doc__, checkpoint="of the config's model")).parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    load_file(args.checkpoint)
     config.load_from = args.checkpoint
     runner = build_runner(config, args)
     with config_errors(config.filename):

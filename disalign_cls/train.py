@@ -16,13 +16,17 @@ def main(argv=None):
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     runner = build_runner(config, args)
-    if args.resume:
-        resumable(runner.work_dir)
-        runner._resume = True
+    if args.resume or config.get("resume"):
+        # Its own checkpoint, whatever the config's load_from says: mmengine would resume that.
+        runner._resume, runner._load_from = True, resumable(runner.work_dir)
     with config_errors(config.filename):
         # Built here, data and all, so that whatever does not fit is said before the first step.
         _ = runner.train_loop, runner.val_loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+        runner.auto_scale_lr = None  # done
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     runner.train()
 
 

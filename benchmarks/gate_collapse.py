@@ -1,0 +1,93 @@
+"""How often the confidence collapses, with and without gradient clipping.
+
+    python benchmarks/gate_collapse.py CONFIG STAGE_ONE [--rho 1.2 1.5 2.0] [--seeds 6]
+
+CONFIG is a stage-two config. The trunk is frozen and the images are not augmented, so features and scores are computed
+once; then stage two runs on them as the config says (SGD, cosine by epoch), with and without clipping, for the
+confidence layer's start of disalign (zeros) and of torch (uniform). Collapsed: at the end the mean confidence over the
+training set is below 0.05. Prints a table; --out writes JSON.
+"""
+
+import sys
+
+import torch
+from mmengine.registry import DATASETS, MODELS
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from disalign import AdaptiveCalibration, GRWCrossEntropyLoss, load_stage_one
+from disalign.checkpoints import write_json
+from disalign_cls.cli import command, load_config, parser
+
+THRESHOLD = 0.05
+
+
+@torch.inference_mode()
+def cached(config, stage_one):
+    """Features, stage-one scores and labels of the whole training set, and its class counts."""
+    model = MODELS.build(config.model).eval()
+    load_stage_one(model, stage_one, new=model.freeze_report.trainable)
+    dataset = DATASETS.build(dict(config.train_dataloader.dataset, transforms=[]))
+    features, logits, labels = [], [], []
+    for batch in tqdm(DataLoader(dataset, batch_size=500), desc="features", file=sys.stderr):
+        batch = model.data_preprocessor(batch)
+        features.append(model.backbone(batch["inputs"]))
+        logits.append(model.classifier.scores(features[-1])[0])
+        labels.append(batch["data_samples"])
+    return torch.cat(features).clone(), torch.cat(logits).clone(), torch.cat(labels).clone(), dataset.class_counts
+
+
+def final_confidence(data, config, rho, seed, clip, zero_start) -> float:
+    """Mean confidence over the training set after stage two."""
+    features, logits, labels, counts = data
+    torch.manual_seed(seed)
+    calibration = AdaptiveCalibration(logits.shape[1], features.shape[1])
+    if not zero_start:
+        calibration.confidence.reset_parameters()
+    loss = GRWCrossEntropyLoss(counts, rho)
+    options = {key: value for key, value in config.optim_wrapper.optimizer.items() if key != "type"}
+    decayed = [*calibration.confidence.parameters(), calibration.margin]
+    groups = [{"params": decayed}, {"params": [calibration.magnitude], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, **options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.train_cfg.max_epochs)
+    for _ in range(config.train_cfg.max_epochs):
+        for index in torch.randperm(len(labels)).split(config.train_dataloader.batch_size):
+            value = loss(calibration(logits[index], features[index]), labels[index])
+            optimizer.zero_grad()
+            value.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(calibration.parameters(), 1.0)
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return float(calibration.confidence_score(features).mean())
+
+
+@command
+def main(argv=None):
+    arguments = parser(__doc__, stage_one="checkpoint")
+    arguments.add_argument("--rho", type=float, nargs="+", default=[1.2, 1.5, 2.0])
+    arguments.add_argument("--seeds", type=int, default=6)
+    arguments.add_argument("--out", help="JSON")
+    args = arguments.parse_args(argv)
+    config = load_config(args.config, args.cfg_options)
+    torch.set_num_threads(1)
+    data = cached(config, args.stage_one)
+    rows = []
+    for zero_start in (True, False):
+        for rho in args.rho:
+            for clip in (False, True):
+                means = [final_confidence(data, config, rho, seed, clip, zero_start) for seed in range(args.seeds)]
+                collapsed = sum(mean < THRESHOLD for mean in means)
+                rows.append(
+                    {"start": "zeros" if zero_start else "torch", "rho": rho, "clip": clip, "confidence": means}
+                )
+                shown = " ".join(f"{mean:.2f}" for mean in means)
+                clipped = "clipped at 1.0" if clip else "not clipped"
+                print(f"start {rows[-1]['start']:<6} rho {rho:<4} {clipped:<15} {collapsed}/{args.seeds}   {shown}")
+    if args.out:
+        write_json(args.out, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
