@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError, some
+from .unpickling import load_arrays
 
 #: Keys of a stage-one file that stage two has no use for; an adapter may pass its own list.
 IGNORABLE = ("*.num_batches_tracked", "auxiliary_head.*", "pixel_*", "*anchor*")
@@ -46,38 +47,11 @@ def write_json(path, value) -> None:
         file.write(text + "\n")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays in builtin containers, and nothing that could run code."""
-
-    _numpy = {
-        (module, name)
-        for core in ("numpy.core", "numpy._core")
-        for module, name in (
-            (f"{core}.multiarray", "_reconstruct"),
-            (f"{core}.multiarray", "scalar"),
-            (f"{core}.numeric", "_frombuffer"),
-        )
-    } | {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self._numpy:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _as_tensors(value):
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, Mapping):
-        return {key: _as_tensors(item) for key, item in value.items()}
-    return value
-
-
 def load_file(path) -> dict:
     """Read a checkpoint without ever running code from it.
 
-    Torch files are read with ``weights_only``; a ``.pkl`` of numpy arrays (Detectron2's model zoo) by an unpickler that
-    knows arrays and builtin containers only. Which of the two is told from the content, not from the name.
+    Torch files are read with ``weights_only``; a ``.pkl`` of numpy arrays (Detectron2's model zoo) by
+    :func:`disalign.unpickling.load_arrays`. Which of the two is told from the content, not from the name.
 
     Args:
         path: the file.
@@ -90,17 +64,19 @@ def load_file(path) -> dict:
     """
     path = os.fspath(path)
     try:
-        if zipfile.is_zipfile(path) or not path.endswith(".pkl"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-        with open(path, "rb") as file:
-            return _as_tensors(_ArrayUnpickler(file, encoding="latin1").load())
+        if path.endswith(".pkl") and not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                content = load_arrays(file)
+            if content != torch.serialization.MAGIC_NUMBER:
+                return content
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"expected a checkpoint at {path!r}, but there is no such file") from None
     except pickle.UnpicklingError as error:
         raise InputError(
             f"expected only tensors and plain values in {path!r}, but {_what_else(path, error)}; {_REFUSED}"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:  # a broken file can break a reader anywhere
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"expected a checkpoint at {path!r}, but it can't be read ({reason}); is it truncated or of another format?"
@@ -108,10 +84,11 @@ def load_file(path) -> dict:
 
 
 def _what_else(path, error):
-    try:
+    if zipfile.is_zipfile(path):
         return f"it also holds {some(torch.serialization.get_unsafe_globals_in_checkpoint(path))}"
-    except (RuntimeError, ValueError, AttributeError):
-        return str(error).splitlines()[0]
+    # torch's own words advise to switch weights_only off; ours keep the name it found.
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it also holds {found[1]}" if found else str(error).splitlines()[0]
 
 
 def state_dict_of(checkpoint) -> dict[str, Tensor]:
@@ -124,7 +101,7 @@ def state_dict_of(checkpoint) -> dict[str, Tensor]:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     tensors = (
-        {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+        {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
         if isinstance(checkpoint, Mapping)
         else {}
     )
@@ -197,6 +174,7 @@ def load_stage_one(
             f"expected tensors of this model's shapes{where}, but {len(misshaped)} differ: {some(misshaped)}; is it "
             "trained for another number of classes or another width?"
         )
+    ignorable = tuple(ignorable)
     surplus = [name for name in source if name not in target]
     unknown = [name for name in surplus if not any(fnmatchcase(name, pattern) for pattern in ignorable)]
     if unknown:

@@ -91,15 +91,17 @@ def _in_label_order(mapping):
 def _from_values(values):
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        numbers = array.astype(np.float64)
     except (TypeError, ValueError):
         raise InputError(f"expected one number per class, got {type(values).__name__} that is none") from None
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"expected one number per class, got {type(values).__name__} of {array.dtype}")
     if array.ndim != 1 or array.size == 0:
         raise InputError(f"expected one count per class, got an array of shape {array.shape}")
-    bad = np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0) & (numbers == np.floor(numbers))))
-    if bad.size or array.dtype == bool:
+    numbers = array.astype(np.float64)
+    whole = (numbers >= 0) & (numbers < 2**63) & (numbers == np.floor(numbers)) & (array.dtype.kind != "b")
+    bad = np.flatnonzero(~whole)
+    if bad.size:
         raise InputError(
-            f"expected counts that are whole numbers >= 0, got {some(array[bad].tolist() or ['booleans'])} "
-            f"at class {some(bad.tolist() or [0])}"
+            f"expected counts that are whole numbers >= 0, got {some(array[bad].tolist())} at class {some(bad)}"
         )
     return torch.from_numpy(array.astype(np.int64))

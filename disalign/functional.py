@@ -39,7 +39,7 @@ def calibrate(
         (N, C, *) calibrated scores, in the dtype that the inputs promote to.
 
     Raises:
-        InputError: the number of classes and the lengths of magnitude and margin do not fit.
+        InputError: shapes that do not fit.
     """
     k = logits.shape[1] if num_calibrated is None else num_calibrated
     if magnitude.shape != (k,) or margin.shape != (k,) or k > logits.shape[1]:
@@ -47,11 +47,17 @@ def calibrate(
             f"expected magnitude and margin of length {k} for logits of shape {tuple(logits.shape)}, got "
             f"{tuple(magnitude.shape)} and {tuple(margin.shape)}; give num_calibrated if only leading classes are meant"
         )
+    if confidence.shape != (logits.shape[0], 1, *logits.shape[2:]):
+        raise InputError(
+            f"expected a confidence of shape {(logits.shape[0], 1, *logits.shape[2:])} for logits of shape "
+            f"{tuple(logits.shape)}, got {tuple(confidence.shape)}"
+        )
     result = torch.promote_types(torch.promote_types(logits.dtype, magnitude.dtype), confidence.dtype)
     precise = torch.promote_types(result, torch.float32)
     per_class = (1, k) + (1,) * (logits.dim() - 2)
     z = logits[:, :k].to(precise)
-    shift = (magnitude.to(precise) - 1).view(per_class) * z + margin.to(precise).view(per_class)
+    # a - (0 - b) is a + b, and leaves a negative zero as it is.
+    shift = (magnitude.to(precise) - 1).view(per_class) * z - (0 - margin.to(precise)).view(per_class)
     calibrated = (z + confidence.to(precise) * shift).to(result)
     if k == logits.shape[1]:
         return calibrated
@@ -111,6 +117,22 @@ def generalized_reweight(
     return weights.float()
 
 
+def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> None:
+    """Refuse labels outside [0, num_classes) that are not ``ignore_index``; on the CPU only, where the check is free.
+
+    Raises:
+        InputError: there are such labels.
+    """
+    if target.device.type != "cpu":
+        return
+    wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise InputError(
+            f"expected labels in [0, {num_classes}) or ignore_index {ignore_index}, got {some(wrong.tolist())}; "
+            "check the annotations or the number of classes"
+        )
+
+
 def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index: int = -100) -> Tensor:
     """What :func:`grw_cross_entropy` divides the summed loss by.
 
@@ -122,7 +144,11 @@ def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index
 
     Returns:
         A scalar of weight's dtype; 0 if nothing is valid.
+
+    Raises:
+        InputError: see :func:`check_labels`.
     """
+    check_labels(target, len(weight), ignore_index)
     valid = target[target != ignore_index]
     if reduction == "mean":
         return torch.as_tensor(valid.numel(), dtype=weight.dtype, device=weight.device)
@@ -153,8 +179,7 @@ def grw_cross_entropy(
         A scalar, or (N, *) for ``"none"``. An empty or all-ignored batch gives 0 with zero gradients.
 
     Raises:
-        InputError: an unknown reduction, a weight of wrong length, or (on CPU, where the check is free) a label outside
-            [0, K) that is not ``ignore_index``.
+        InputError: an unknown reduction, a weight of wrong length, or a wrong label (see :func:`check_labels`).
     """
     num_classes = logits.shape[1]
     if reduction not in REDUCTIONS:
@@ -164,13 +189,7 @@ def grw_cross_entropy(
             f"expected {num_classes} class weights for logits of shape {tuple(logits.shape)}, got "
             f"{tuple(weight.shape)}; do the class counts belong to this dataset?"
         )
-    if target.device.type == "cpu":
-        wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
-        if wrong.numel():
-            raise InputError(
-                f"expected labels in [0, {num_classes}) or ignore_index {ignore_index}, got {some(wrong.tolist())}; "
-                "check the annotations or the number of classes"
-            )
+    check_labels(target, num_classes, ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weight = weight.to(logits.dtype)
     losses = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index, reduction="none")
@@ -181,4 +200,6 @@ def grw_cross_entropy(
     if denominator is None:
         denominator = grw_denominator(target, weight, reduction, ignore_index)
     denominator = torch.as_tensor(denominator, dtype=losses.dtype, device=losses.device)
-    return losses.sum() / torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    # Weights so small that their inverse overflows count as none.
+    something = denominator > torch.finfo(losses.dtype).tiny
+    return losses.sum() / torch.where(something, denominator, torch.ones_like(denominator))

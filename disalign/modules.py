@@ -51,7 +51,8 @@ class AdaptiveCalibration(nn.Module):
         self._register("margin", torch.zeros(num_classes), margin)
         self.confidence: nn.Module | None = None
         if confidence == "learnt":
-            self.confidence = nn.Conv2d(feature_dim, 1, 1) if spatial else nn.Linear(feature_dim, 1)
+            layer = (nn.Conv2d, feature_dim, 1, 1) if spatial else (nn.Linear, feature_dim, 1)
+            self.confidence = nn.utils.skip_init(*layer)
             nn.init.zeros_(self.confidence.weight)
             nn.init.zeros_(self.confidence.bias)
         self._last_confidence: Tensor | None = None
@@ -109,8 +110,8 @@ class CosineClassifier(nn.Module):
     Shapes: features (N, d); returns (N, K).
     """
 
-    # Norms below this count as it: 1 / 1e-5 is still finite in every dtype's gradient, 1 / 1e-12 is not.
-    eps = 1e-5
+    # Norms below this count as it. The gradient there is up to scale / eps, which fp16 must still hold.
+    eps = 1e-3
 
     def __init__(self, feature_dim: int, num_classes: int, scale: float = 20.0, learn_scale: bool = True) -> None:
         super().__init__()
@@ -179,7 +180,8 @@ def calibrate_classifier(classifier: nn.Module, **options) -> nn.Module:
             f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, got "
             f"{type(classifier).__name__}; for your own, derive a class from disalign.Calibrated and it"
         )
-    calibration = AdaptiveCalibration(classifier.out_features, classifier.in_features, **options)
+    num_classes = classifier.out_features - options.get("passthrough", 0)
+    calibration = AdaptiveCalibration(num_classes, classifier.in_features, **options)
     classifier.__class__ = calibrated
     classifier.calibration = calibration.to(classifier.weight.device)
     return classifier
@@ -229,16 +231,17 @@ def wrap_classifier(
         InputError: the classifier is not found, is of another type, or does not fit the counts.
     """
     loss = GRWCrossEntropyLoss(class_counts, rho, reduction)
-    name = find_classifier(model, len(loss.class_counts)) if classifier is None else classifier
+    outputs = len(loss.class_counts)
+    name = find_classifier(model, outputs) if classifier is None else classifier
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise InputError(
             f"expected the name of a module as classifier, got {name!r}; see model.named_modules()"
         ) from None
-    if getattr(layer, "out_features", None) not in (None, len(loss.class_counts)):
+    if getattr(layer, "out_features", outputs) != outputs:
         raise InputError(
-            f"expected one count for each of the {layer.out_features} classes, got {len(loss.class_counts)}; "
+            f"expected one count for each of the {layer.out_features} classes, got {outputs}; "
             "do the class counts belong to this model?"
         )
     calibrate_classifier(layer, **options)

@@ -19,17 +19,13 @@ def main(argv=None):
     arguments.add_argument("--all", action="store_true", help="list every missing file, not only the first ones")
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    faults = [
-        fault
-        for name in ("train", "val", "test")
-        if (fault := check(config, f"{name}_dataloader", args.all)) is not None
-    ]
-    if faults:
-        raise InputError(f"expected complete data, but {len(faults)} of its sets can't be read, see above")
+    complete = [check(config, f"{name}_dataloader", args.all) for name in ("train", "val", "test")]
+    if not all(complete):
+        raise InputError(f"expected complete data, but {complete.count(False)} of its sets can't be read, see above")
 
 
-def check(config, name: str, list_all: bool) -> str | None:
-    """Print one line on a dataloader's dataset; return the sentence that says what is wrong with it, if anything."""
+def check(config, name: str, list_all: bool) -> bool:
+    """Print one line on a dataloader's dataset, or on what is wrong with it; return whether it is complete."""
     try:
         with config_errors(config.filename):
             if config.get(name) is None:
@@ -41,10 +37,12 @@ def check(config, name: str, list_all: bool) -> str | None:
             print("\n".join(f"  missing: {path}" for path in error.paths))
         return False
     counts = dataset.class_counts
-    groups = ", ".join(f"{group} {int(members.sum())}" for group, members in many_medium_few(counts).items())
+    thresholds = {key: value for key, value in config.get("val_evaluator", {}).items() if key in ("many", "few")}
+    groups = many_medium_few(counts, **thresholds).items()
+    groups = ", ".join(f"{group} {int(members.sum())}" for group, members in groups)
     print(
         f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} "
-        f"per class; classes by number of images: {groups}"
+        f"per class; {groups} classes"
     )
     return True
 

@@ -173,8 +173,8 @@ class ListDataset(FileDataset):
     Args:
         ann_file: the list.
         data_root: what its paths are relative to.
-        rewrite: ``(pattern, replacement)`` for ``re.sub`` on each path, for lists in another style than the folders
-            (Places-LT: ``(r"^data_256/./", "train/")``).
+        rewrite: ``[pattern, replacement, pattern, replacement, ...]`` for ``re.sub`` on each path, one pair after the
+            other, for lists in another style than the folders (docs/datasets.md, Places-LT).
         options: :class:`LongTailDataset`'s.
     """
 
@@ -194,17 +194,25 @@ class ListDataset(FileDataset):
 
 @DATASETS.register_module()
 class FolderDataset(FileDataset):
-    """One folder per class, labels in the folders' alphabetical order.
+    """One folder per class.
 
     Args:
         data_root: the folder of folders.
+        classes: the folders' names in the order of the labels; default: those found, in alphabetical order.
         options: :class:`LongTailDataset`'s.
+
+    Raises:
+        InputError: no such folder, or a folder that ``classes`` does not name.
     """
 
-    def __init__(self, data_root: str, **options) -> None:
+    def __init__(self, data_root: str, classes: Sequence[str] | None = None, **options) -> None:
         if not os.path.isdir(data_root):
             raise InputError(f"expected a folder with one folder per class at {data_root!r}, but there is none")
-        classes = sorted(entry.name for entry in os.scandir(data_root) if entry.is_dir())
+        folders = sorted(entry.name for entry in os.scandir(data_root) if entry.is_dir())
+        classes = folders if classes is None else list(classes)
+        unknown = [folder for folder in folders if folder not in classes]
+        if unknown:
+            raise InputError(f"expected only folders named in classes in {data_root!r}, got {some(unknown)}")
         found = [
             (os.path.join(folder, name), label)
             for label, class_name in enumerate(classes)
@@ -212,9 +220,8 @@ class FolderDataset(FileDataset):
             for name in sorted(names)
             if name.lower().endswith(IMAGE_SUFFIXES)
         ]
-        options.setdefault("classes", classes)
         paths, labels = zip(*found, strict=True) if found else ((), ())
-        super().__init__(paths, labels, where=repr(data_root), **options)
+        super().__init__(paths, labels, where=repr(data_root), classes=classes, **options)
 
 
 @DATASETS.register_module()
@@ -235,7 +242,7 @@ class ArrayDataset(LongTailDataset):
                 if "class_names" in arrays:
                     options.setdefault("classes", [str(name) for name in arrays["class_names"]])
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            reason = str(error).strip("'\"").splitlines()[0]
+            reason = str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]
             raise InputError(f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}") from None
         self._set_images(images, labels, where=repr(file))
         super().__init__(labels, split=split, where=repr(file), **options)

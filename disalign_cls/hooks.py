@@ -29,25 +29,41 @@ class ClassCountsHook(Hook):
     They lie, with what the model's ``metadata()`` says, under ``meta["disalign"]``.
     """
 
+    def __init__(self) -> None:
+        self._classes = None
+
     def before_train(self, runner) -> None:
         model = unwrapped(runner.model)
-        counts = runner.train_dataloader.dataset.class_counts
+        dataset = runner.train_dataloader.dataset
+        counts = dataset.class_counts
         if model.class_counts is not None and model.class_counts.tolist() != counts.tolist():
             raise InputError(
                 f"expected the training set that this checkpoint was made with ({int(model.class_counts.sum())} images "
                 f"of {len(model.class_counts)} classes), got {int(counts.sum())} of {len(counts)}; start a new run"
             )
         model.set_class_counts(counts)
+        self._classes = dataset.metainfo["classes"]
+        if runner.val_loop is not None:
+            self._tell(model, runner.val_loop)
 
     def before_val(self, runner) -> None:
-        self._tell(runner.model, runner.val_evaluator)
+        self._tell(unwrapped(runner.model), runner.val_loop)
 
     def before_test(self, runner) -> None:
-        self._tell(runner.model, runner.test_evaluator)
+        self._tell(unwrapped(runner.model), runner.test_loop)
 
-    def _tell(self, model, evaluator) -> None:
-        model = unwrapped(model)
-        for metric in evaluator.metrics:
+    def _tell(self, model, loop) -> None:
+        dataset = loop.dataloader.dataset
+        evaluated = dataset.metainfo["classes"]
+        if self._classes and evaluated and self._classes != evaluated:
+            differing = next(
+                (pair for pair in zip(self._classes, evaluated, strict=False) if pair[0] != pair[1]), "some"
+            )
+            raise InputError(
+                f"expected the classes of the training set in the {dataset.metainfo['split']} set too, but {differing} "
+                "differ; give both the same classes=[...], in the same order"
+            )
+        for metric in loop.evaluator.metrics:
             if getattr(metric, "class_counts", 0) is None:
                 metric.class_counts = model.class_counts
             counts = getattr(metric, "class_counts", None)
@@ -58,9 +74,11 @@ class ClassCountsHook(Hook):
                 )
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
-        counts = checkpoint.get("meta", {}).get("disalign", {}).get("class_counts")
+        meta = checkpoint.get("meta", {})
+        counts = meta.get("disalign", {}).get("class_counts")
         if counts is not None:
             unwrapped(runner.model).set_class_counts(load_class_counts(counts))
+        self._classes = (meta.get("dataset_meta") or {}).get("classes")
 
     def before_save_checkpoint(self, runner, checkpoint) -> None:
         checkpoint["meta"]["disalign"] = unwrapped(runner.model).metadata()

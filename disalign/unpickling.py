@@ -1,0 +1,99 @@
+"""Reads a pickle of numpy arrays (Detectron2's model zoo) without letting the file call anything.
+
+The names that such a pickle asks for get stand-ins below; any other name is refused. numpy's own are not safe: its
+dtype takes flags from the file that make it follow numbers as pointers.
+"""
+
+import pickle
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+
+class _Dtype:
+    """For ``numpy.dtype``: the code and the byte order of a plain number, nothing else from the file."""
+
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(code if isinstance(code, str) else "O")
+        if self.dtype.kind not in "biufc":
+            raise pickle.UnpicklingError(f"it holds an array of {self.dtype}")
+
+    def __setstate__(self, state):
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """For ``numpy.ndarray``, built from its bytes."""
+
+    def __init__(self, *_):
+        self.array = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        self.array = _from_buffer(data, dtype, shape, "F" if fortran else "C").array
+
+
+def _from_buffer(data, dtype, shape, order):
+    whole = _Array()
+    data = data.encode("latin1") if isinstance(data, str) else data
+    whole.array = np.frombuffer(data, dtype.dtype).reshape(shape, order=order).astype(dtype.dtype.newbyteorder("="))
+    return whole
+
+
+def _scalar(dtype, data):
+    return _from_buffer(data, dtype, (), "C").array.item()
+
+
+def _encode(text, encoding):
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds text to encode as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes():
+    """Protocol 2 writes ``b""`` as a call of ``bytes``."""
+    return b""
+
+
+class _Unpickler(pickle.Unpickler):
+    stand_ins = {
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "scalar"): _scalar,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("collections", "OrderedDict"): dict,
+        ("_codecs", "encode"): _encode,
+        ("builtins", "bytes"): _no_bytes,
+        ("__builtin__", "bytes"): _no_bytes,
+    }
+
+    def find_class(self, module, name):
+        try:
+            return self.stand_ins[module.replace("numpy.core", "numpy._core"), name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}") from None
+
+
+def load_arrays(file):
+    """Unpickle numpy arrays of numbers, plain values and builtin containers from a binary file.
+
+    Returns:
+        What the file holds, arrays as tensors.
+
+    Raises:
+        pickle.UnpicklingError: it holds anything else; nothing of it was called.
+    """
+    return _as_tensors(_Unpickler(file, encoding="latin1").load())
+
+
+def _as_tensors(value):
+    if isinstance(value, _Array):
+        return torch.from_numpy(value.array)
+    if isinstance(value, Mapping):
+        return {key: _as_tensors(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_as_tensors, value))
+    return value

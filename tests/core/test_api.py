@@ -1,0 +1,89 @@
+"""The public surface, and that torch and numpy are all it takes."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import disalign
+
+PUBLIC = [
+    "AdaptiveCalibration",
+    "Calibrated",
+    "CalibratedCosineClassifier",
+    "CalibratedLinear",
+    "CosineClassifier",
+    "FreezeReport",
+    "GRWCrossEntropyLoss",
+    "HandOver",
+    "InputError",
+    "assert_frozen",
+    "calibrate",
+    "calibrate_classifier",
+    "freeze_except",
+    "frequent_common_rare",
+    "generalized_reweight",
+    "group_means",
+    "grw_cross_entropy",
+    "head_body_tail",
+    "load_class_counts",
+    "load_file",
+    "load_stage_one",
+    "many_medium_few",
+    "wrap_classifier",
+]
+
+IMPORTS = """
+import json, sys
+import numpy, torch
+before = set(sys.modules)
+import disalign
+print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """Modules in a fresh interpreter after torch and numpy, and those that disalign adds."""
+    environment = os.environ | {"PYTHONPATH": str(Path(disalign.__file__).parents[1])}
+    output = subprocess.check_output([sys.executable, "-c", IMPORTS], env=environment)
+    before, added = json.loads(output)
+    return set(before), set(added)
+
+
+@pytest.mark.parametrize("framework", ["mmengine", "mmcv", "mmseg", "timm", "torchvision", "detectron2"])
+def test_importing_disalign_imports_no_framework(imported, framework):
+    before, added = imported
+    assert framework not in before | added
+
+
+def test_importing_disalign_adds_only_torch_numpy_and_the_standard_library(imported):
+    allowed = {"disalign", "torch", "numpy"} | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in imported[1]} <= allowed
+
+
+def test_the_public_names_are_these():
+    assert sorted(disalign.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring(name):
+    public = getattr(disalign, name)
+    assert inspect.getdoc(public)
+    # A dataclass without one gets its signature.
+    assert not public.__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isclass(getattr(disalign, name))])
+def test_every_public_method_has_a_docstring(name):
+    members = vars(getattr(disalign, name)).items()
+    bare = [key for key, value in members if inspect.isfunction(value) and key[0] != "_" and not value.__doc__]
+    assert set(bare) <= {"forward", "extra_repr"}  # torch documents these
+
+
+def test_input_error_is_a_value_error():
+    assert issubclass(disalign.InputError, ValueError)

@@ -1,0 +1,409 @@
+"""Files that can't run code, and a hand-over that is complete or refused."""
+
+import collections
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import disalign
+from core.models import COUNTS, SmallCNN
+from disalign import InputError, load_file, load_stage_one, wrap_classifier
+from disalign.checkpoints import atomic_file, state_dict_of, write_json
+from disalign.freezing import fingerprints
+
+NEW = tuple(f"fc.calibration.{part}" for part in ("magnitude", "margin", "confidence.weight", "confidence.bias"))
+
+
+def stage_two(kind="linear"):
+    return wrap_classifier(SmallCNN(kind), COUNTS)[0]
+
+
+def stage_one(kind="linear"):
+    model = SmallCNN(kind)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(1)
+    return model.state_dict()
+
+
+def refused(model, checkpoint, match, **options):
+    """It is refused with this sentence, and the model is the same to the bit."""
+    before = fingerprints(model.state_dict())
+    with pytest.raises(InputError, match=match):
+        load_stage_one(model, checkpoint, **options)
+    assert fingerprints(model.state_dict()) == before
+
+
+# ------------------------------------------------------------------------------------------------ load_stage_one
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_every_frozen_tensor_is_loaded_and_the_calibration_stays_at_the_identity(kind):
+    model, source = stage_two(kind), stage_one(kind)
+    done = load_stage_one(model, source)
+    assert set(done.loaded) == set(source)
+    assert done.new == NEW
+    assert done.ignored == ()
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in source.items())
+    assert (model.fc.calibration.magnitude == 1).all()
+    assert (model.fc.calibration.margin == 0).all()
+
+
+def test_the_message_counts_the_frozen_tensors():
+    message = str(load_stage_one(stage_two(), stage_one()))
+    assert message == f"loaded 11 of 11 frozen tensors; new, starting at the identity: {', '.join(NEW)}"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 90},
+        lambda state: {"model": state},
+        lambda state: {"state_dict": {"model": state}},
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+        lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+        lambda state: state | {"__author__": "somebody"},
+    ],
+    ids=["state_dict", "model", "both", "DDP", "DDP in state_dict", "a note beside"],
+)
+def test_the_usual_wrappings_are_opened(wrap):
+    model, source = stage_two(), stage_one()
+    load_stage_one(model, wrap(source))
+    assert torch.equal(model.conv.weight, source["conv.weight"])
+
+
+def test_a_file_is_loaded_as_well(tmp_path):
+    model, source = stage_two(), stage_one()
+    torch.save(source, tmp_path / "one.pth")
+    assert len(load_stage_one(model, tmp_path / "one.pth").loaded) == len(source)
+    assert torch.equal(model.conv.weight, source["conv.weight"])
+
+
+@pytest.mark.parametrize("name", SmallCNN().state_dict())
+def test_any_missing_tensor_is_refused(name):
+    source = stage_one()
+    del source[name]
+    refused(stage_two(), source, f"expected all 11 frozen tensors, but 1 are missing: {name}; is it")
+
+
+@pytest.mark.parametrize("name", SmallCNN().state_dict())
+def test_any_misshaped_tensor_is_refused(name):
+    source = stage_one()
+    source[name] = torch.zeros(2, 9)
+    refused(stage_two(), source, rf"but 1 differ: {name} \(\[2, 9\], not \[.*\]\); is it trained for another")
+
+
+def test_a_tensor_of_the_same_size_but_another_shape_is_refused():
+    source = stage_one()
+    source["fc.weight"] = source["fc.weight"].T
+    refused(stage_two(), source, r"fc\.weight \(\[6, 5\], not \[5, 6\]\)")
+
+
+def test_an_unexpected_tensor_is_refused():
+    refused(stage_two(), stage_one() | {"fc2.weight": torch.ones(2)}, r"no tensors beyond .* got 1: fc2\.weight; is it")
+
+
+@pytest.mark.parametrize(("kind", "other"), [("linear", "cosine"), ("cosine", "linear")])
+def test_the_other_type_of_classifier_is_refused(kind, other):
+    refused(stage_two(kind), stage_one(other), r"1 are missing: fc\.(scale|bias)")
+
+
+def test_the_short_list_of_ignorable_tensors_is_named_in_the_report():
+    surplus = ("auxiliary_head.conv.weight", "pixel_mean", "old_bn.num_batches_tracked", "rpn.anchor_generator.cells")
+    done = load_stage_one(stage_two(), stage_one() | dict.fromkeys(surplus, torch.ones(1)))
+    assert done.ignored == surplus
+    assert str(done).endswith(f"; not needed: {', '.join(surplus)}")
+
+
+def test_the_ignorable_list_is_an_argument():
+    source = stage_one() | {"ema.weight": torch.ones(1)}
+    assert load_stage_one(stage_two(), source, ignorable=["ema.*"]).ignored == ("ema.weight",)
+    refused(stage_two(), source | {"pixel_mean": torch.ones(1)}, "pixel_mean", ignorable=["ema.*"])
+
+
+def test_an_ignorable_tensor_that_the_model_needs_is_still_needed():
+    source = stage_one()
+    del source["bn.num_batches_tracked"]
+    refused(stage_two(), source, "missing: bn.num_batches_tracked")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["conv.weight", "bn.running_var"])
+def test_a_tensor_that_is_not_finite_is_refused(name, value):
+    source = stage_one()
+    source[name].view(-1)[-1] = value
+    refused(stage_two(), source, f"finite numbers, but {name} hold NaN or infinity; use an earlier one")
+
+
+def test_a_stage_two_checkpoint_is_refused():
+    source = stage_two().state_dict()
+    refused(stage_two(), source, r"expected a stage-one checkpoint, but it already holds a calibration \(fc\.calib")
+
+
+def test_the_new_tensors_may_be_named():
+    done = load_stage_one(SmallCNN(), {k: v for k, v in stage_one().items() if k != "fc.bias"}, new=["fc.bias"])
+    assert done.new == ("fc.bias",)
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [{}, {"epoch": 3}, {"model": {}}, [1, 2], {"state_dict": {"a": "b"}}, {0: "a"}], ids=str
+)
+def test_a_checkpoint_without_tensors_is_refused(checkpoint):
+    refused(stage_two(), checkpoint, "expected a state dict of tensors in the checkpoint, got none")
+
+
+def test_tensors_without_names_are_refused():
+    refused(stage_two(), {0: torch.ones(1)}, "expected")
+
+
+def test_module_is_stripped_only_if_every_name_has_it():
+    kept = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    assert set(state_dict_of(kept)) == set(kept)
+
+
+def test_a_refused_file_is_named(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
+    refused(stage_two(), tmp_path / "other.pth", r"frozen tensors in '.*other\.pth', but 11 are missing: conv\.weight")
+
+
+# ----------------------------------------------------------------------------------------------------- load_file
+
+ARRAYS = {
+    "model": collections.OrderedDict(
+        weight=np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),
+        transposed=np.arange(6.0).reshape(2, 3).T,
+        steps=np.array(7),
+        half=np.ones((1, 3), np.float16),
+        mask=np.array([True, False]),
+    ),
+    "lr": np.float32(0.5),
+    "epoch": np.int64(3),
+    "matching_heuristics": True,
+    "__author__": "somebody",
+}
+
+
+def save(path, value, kind):
+    if kind == "torch zip":
+        torch.save(value, path)
+    elif kind == "torch legacy":
+        torch.save(value, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps(value, protocol=int(kind[-1])))
+
+
+@pytest.mark.parametrize("kind", ["torch zip", "torch legacy"])
+def test_torch_files_are_read(tmp_path, kind):
+    save(tmp_path / "a.pth", {"state_dict": {"w": torch.arange(3.0)}, "epoch": 3}, kind)
+    found = load_file(tmp_path / "a.pth")
+    assert found["epoch"] == 3
+    assert torch.equal(found["state_dict"]["w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("kind", ["torch zip", "torch legacy"])
+def test_a_torch_file_called_pkl_is_read_as_what_it_is(tmp_path, kind):
+    save(tmp_path / "a.pkl", {"w": torch.arange(3.0)}, kind)
+    assert torch.equal(load_file(tmp_path / "a.pkl")["w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickled_arrays_are_read_as_tensors(tmp_path, protocol):
+    save(tmp_path / "a.pkl", ARRAYS, f"protocol {protocol}")
+    found = load_file(str(tmp_path / "a.pkl"))
+    assert set(found["model"]) == set(ARRAYS["model"])
+    for name, array in ARRAYS["model"].items():
+        tensor = found["model"][name]
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    assert (found["lr"], found["epoch"], found["__author__"]) == (0.5, 3, "somebody")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_an_empty_array_is_read(tmp_path, protocol):
+    save(tmp_path / "a.pkl", {"w": np.zeros((0, 3))}, f"protocol {protocol}")
+    assert load_file(tmp_path / "a.pkl")["w"].shape == (0, 3)
+
+
+def test_arrays_pickled_by_an_older_numpy_are_read(tmp_path):
+    # numpy 2 renamed numpy.core; the files of Detectron2's zoo were written before.
+    old = pickle.dumps(ARRAYS, protocol=2).replace(b"numpy._core", b"numpy.core")
+    assert b"numpy.core" in old
+    (tmp_path / "a.pkl").write_bytes(old)
+    np.testing.assert_array_equal(load_file(tmp_path / "a.pkl")["model"]["weight"].numpy(), ARRAYS["model"]["weight"])
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
+def test_a_missing_file_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=rf"expected a checkpoint at '.*{name}', but there is no such file"):
+        load_file(tmp_path / name)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="expected a checkpoint at"):
+        load_file(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["torch zip", "torch legacy", "protocol 2", "protocol 5"])
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, kind):
+    path = tmp_path / ("a.pkl" if kind.startswith("protocol") else "a.pth")
+    save(path, ARRAYS if path.suffix == ".pkl" else {"w": torch.arange(3.0)}, kind)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 200)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="expected"):
+            load_file(path)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
+@pytest.mark.parametrize("content", [b"not a checkpoint", b"<html>404</html>", b"PK\x03\x04 broken", b"\x80\x04"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="expected"):
+        load_file(tmp_path / name)
+
+
+class Attack:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+KINDS = ["torch zip", "torch legacy", "protocol 2", "protocol 4"]
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, kind):
+    mark = tmp_path / "mark"
+    save(tmp_path / name, {"w": torch.ones(1) if kind.startswith("torch") else 1, "x": Attack(str(mark))}, kind)
+    with pytest.raises(InputError, match="re-save it with"):
+        load_file(tmp_path / name)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refusal_names_what_it_found_and_never_advises_to_load_unsafely(tmp_path, kind):
+    name = "a.pth" if kind.startswith("torch") else "a.pkl"
+    save(tmp_path / name, {"x": Attack(str(tmp_path / "mark"))}, kind)
+    with pytest.raises(InputError, match=r"holds.* (posix|nt)\.mkdir") as refusal:
+        load_file(tmp_path / name)
+    assert "weights_only" not in str(refusal.value)
+
+
+def test_the_attack_works_on_an_unsafe_loader(tmp_path):
+    # Otherwise the test above could not fail.
+    pickle.loads(pickle.dumps(Attack(str(tmp_path / "mark"))))
+    assert (tmp_path / "mark").exists()
+
+
+def test_code_within_an_array_is_refused_and_not_run(tmp_path):
+    mark = tmp_path / "mark"
+    save(tmp_path / "a.pkl", {"w": np.array([Attack(str(mark))], dtype=object)}, "protocol 2")
+    with pytest.raises(InputError, match="re-save it with"):
+        load_file(tmp_path / "a.pkl")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("array", [np.array([{}], dtype=object), np.array(["text"])], ids=["objects", "words"])
+def test_arrays_of_anything_but_numbers_are_refused(tmp_path, array):
+    save(tmp_path / "a.pkl", {"w": array}, "protocol 2")
+    with pytest.raises(InputError, match="expected"):
+        load_file(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    "function", ["builtins eval", "numpy load", "numpy fromfile", "numpy.core.multiarray frombuffer"]
+)
+def test_no_other_function_of_numpy_can_be_reached(tmp_path, function):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02c%b\n%b\n(S'1'\ntR." % tuple(function.encode().split()))
+    with pytest.raises(InputError, match="it holds a"):
+        load_file(tmp_path / "a.pkl")
+
+
+FORGED = """
+import pickle, sys
+import numpy as np
+from disalign import InputError, load_file
+
+class Forged:
+    def __reduce__(self):
+        return np.dtype, ("f4", False, True), (3, "<", None, None, None, -1, -1, 63)
+
+class Array:
+    def __reduce__(self):
+        function, arguments, (version, shape, _, order, data) = np.ones(3, np.float32).__reduce__()
+        return function, arguments, (version, shape, Forged(), order, data)
+
+with open(sys.argv[1], "wb") as file:
+    pickle.dump({"w": Array()}, file, protocol=2)
+try:
+    load_file(sys.argv[1])
+except InputError:
+    pass
+"""
+
+
+def test_a_forged_dtype_cannot_crash_the_interpreter(tmp_path):
+    # Flags that call the numbers objects make numpy follow them as pointers.
+    environment = os.environ | {"PYTHONPATH": str(Path(disalign.__file__).parents[1])}
+    command = [sys.executable, "-c", FORGED, str(tmp_path / "a.pkl")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Internal error" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------- whole or not
+
+
+def test_write_json_writes_what_json_reads(tmp_path):
+    write_json(tmp_path / "new" / "result.json", {"few": None, "many": 0.5})
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"few": None, "many": 0.5}
+    assert os.listdir(tmp_path / "new") == ["result.json"]
+
+
+@pytest.mark.parametrize(("value", "error"), [(float("nan"), ValueError), (object(), TypeError)])
+def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, value, error):
+    (tmp_path / "result.json").write_text("old")
+    with pytest.raises(error):
+        write_json(tmp_path / "result.json", {"a": value})
+    assert os.listdir(tmp_path) == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, error):
+    path = tmp_path / "result.bin"
+    path.write_bytes(b"old")
+
+    def write():
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert os.listdir(tmp_path) == ["result.bin"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_appears_only_once_it_is_whole(tmp_path):
+    path = tmp_path / "result.bin"
+    with atomic_file(path) as file:
+        file.write(b"half")
+        assert not path.exists()
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert os.listdir(tmp_path) == ["result.bin"]

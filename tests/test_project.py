@@ -1,0 +1,69 @@
+"""What the README and the docs say must be so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import disalign
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_first_two_blocks_are_the_two_commands():
+    first, second = code_blocks("bash")[:2]
+    assert first == 'python -m pip install -c constraints.txt -e ".[cls]" && python -m disalign_cls.demo\n'
+    assert second == 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest\n'
+
+
+def test_ci_runs_the_second_command_and_nothing_else():
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith("#")]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', code_blocks("bash")[1].strip()]
+
+
+def test_the_three_lines_of_the_readme_run():
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU())
+    names = {"torch": torch, "model": torch.nn.Sequential(backbone, torch.nn.Linear(8, 4))}
+    (snippet,) = code_blocks("python")
+    exec(snippet, names)
+    loss = names["loss"](names["model"](torch.rand(6, 3, 2, 2)), torch.arange(6) % 4)
+    loss.backward()
+    names["optimizer"].step()
+    trained = [name for name, parameter in names["model"].named_parameters() if parameter.grad is not None]
+    assert trained == ["1.calibration.magnitude", "1.calibration.margin"] + [
+        f"1.calibration.confidence.{name}" for name in ("weight", "bias")
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in target]
+    missing = [target for target in targets if target and not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_every_deviation_names_tests_that_exist():
+    text = (ROOT / "docs" / "deviations.md").read_text()
+    sections = text.split("\n## ")[1:]
+    for section in sections:
+        named = re.findall(r"`(tests/[\w/.]+)`", section)
+        assert named, section.splitlines()[0]
+        assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_one_version_everywhere():
+    assert f'version="{disalign.__version__}"' in (ROOT / "setup.py").read_text()
+    assert f"version: {disalign.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {disalign.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_shipped_command_of_the_readme_names_a_config_that_exists():
+    configs = re.findall(r"\b(cls/[\w/.-]+\.py)", (ROOT / "README.md").read_text())
+    assert configs
+    assert [config for config in configs if not (ROOT / "configs" / config).is_file()] == []
