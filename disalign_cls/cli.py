@@ -101,12 +101,15 @@ def build_runner(config: Config, args) -> Runner:
     """A Runner for the parsed arguments; on CPUs its processes speak gloo.
 
     Raises:
-        InputError: a config that can't be built, or a ``load_from`` that holds more than plain values.
+        InputError: a config that can't be built, nothing to resume, or a checkpoint that holds more than plain values.
     """
-    if config.get("load_from"):
-        load_file(config.load_from)  # mmengine itself would unpickle whatever the file holds
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
+    if config.get("resume"):
+        # Its own latest checkpoint, whatever load_from says: mmengine would resume that.
+        config.load_from = latest_checkpoint(config.work_dir)
+    if config.get("load_from"):
+        load_file(config.load_from)  # mmengine itself would unpickle whatever the file holds
     if args.launcher != "none" and not torch.cuda.is_available():
         # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
         if args.launcher == "pytorch" and not torch.distributed.is_initialized():
@@ -116,14 +119,13 @@ def build_runner(config: Config, args) -> Runner:
         return Runner.from_cfg(config)
 
 
-def resumable(work_dir: str) -> str:
-    """The latest checkpoint in a work folder, once it is known to hold only plain values.
+def latest_checkpoint(work_dir: str) -> str:
+    """The checkpoint to resume in a work folder.
 
     Raises:
-        InputError: there is none, or it holds more.
+        InputError: there is none.
     """
     path = find_latest_checkpoint(work_dir) if os.path.isdir(work_dir) else None
     if path is None:
         raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")
-    load_file(path)
     return path

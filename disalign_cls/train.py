@@ -6,7 +6,7 @@ stage one's figures beside its own.
 
 import sys
 
-from .cli import build_runner, command, config_errors, load_config, parser, resumable, runner_arguments
+from .cli import build_runner, command, config_errors, load_config, parser, runner_arguments
 
 
 @command
@@ -15,16 +15,14 @@ def main(argv=None):
     arguments.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the work folder")
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
+    config.resume = args.resume or config.get("resume", False)
     runner = build_runner(config, args)
-    if args.resume or config.get("resume"):
-        # Its own checkpoint, whatever the config's load_from says: mmengine would resume that.
-        runner._resume, runner._load_from = True, resumable(runner.work_dir)
     with config_errors(config.filename):
         # Built here, data and all, so that whatever does not fit is said before the first step.
         _ = runner.train_loop, runner.val_loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-        runner.auto_scale_lr = None  # done
+        runner.auto_scale_lr = None  # once is enough: train() would scale again
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     runner.train()
