@@ -112,6 +112,60 @@ def state_dict_of(checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
+def require_tensors(
+    source: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    what: str,
+    ignorable: Iterable[str] = (),
+    where: str = "",
+) -> list[str]:
+    """Check that a state dict holds all of the target's tensors, in their shapes, finite, and nothing unknown.
+
+    Args:
+        source: the state dict.
+        target: the model's tensors that it must hold.
+        what: what they are, for the sentence ("frozen tensors").
+        ignorable: patterns (as in ``fnmatch``) of keys that ``source`` may hold in vain.
+        where: the file, for the sentence.
+
+    Returns:
+        The ignored keys.
+
+    Raises:
+        InputError: it does not.
+    """
+    missing = [name for name in target if name not in source]
+    if missing:
+        raise InputError(
+            f"expected all {len(target)} {what}{where}, but it lacks {len(missing)}: {some(missing)}; is it "
+            "a checkpoint of this very model?"
+        )
+    misshaped = [
+        f"{name} ({list(source[name].shape)}, not {list(target[name].shape)})"
+        for name in target
+        if source[name].shape != target[name].shape
+    ]
+    if misshaped:
+        raise InputError(
+            f"expected {what} of the model's shapes{where}, but got {len(misshaped)} of others: {some(misshaped)}; is it "
+            "trained for another number of classes or another width?"
+        )
+    ignorable = tuple(ignorable)
+    surplus = [name for name in source if name not in target]
+    unknown = [name for name in surplus if not any(fnmatchcase(name, pattern) for pattern in ignorable)]
+    if unknown:
+        raise InputError(
+            f"expected no tensors beyond the model's{where}, but got {len(unknown)}: {some(unknown)}; is it a "
+            "checkpoint of another model or classifier type?"
+        )
+    broken = [name for name in target if source[name].is_floating_point() and not source[name].isfinite().all()]
+    if broken:
+        raise InputError(
+            f"expected finite numbers{where}, but got NaN or infinity in {some(broken)}; use an earlier one"
+        )
+    return surplus
+
+
 @dataclass(frozen=True)
 class HandOver:
     """What :func:`load_stage_one` did: names of the tensors loaded, new (at the identity) and left out."""
@@ -152,39 +206,15 @@ def load_stage_one(
     new = set(new)
     frozen = [name for name in target if name not in new]
 
+    if not frozen:
+        raise InputError("expected a model with frozen tensors, but all of its tensors train; call freeze_except first")
     calibrated = sorted(new & set(source))
     if calibrated:
         raise InputError(
             f"expected a stage-one checkpoint{where}, but it already holds a calibration ({some(calibrated)}); give "
             "the checkpoint that stage two started from"
         )
-    missing = [name for name in frozen if name not in source]
-    if missing:
-        raise InputError(
-            f"expected all {len(frozen)} frozen tensors{where}, but {len(missing)} are missing: {some(missing)}; is it "
-            "a checkpoint of this very model?"
-        )
-    misshaped = [
-        f"{name} ({list(source[name].shape)}, not {list(target[name].shape)})"
-        for name in frozen
-        if source[name].shape != target[name].shape
-    ]
-    if misshaped:
-        raise InputError(
-            f"expected tensors of this model's shapes{where}, but {len(misshaped)} differ: {some(misshaped)}; is it "
-            "trained for another number of classes or another width?"
-        )
-    ignorable = tuple(ignorable)
-    surplus = [name for name in source if name not in target]
-    unknown = [name for name in surplus if not any(fnmatchcase(name, pattern) for pattern in ignorable)]
-    if unknown:
-        raise InputError(
-            f"expected no tensors beyond the model's{where}, but got {len(unknown)}: {some(unknown)}; is it a "
-            "checkpoint of another model or classifier type?"
-        )
-    broken = [name for name in frozen if source[name].is_floating_point() and not source[name].isfinite().all()]
-    if broken:
-        raise InputError(f"expected finite numbers{where}, but {some(broken)} hold NaN or infinity; use an earlier one")
+    surplus = require_tensors(source, {name: target[name] for name in frozen}, "frozen tensors", ignorable, where)
     with torch.no_grad():
         for name in frozen:
             target[name].copy_(source[name])

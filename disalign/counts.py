@@ -34,7 +34,9 @@ def load_class_counts(source, unit: str | None = None) -> Tensor:
             >= 0.
     """
     if isinstance(source, (str, os.PathLike)):
-        return load_class_counts(_read(source, unit))
+        source = _read(source, unit)
+    elif unit is not None:
+        raise InputError(f"expected a unit only for a file or a bundled name, got {unit!r} for {type(source).__name__}")
     if isinstance(source, Mapping):
         return _from_values(_in_label_order(source))
     return _from_values(source)

@@ -1,7 +1,7 @@
 """Frozen means frozen: parameters, buffers and behaviour."""
 
+import functools
 import hashlib
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,14 @@ class FreezeReport:
 
 def _within(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _train(model: nn.Module, kept: tuple[str, ...], mode: bool = True) -> nn.Module:
+    """``nn.Module.train`` of a frozen model: only the kept modules follow."""
+    type(model).train(model, False)
+    for name in kept:
+        model.get_submodule(name).train(mode)
+    return model
 
 
 def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
@@ -60,14 +68,8 @@ def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
 
     kept = tuple(name for name in names if name in modules)
 
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        type(self).train(self, False)
-        for name in kept:
-            self.get_submodule(name).train(mode)
-        return self
-
-    # A bound method, not a closure over `model`: a deep copy (an EMA, say) then freezes itself.
-    model.train = types.MethodType(train, model)
+    # Bound to the model, so that a deep copy (an EMA, say) or a pickle freezes itself.
+    model.train = functools.partial(_train, model, kept)
     model.train(model.training)
     return FreezeReport(
         trainable={name: tuple(parameter.shape) for name, parameter in trainable.items()},
@@ -102,7 +104,15 @@ def assert_frozen(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     before = fingerprints(frozen_tensors(model, names))
     yield
-    after = fingerprints(frozen_tensors(model, names))
+    refuse_changes(before, fingerprints(frozen_tensors(model, names)))
+
+
+def refuse_changes(before: dict[str, str], after: dict[str, str]) -> None:
+    """Compare two :func:`fingerprints`.
+
+    Raises:
+        RuntimeError: some differ.
+    """
     changed = [name for name in before | after if before.get(name) != after.get(name)]
     if changed:
         raise RuntimeError(f"expected {len(before)} frozen tensors to stay bit-identical, but changed: {some(changed)}")

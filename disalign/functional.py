@@ -4,6 +4,7 @@ Shapes: N samples, K classes, ``*`` any number of spatial dimensions (none for i
 """
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ def generalized_reweight(
         raise InputError(
             f"expected normalize 'mean' or 'sum' and zero_count 'error' or 'exclude', got {normalize!r}, {zero_count!r}"
         )
-    if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0):
+    if not (isinstance(rho, numbers.Real) and math.isfinite(rho) and rho >= 0):
         raise InputError(f"expected a finite rho >= 0, got {rho!r}")
     if counts.dim() != 1 or counts.numel() == 0:
         raise InputError(f"expected one count per class, got a tensor of shape {tuple(counts.shape)}")
@@ -149,10 +150,11 @@ def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index
         InputError: see :func:`check_labels`.
     """
     check_labels(target, len(weight), ignore_index)
-    valid = target[target != ignore_index]
+    valid = target != ignore_index
     if reduction == "mean":
-        return torch.as_tensor(valid.numel(), dtype=weight.dtype, device=weight.device)
-    return weight[valid].sum()
+        return valid.sum().to(weight.dtype)
+    # Clamped rather than selected: a selection would make a GPU wait.
+    return (weight[target.clamp(0, len(weight) - 1)] * valid).sum()
 
 
 def grw_cross_entropy(

@@ -67,7 +67,10 @@ class GRWCrossEntropyLoss(nn.Module):
             "class_counts": None if self.class_counts is None else self.class_counts.tolist(),
             "rho": self.rho,
             "normalize": self.normalize,
+            "zero_count": self.zero_count,
             "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "sync": self.sync,
         }
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

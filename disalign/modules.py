@@ -99,7 +99,9 @@ class AdaptiveCalibration(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """z_j = scale * cos(w_j, x) (eq. 3). Zero features and zero weights give zero scores and finite gradients.
+    """z_j = scale * cos(w_j, x) (eq. 3), in fp32 or better.
+
+    Zero features and zero weights give zero scores and finite gradients.
 
     Args:
         feature_dim: d.
@@ -128,16 +130,21 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        x = F.normalize(features.to(dtype), dim=1, eps=self.eps)
-        w = F.normalize(self.weight.to(dtype), dim=1, eps=self.eps)
-        return self.scale * F.linear(x, w)
+        with torch.autocast(features.device.type, enabled=False):
+            x = F.normalize(features.to(dtype), dim=1, eps=self.eps)
+            w = F.normalize(self.weight.to(dtype), dim=1, eps=self.eps)
+            return self.scale * F.linear(x, w)
 
     def extra_repr(self) -> str:
         return f"feature_dim={self.in_features}, num_classes={self.out_features}"
 
 
 class Calibrated:
-    """Mixin before a classifier class: the same parameters under the same names, and a ``calibration`` on top."""
+    """Mixin before a classifier class: the same parameters under the same names, and a ``calibration`` on top.
+
+    For a classifier of your own: ``class Mine(Calibrated, MyClassifier)`` and ``CALIBRATED[MyClassifier] = Mine``; it
+    needs ``in_features``, ``out_features``, ``weight``, and a forward from features (N, d) to scores (N, K).
+    """
 
     calibration: AdaptiveCalibration
 
@@ -158,6 +165,7 @@ class CalibratedCosineClassifier(Calibrated, CosineClassifier):
     """A cosine classifier (eq. 3) with the calibration on top: DisAlign*."""
 
 
+#: Classifier -> its calibrated form; :func:`calibrate_classifier` looks here.
 CALIBRATED = {nn.Linear: CalibratedLinear, CosineClassifier: CalibratedCosineClassifier}
 
 
@@ -178,7 +186,7 @@ def calibrate_classifier(classifier: nn.Module, **options) -> nn.Module:
     if calibrated is None:
         raise InputError(
             f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, got "
-            f"{type(classifier).__name__}; for your own, derive a class from disalign.Calibrated and it"
+            f"{type(classifier).__name__}; for your own, see disalign.Calibrated"
         )
     num_classes = classifier.out_features - options.get("passthrough", 0)
     calibration = AdaptiveCalibration(num_classes, classifier.in_features, **options)
@@ -222,7 +230,7 @@ def wrap_classifier(
         rho: scale of eq. 11.
         classifier: name of the classifier within the model; found by its number of outputs if not given.
         reduction: of the loss.
-        options: for :class:`AdaptiveCalibration`.
+        options: ``magnitude``, ``margin`` and ``confidence`` of :class:`AdaptiveCalibration`.
 
     Returns:
         The same model, frozen but for its calibration, and the loss to train it with.

@@ -40,9 +40,11 @@ def check(config, name: str, list_all: bool) -> bool:
     thresholds = {key: value for key, value in config.get("val_evaluator", {}).items() if key in ("many", "few")}
     groups = many_medium_few(counts, **thresholds).items()
     groups = ", ".join(f"{group} {int(members.sum())}" for group, members in groups)
+    # The groups are of the training set's counts; an evaluated set has none of its own.
+    groups = f"; {groups} classes" if name.startswith("train") else ""
     print(
         f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} "
-        f"per class; {groups} classes"
+        f"per class{groups}"
     )
     return True
 

@@ -121,5 +121,5 @@ class DisAlignClassifier(ImageClassifier):
 
 def _best_five(labels: Tensor, **scores: Tensor) -> list[dict]:
     """Per image its label and, for each of the named (N, K) scores, the labels of the (up to) five best."""
-    best = {name: z.topk(min(5, z.shape[1]), dim=1).indices for name, z in scores.items()}
-    return [{"label": label} | {name: best[name][i] for name in best} for i, label in enumerate(labels)]
+    best = {name: z.topk(min(5, z.shape[1]), dim=1).indices.cpu() for name, z in scores.items()}
+    return [{"label": label} | {name: best[name][i] for name in best} for i, label in enumerate(labels.cpu())]

@@ -16,7 +16,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from disalign import InputError, load_file
 
 #: What a config that does not fit raises while mmengine builds from it.
-BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
+BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
 
 
 def command(main):
@@ -36,13 +36,23 @@ def command(main):
     return wrapped
 
 
+class KeyValue(DictAction):
+    """mmengine's KEY=VALUE, with argparse's exit for what is none."""
+
+    def __call__(self, arguments, namespace, values, option_string=None):
+        try:
+            super().__call__(arguments, namespace, values, option_string)
+        except (AssertionError, ValueError) as error:
+            arguments.error(f"{option_string}: expected KEY=VALUE, got {' '.join(values)!r}: {error}")
+
+
 def parser(doc: str, **names: str) -> argparse.ArgumentParser:
     """The arguments that all commands have; ``names`` are further positional ones with their help."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="a config file, or the name of a shipped one below configs/ (cls/digits/...)")
     for name, text in names.items():
         result.add_argument(name, help=text)
-    result.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, help="KEY=VALUE, over the config's")
+    result.add_argument("--cfg-options", nargs="+", action=KeyValue, default={}, help="KEY=VALUE, over the config's")
     return result
 
 
@@ -105,18 +115,31 @@ def build_runner(config: Config, args) -> Runner:
     """
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
+    if os.path.exists(config.work_dir) and not os.path.isdir(config.work_dir):
+        raise InputError(f"expected a folder as --work-dir, but {config.work_dir!r} is a file")
     if config.get("resume"):
         # Its own latest checkpoint, whatever load_from says: mmengine would resume that.
         config.load_from = latest_checkpoint(config.work_dir)
     if config.get("load_from"):
         load_file(config.load_from)  # mmengine itself would unpickle whatever the file holds
+        without_pretrained(config)
     if args.launcher != "none" and not torch.cuda.is_available():
         # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
-        if args.launcher == "pytorch" and not torch.distributed.is_initialized():
+        if args.launcher == "slurm":
+            raise InputError(
+                "expected a GPU for --launcher slurm, got none; on CPUs use torchrun and --launcher pytorch"
+            )
+        if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     with config_errors(config.filename):
         return Runner.from_cfg(config)
+
+
+def without_pretrained(config: Config) -> None:
+    """A checkpoint follows: nothing to download first."""
+    if config.model.backbone.get("pretrained"):
+        config.model.backbone.pretrained = False
 
 
 def latest_checkpoint(work_dir: str) -> str:

@@ -178,15 +178,17 @@ class ListDataset(FileDataset):
         options: :class:`LongTailDataset`'s.
     """
 
-    def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] | None = None, **options) -> None:
+    def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] = (), **options) -> None:
         names, labels = read_list(ann_file)
-        if rewrite is not None:
+        if isinstance(rewrite, str) or len(rewrite) % 2:
+            raise InputError(f"expected pairs of a pattern and a replacement in rewrite, got {rewrite!r}")
+        for pattern, replacement in zip(rewrite[::2], rewrite[1::2], strict=True):
             try:
-                pattern, replacement = rewrite
                 names = [re.sub(pattern, replacement, name) for name in names]
-            except (re.error, TypeError, ValueError) as error:
+            except (re.error, TypeError, IndexError) as error:
                 raise InputError(
-                    f"expected rewrite to be a pattern and a replacement for re.sub, got {rewrite!r}: {error}"
+                    f"expected a pattern and a replacement for re.sub in rewrite, got {pattern!r} and {replacement!r}: "
+                    f"{error}"
                 ) from None
         paths = [os.path.join(data_root, name) for name in names]
         super().__init__(paths, labels, where=repr(ann_file), **options)

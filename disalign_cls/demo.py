@@ -42,7 +42,9 @@ def main(argv=None):
     )
     print(f"{len(args.seeds)} seeds x {len(METHODS)} classifiers, stage one and DisAlign")
     # Several processes of one thread: torch's own threads only slow so small a network.
-    workers = min(len(tasks), os.cpu_count() or 1, 8)
+    workers = min(len(tasks), usable_cores(), 8)
+    # On the CPU everywhere, so that the figures do not depend on the machine's GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread) as pool,
@@ -56,6 +58,11 @@ def main(argv=None):
     write_json(out / "results.json", results)
     pictures(runs, out)
     print(f"\nwritten to {out}: results.json, accuracy_per_class.png, calibration.png")
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_thread() -> None:

@@ -4,15 +4,15 @@ import hashlib
 import os
 
 import numpy as np
-from mmengine.dist import master_only
+from mmengine.dist import broadcast, master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from disalign import InputError, load_class_counts, load_stage_one
-from disalign.checkpoints import state_dict_of, write_json
+from disalign import InputError, load_class_counts, load_file, load_stage_one
+from disalign.checkpoints import require_tensors, state_dict_of, write_json
 from disalign.errors import some
-from disalign.freezing import fingerprints, frozen_tensors
+from disalign.freezing import fingerprints, frozen_tensors, refuse_changes
 
 from .classifiers import DisAlignClassifier
 
@@ -44,15 +44,16 @@ class ClassCountsHook(Hook):
         model.set_class_counts(counts)
         self._classes = dataset.metainfo["classes"]
         if runner.val_loop is not None:
-            self._tell(model, runner.val_loop)
+            self._tell(runner, runner.val_loop)
 
     def before_val(self, runner) -> None:
-        self._tell(unwrapped(runner.model), runner.val_loop)
+        self._tell(runner, runner.val_loop)
 
     def before_test(self, runner) -> None:
-        self._tell(unwrapped(runner.model), runner.test_loop)
+        self._tell(runner, runner.test_loop)
 
-    def _tell(self, model, loop) -> None:
+    def _tell(self, runner, loop) -> None:
+        model = unwrapped(runner.model)
         dataset = loop.dataloader.dataset
         evaluated = dataset.metainfo["classes"]
         if self._classes and evaluated and self._classes != evaluated:
@@ -64,6 +65,9 @@ class ClassCountsHook(Hook):
                 "differ; give both the same classes=[...], in the same order"
             )
         for metric in loop.evaluator.metrics:
+            if metric.collect_dir is None and metric.collect_device == "cpu":
+                # mmengine's default is below the current folder, which may be read-only, or another on each node.
+                metric.collect_dir = os.path.join(runner.work_dir, ".collect")
             if getattr(metric, "class_counts", 0) is None:
                 metric.class_counts = model.class_counts
             counts = getattr(metric, "class_counts", None)
@@ -74,8 +78,8 @@ class ClassCountsHook(Hook):
                 )
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
-        meta = checkpoint.get("meta", {})
-        counts = meta.get("disalign", {}).get("class_counts")
+        meta = _meta(checkpoint)
+        counts = (meta.get("disalign") or {}).get("class_counts")
         if counts is not None:
             unwrapped(runner.model).set_class_counts(load_class_counts(counts))
         self._classes = (meta.get("dataset_meta") or {}).get("classes")
@@ -102,24 +106,13 @@ class PlainCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         model = unwrapped(runner.model).state_dict()
-        loaded = state_dict_of(checkpoint)
-        differing = sorted(
-            name
-            for name in model.keys() | loaded.keys()
-            if name not in model or name not in loaded or model[name].shape != loaded[name].shape
-        )
-        if differing:
-            raise InputError(
-                f"expected a checkpoint of this config's model, but {len(differing)} of {len(model)} tensors differ "
-                f"(first: {differing[0]}); a stage-one file belongs into stage_one=..., and a resumed run into its own "
-                "work_dir"
+        try:
+            require_tensors(
+                state_dict_of(checkpoint), model, "tensors of the config's model", where=" in the checkpoint"
             )
-        broken = [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]
-        if broken:
-            raise InputError(
-                f"expected finite numbers in the checkpoint, but {some(broken)} hold NaN or infinity; use an earlier "
-                "one"
-            )
+        except InputError as error:
+            hint = "a stage-one file belongs into stage_one=..., and a resumed run into its own work_dir"
+            raise InputError(f"{error} ({hint})") from None
 
 
 @HOOKS.register_module()
@@ -137,11 +130,7 @@ class StageOneHook(Hook):
             return
         _refuse_magnitude_decay(model, runner.optim_wrapper.optimizer)
         if runner.iter == 0:
-            stage_one = runner.cfg.get("stage_one")
-            if not stage_one:
-                raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")
-            report = load_stage_one(model, stage_one, new=model.freeze_report.trainable)
-            runner.logger.info(f"{os.path.basename(stage_one)} (sha256 {_sha256(stage_one)[:12]}): {report}")
+            self._hand_over(runner, model)
         runner.logger.info(str(model.freeze_report))
         self._before = fingerprints(frozen_tensors(model, model.trained))
 
@@ -149,11 +138,45 @@ class StageOneHook(Hook):
         model = unwrapped(runner.model)
         if not isinstance(model, DisAlignClassifier):
             return
-        after = fingerprints(frozen_tensors(model, model.trained))
-        changed = [name for name in after if after[name] != self._before[name]]
-        if changed:
-            raise RuntimeError(f"expected frozen tensors to stay bit-identical, but {changed[:5]} changed")
-        runner.logger.info(f"{len(after)} of {len(after)} frozen tensors are bit-identical to stage one's")
+        refuse_changes(self._before, fingerprints(frozen_tensors(model, model.trained)))
+        count = len(self._before)
+        runner.logger.info(f"{count} of {count} frozen tensors are bit-identical to what this run started from")
+
+    def _hand_over(self, runner, model) -> None:
+        stage_one = runner.cfg.get("stage_one")
+        if runner.cfg.get("load_from"):
+            raise InputError(
+                "expected stage two to start from stage_one=FILE, got load_from; use stage_one or --resume"
+            )
+        if not stage_one:
+            raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")
+        meta = _meta(load_file(stage_one))
+        theirs, ours = (meta.get("dataset_meta") or {}), runner.train_dataloader.dataset
+        if theirs.get("classes") and ours.metainfo["classes"] and theirs["classes"] != ours.metainfo["classes"]:
+            raise InputError(
+                f"expected a stage one of the training set's classes, but {os.fspath(stage_one)!r} was trained with "
+                f"others, or in another order ({some(theirs['classes'], 3)})"
+            )
+        counts = (meta.get("disalign") or {}).get("class_counts")
+        if counts and counts != ours.class_counts.tolist():
+            runner.logger.warning(
+                f"stage one saw another training set ({sum(counts)} images, here {int(ours.class_counts.sum())}); make "
+                "sure that none of its images is evaluated"
+            )
+        report = load_stage_one(model, stage_one, new=model.freeze_report.trainable)
+        runner.logger.info(f"{os.path.basename(stage_one)} (sha256 {_sha256(stage_one)[:12]}): {report}")
+
+
+@HOOKS.register_module()
+class BroadcastBuffersHook(Hook):
+    """Evaluates all ranks with rank 0's BatchNorm statistics, those that the checkpoint keeps.
+
+    Each rank of a stage-one run has its own, and stage two would meet other figures than stage one printed.
+    """
+
+    def before_val_epoch(self, runner) -> None:
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
 
 @HOOKS.register_module()
@@ -196,6 +219,10 @@ class ResultsHook(Hook):
             report = getattr(metric, "report", None)
             if report:
                 write_json(os.path.join(runner.work_dir, f"results_{report['split']}.json"), report)
+
+
+def _meta(checkpoint) -> dict:
+    return (checkpoint.get("meta") or {}) if isinstance(checkpoint, dict) else {}
 
 
 def _refuse_magnitude_decay(model, optimizer) -> None:

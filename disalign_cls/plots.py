@@ -51,8 +51,9 @@ def plot_accuracy(path, counts, before, after, titles) -> None:
                 (after[title], AFTER, "DisAlign", 0.2),
             ):
                 values = 100 * np.asarray(values)
+                spread = values.std(0, ddof=1) if len(values) > 1 else 0
                 panel.bar(x + shift, values.mean(0), 0.38, color=color, label=f"{label}, mean {values.mean():.1f} %")
-                panel.errorbar(x + shift, values.mean(0), values.std(0), fmt="none", ecolor="#444444", elinewidth=0.8)
+                panel.errorbar(x + shift, values.mean(0), spread, fmt="none", ecolor="#444444", elinewidth=0.8)
             panel.set_title(title, pad=26)
             panel.set_xticks(x, [str(count) for count in counts])
             panel.set_xlabel("training images of the class")

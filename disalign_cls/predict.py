@@ -14,9 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from disalign import InputError, load_file
-from disalign.checkpoints import load_stage_one, write_json
+from disalign.checkpoints import require_tensors, state_dict_of, write_json
 
-from .cli import command, config_errors, load_config, parser
+from .cli import command, config_errors, load_config, parser, without_pretrained
 from .datasets import IMAGE_SUFFIXES, build_transforms
 
 
@@ -30,8 +30,11 @@ def main(argv=None):
     paths = find_images(args.images)
     checkpoint = load_file(args.checkpoint)
     with config_errors(config.filename):
+        without_pretrained(config)
         model = MODELS.build(config.model)
-    load_stage_one(model, checkpoint, new=(), ignorable=())
+    tensors = state_dict_of(checkpoint)
+    require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {args.checkpoint!r}")
+    model.load_state_dict(tensors)
     model.to(get_device()).eval()
     predictions = predict(model, paths, config, class_names(checkpoint))
     if args.out:

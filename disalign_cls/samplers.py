@@ -55,7 +55,7 @@ class PowerSampler(Sampler):
         total = self.num_samples * self.world_size
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         per_image = (self.class_probabilities() / self.dataset.class_counts.double())[self.dataset.labels]
-        if torch.allclose(per_image, per_image[:1], rtol=1e-9):
+        if torch.allclose(per_image, per_image[:1], rtol=1e-9, atol=0):
             order = torch.randperm(len(self.dataset), generator=generator)
             order = order.repeat(math.ceil(total / len(order)))[:total]
         else:

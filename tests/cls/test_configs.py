@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
 from disalign_cls.backbones import build_backbone
-from disalign_cls.cli import load_config, shipped_configs
+from disalign_cls.cli import load_config
 
-FOLDER = shipped_configs() / "cls"
+FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 LEAVES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("[!_]*/*.py"))
 STAGE_ONE = [name for name in LEAVES if "/baseline" in name]
 STAGE_TWO = [name for name in LEAVES if "/disalign" in name]
@@ -29,7 +30,7 @@ def text(name):
 
 @cache
 def config(name):
-    return load_config(f"cls/{name}", {})
+    return load_config(str(FOLDER / name), {})
 
 
 def base_of(name):
@@ -95,7 +96,7 @@ def test_stage_two_trains_exactly_2k_plus_d_plus_1_numbers(name):
 @pytest.mark.parametrize("backbone", PAPERS_BACKBONES)
 @pytest.mark.parametrize("name", [name for name in STAGE_TWO if "resnet50_" in name or "resnet152_" in name])
 def test_every_backbone_of_the_paper_is_one_override(name, backbone):
-    cfg = load_config(f"cls/{name}", {"model.backbone.name": backbone, "model.backbone.pretrained": False})
+    cfg = load_config(str(FOLDER / name), {"model.backbone.name": backbone, "model.backbone.pretrained": False})
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     calibration = 2 * model.num_classes + 2048 + 1

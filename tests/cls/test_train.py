@@ -157,6 +157,16 @@ def test_the_test_command_repeats_the_last_validation(classifier, stage_twos, tm
     assert report(tmp_path) == report(checkpoint.parent)
 
 
+@pytest.mark.parametrize("keep", ["flat", "no meta"])
+def test_a_checkpoint_of_weights_alone_is_evaluated_without_groups(keep, stage_one, tmp_path):
+    weights = load(stage_one)["state_dict"]
+    torch.save(weights if keep == "flat" else {"state_dict": weights, "meta": None}, tmp_path / "weights.pth")
+    assert evaluate(BASELINE["linear"], tmp_path / "weights.pth", tmp_path) == 0
+    figures = report(tmp_path)["figures"]
+    assert figures["top1"] == report(stage_one.parent)["figures"]["top1"]
+    assert figures["many"] is figures["few"] is None
+
+
 def test_a_seed_fixes_a_run(stage_one, tmp_path):
     first, second = ((tmp_path / name) for name in ("first", "second"))
     for folder in (first, second):

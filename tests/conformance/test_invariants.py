@@ -169,7 +169,7 @@ def test_a_stage_one_checkpoint_is_loaded_in_full(adapter):
 def test_a_stage_one_checkpoint_without_any_one_tensor_is_refused(adapter):
     stage_one, model = adapter.stage_one().state_dict(), adapter.stage_two()
     for name in stage_one:
-        with pytest.raises(InputError, match="1 are missing"):
+        with pytest.raises(InputError, match="lacks 1"):
             load_stage_one(model, {other: tensor for other, tensor in stage_one.items() if other != name})
 
 

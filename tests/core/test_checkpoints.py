@@ -91,14 +91,14 @@ def test_a_file_is_loaded_as_well(tmp_path):
 def test_any_missing_tensor_is_refused(name):
     source = stage_one()
     del source[name]
-    refused(stage_two(), source, f"expected all 11 frozen tensors, but 1 are missing: {name}; is it")
+    refused(stage_two(), source, f"expected all 11 frozen tensors, but it lacks 1: {name}; is it")
 
 
 @pytest.mark.parametrize("name", SmallCNN().state_dict())
 def test_any_misshaped_tensor_is_refused(name):
     source = stage_one()
     source[name] = torch.zeros(2, 9)
-    refused(stage_two(), source, rf"but 1 differ: {name} \(\[2, 9\], not \[.*\]\); is it trained for another")
+    refused(stage_two(), source, rf"but got 1 of others: {name} \(\[2, 9\], not \[.*\]\); is it trained for another")
 
 
 def test_a_tensor_of_the_same_size_but_another_shape_is_refused():
@@ -113,7 +113,7 @@ def test_an_unexpected_tensor_is_refused():
 
 @pytest.mark.parametrize(("kind", "other"), [("linear", "cosine"), ("cosine", "linear")])
 def test_the_other_type_of_classifier_is_refused(kind, other):
-    refused(stage_two(kind), stage_one(other), r"1 are missing: fc\.(scale|bias)")
+    refused(stage_two(kind), stage_one(other), r"lacks 1: fc\.(scale|bias)")
 
 
 def test_the_short_list_of_ignorable_tensors_is_named_in_the_report():
@@ -140,7 +140,7 @@ def test_an_ignorable_tensor_that_the_model_needs_is_still_needed():
 def test_a_tensor_that_is_not_finite_is_refused(name, value):
     source = stage_one()
     source[name].view(-1)[-1] = value
-    refused(stage_two(), source, f"finite numbers, but {name} hold NaN or infinity; use an earlier one")
+    refused(stage_two(), source, f"finite numbers, but got NaN or infinity in {name}; use an earlier one")
 
 
 def test_a_stage_two_checkpoint_is_refused():
@@ -171,7 +171,7 @@ def test_module_is_stripped_only_if_every_name_has_it():
 
 def test_a_refused_file_is_named(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
-    refused(stage_two(), tmp_path / "other.pth", r"frozen tensors in '.*other\.pth', but 11 are missing: conv\.weight")
+    refused(stage_two(), tmp_path / "other.pth", r"frozen tensors in '.*other\.pth', but it lacks 11: conv\.weight")
 
 
 # ----------------------------------------------------------------------------------------------------- load_file

@@ -6,6 +6,7 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),
     plain_checkpoint=dict(type="PlainCheckpointHook"),
     class_counts=dict(type="ClassCountsHook"),
+    broadcast_buffers=dict(type="BroadcastBuffersHook"),
     stage_one=dict(type="StageOneHook"),
     confidence=dict(type="ConfidenceHook"),
     results=dict(type="ResultsHook"),

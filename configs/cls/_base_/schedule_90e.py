@@ -8,3 +8,5 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)}),
 )
 param_scheduler = dict(type="CosineAnnealingLR", T_max=90, by_epoch=True)
+# The learning rate follows the batch, whatever the number of GPUs.
+auto_scale_lr = dict(enable=True, base_batch_size=256)

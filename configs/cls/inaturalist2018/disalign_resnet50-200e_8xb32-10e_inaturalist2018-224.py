@@ -1,6 +1,6 @@
 # DisAlign: iNaturalist-2018, ResNet-50, 200 epochs, linear classifier
 #   torchrun --nproc-per-node 8 -m disalign_cls.train configs/cls/inaturalist2018/disalign_resnet50-200e_8xb32-10e_inaturalist2018-224.py --launcher pytorch
-# On one GPU: drop torchrun and --launcher, add --cfg-options train_dataloader.batch_size=256
+# On one GPU: python -m disalign_cls.train without --launcher; the learning rate follows the batch.
 # Stage one: baseline_resnet50_8xb32-200e_inaturalist2018-224.py; another file: --cfg-options stage_one=FILE
 # Paper, Table 3, DisAlign ResNet-50 200 E: 70.6 %. Ours: not measured yet.
 # The paper names neither rho nor epochs of stage two here; these are ImageNet-LT's.
