@@ -7,6 +7,7 @@ from .freezing import FreezeReport, assert_frozen, freeze_except
 from .functional import calibrate, generalized_reweight, grw_cross_entropy
 from .losses import GRWCrossEntropyLoss
 from .modules import (
+    CALIBRATED,
     AdaptiveCalibration,
     Calibrated,
     CalibratedCosineClassifier,
@@ -20,6 +21,7 @@ from .splits import frequent_common_rare, group_means, head_body_tail, many_medi
 __version__ = "0.1.0"
 
 __all__ = [
+    "CALIBRATED",
     "AdaptiveCalibration",
     "Calibrated",
     "CalibratedCosineClassifier",

@@ -147,8 +147,8 @@ def require_tensors(
     ]
     if misshaped:
         raise InputError(
-            f"expected {what} of the model's shapes{where}, but got {len(misshaped)} of others: {some(misshaped)}; is it "
-            "trained for another number of classes or another width?"
+            f"expected {what} of the model's shapes{where}, but got {len(misshaped)} of others: {some(misshaped)}; is "
+            "it trained for another number of classes or another width?"
         )
     ignorable = tuple(ignorable)
     surplus = [name for name in source if name not in target]

@@ -180,7 +180,7 @@ class ListDataset(FileDataset):
 
     def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] = (), **options) -> None:
         names, labels = read_list(ann_file)
-        if isinstance(rewrite, str) or len(rewrite) % 2:
+        if not isinstance(rewrite, (list, tuple)) or len(rewrite) % 2:
             raise InputError(f"expected pairs of a pattern and a replacement in rewrite, got {rewrite!r}")
         for pattern, replacement in zip(rewrite[::2], rewrite[1::2], strict=True):
             try:

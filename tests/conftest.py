@@ -5,6 +5,9 @@ import sys
 
 # Before torch is imported: on shared cores several threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("DISALIGN_TEST_CUDA") != "1":
+    # The comparisons are bit for bit, on the CPU. The tests that need a GPU: DISALIGN_TEST_CUDA=1 pytest -m gpu.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if sys.platform == "linux":
     # Gloo otherwise looks up the host's name, which a machine without network may not resolve.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

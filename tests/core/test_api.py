@@ -13,6 +13,7 @@ import disalign
 
 PUBLIC = [
     "AdaptiveCalibration",
+    "CALIBRATED",
     "Calibrated",
     "CalibratedCosineClassifier",
     "CalibratedLinear",

@@ -132,7 +132,7 @@ def test_the_ignorable_list_is_an_argument():
 def test_an_ignorable_tensor_that_the_model_needs_is_still_needed():
     source = stage_one()
     del source["bn.num_batches_tracked"]
-    refused(stage_two(), source, "missing: bn.num_batches_tracked")
+    refused(stage_two(), source, "lacks 1: bn.num_batches_tracked")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,6 +1,7 @@
 """Frozen: no gradients, no drift, no dropout, whatever calls train()."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -218,3 +219,16 @@ def test_every_dtype_and_shape_has_a_fingerprint(dtype):
 def test_frozen_tensors_are_all_but_the_named():
     names = set(frozen_tensors(WithHidden(), ["fc", "conv.bias"]))
     assert names == set(SmallCNN().state_dict()) - {"fc.weight", "fc.bias", "conv.bias"} | {"hidden"}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_freezes_itself(copied):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    freeze_except(model, ["1"])
+    other = copied(model).train()
+    assert other[1].training
+    assert not other[0].training
+    other.eval()
+    assert not other[1].training

@@ -48,7 +48,15 @@ def test_the_weights_follow_the_module_to_its_device():
 
 def test_metadata_says_how_the_counts_became_weights():
     loss = GRWCrossEntropyLoss(COUNTS, 0.8, "mean", normalize="sum")
-    assert loss.metadata() == {"class_counts": COUNTS, "rho": 0.8, "normalize": "sum", "reduction": "mean"}
+    assert loss.metadata() == {
+        "class_counts": COUNTS,
+        "rho": 0.8,
+        "normalize": "sum",
+        "zero_count": "error",
+        "reduction": "mean",
+        "ignore_index": -100,
+        "sync": True,
+    }
 
 
 def test_counts_may_come_later():

@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.models import COUNTS, FEATURES, NUM_CLASSES, SmallCNN
 from disalign import (
+    CALIBRATED,
     AdaptiveCalibration,
+    Calibrated,
     CalibratedCosineClassifier,
     CalibratedLinear,
     CosineClassifier,
@@ -307,7 +309,7 @@ def test_a_wrapped_model_trains_its_calibration_and_nothing_else(kind):
     parts = ("magnitude", "margin", "confidence.weight", "confidence.bias")
     assert trained == {f"fc.calibration.{part}" for part in parts}
     assert isinstance(loss, GRWCrossEntropyLoss)
-    assert loss.metadata() == {"class_counts": COUNTS, "rho": 0.8, "normalize": "mean", "reduction": "mean"}
+    assert (loss.class_counts.tolist(), loss.rho, loss.reduction) == (COUNTS, 0.8, "mean")
 
 
 @kinds
@@ -382,3 +384,27 @@ def test_ddp_needs_no_find_unused_parameters(kind, process_group):
     for _ in range(3):  # DDP complains about an unused parameter at the next forward
         loss(parallel(torch.randn(4, 1, 8, 8)), torch.arange(4)).backward()
     assert model.fc.calibration.magnitude.grad.any()
+
+
+def test_cosine_scores_stay_in_fp32_under_autocast():
+    classifier, features = CosineClassifier(64, 10), torch.randn(8, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(classifier(features), classifier(features).float())
+        inside = classifier(features)
+    assert torch.equal(inside, classifier(features))
+
+
+def test_a_classifier_of_ones_own_is_calibrated_once_it_is_registered(monkeypatch):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class CalibratedScaled(Calibrated, Scaled):
+        pass
+
+    monkeypatch.setitem(CALIBRATED, Scaled, CalibratedScaled)
+    features, model = torch.randn(5, 6), nn.Sequential(Scaled(6, 3))
+    before = model(features)
+    wrapped, _ = wrap_classifier(model, [5, 2, 1])
+    assert type(wrapped[0]) is CalibratedScaled
+    assert torch.equal(wrapped(features), before)
