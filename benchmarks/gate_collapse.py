@@ -2,10 +2,10 @@
 
     python benchmarks/gate_collapse.py CONFIG STAGE_ONE [--rho 1.2 1.5 2.0] [--seeds 6]
 
-CONFIG is a stage-two config. The trunk is frozen and the images are not augmented, so features and scores are computed
-once; then stage two runs on them as the config says (SGD, cosine by epoch), with and without clipping, for the
-confidence layer's start of disalign (zeros) and of torch (uniform). Collapsed: at the end the mean confidence over the
-training set is below 0.05. Prints a table; --out writes JSON.
+CONFIG is a stage-two config of images of one size (CIFAR's). The trunk is frozen and the images are not augmented, so
+features and scores are computed once; then stage two runs on them as the config says (SGD, cosine by epoch), with and
+without clipping, for the confidence layer's start of disalign (zeros) and of torch (uniform). Collapsed: at the end the
+mean confidence over the training set is below 0.05. Prints a table; --out writes JSON.
 """
 
 import sys
@@ -22,7 +22,7 @@ from disalign_cls.cli import command, load_config, parser
 THRESHOLD = 0.05
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cached(config, stage_one):
     """Features, stage-one scores and labels of the whole training set, and its class counts."""
     model = MODELS.build(config.model).eval()
@@ -34,7 +34,7 @@ def cached(config, stage_one):
         features.append(model.backbone(batch["inputs"]))
         logits.append(model.classifier.scores(features[-1])[0])
         labels.append(batch["data_samples"])
-    return torch.cat(features).clone(), torch.cat(logits).clone(), torch.cat(labels).clone(), dataset.class_counts
+    return torch.cat(features), torch.cat(logits), torch.cat(labels), dataset.class_counts
 
 
 def final_confidence(data, config, rho, seed, clip, zero_start) -> float:

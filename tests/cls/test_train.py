@@ -476,3 +476,15 @@ def test_stage_two_needs_class_counts_before_its_first_loss():
     inputs, labels = batch_of(model)
     with pytest.raises(InputError, match="expected class counts before the first loss, got none; call set_class_co"):
         model(inputs, labels, mode="loss")
+
+
+@CLASSIFIERS
+def test_the_optimizer_of_stage_two_holds_the_calibration_alone(classifier, tmp_path, capfd):
+    run = runner(DISALIGN[classifier], tmp_path)
+    groups = run.build_optim_wrapper(run.optim_wrapper).optimizer.param_groups
+    held = {id(parameter): group for group in groups for parameter in group["params"]}
+    calibration = dict(run.model.classifier.calibration.named_parameters())
+    assert held.keys() == {id(parameter) for parameter in calibration.values()}
+    decays = {name: held[id(parameter)]["weight_decay"] for name, parameter in calibration.items()}
+    assert decays == {"magnitude": 0.0, "margin": 5e-3, "confidence.weight": 5e-3, "confidence.bias": 5e-3}
+    assert "is skipped since its requires_grad=False" not in "".join(capfd.readouterr())

@@ -3,6 +3,7 @@ train_cfg = dict(by_epoch=True, max_epochs=90, val_interval=10)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
+    constructor="CalibrationOptimWrapperConstructor",
     optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=5e-4),
     # Weight decay would pull stage two's magnitude to 0; its identity is 1.
     paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)}),

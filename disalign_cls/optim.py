@@ -1,0 +1,22 @@
+"""The optimizer sees what trains, and nothing else."""
+
+from mmengine.model import is_model_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+from .classifiers import DisAlignClassifier
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's, over the calibration alone if the model is a stage two; over the whole model otherwise.
+
+    ``paramwise_cfg`` knows the calibration's parameters as ``calibration.magnitude`` and so on.
+    """
+
+    def __call__(self, model: nn.Module):
+        model = model.module if is_model_wrapper(model) else model
+        if isinstance(model, DisAlignClassifier):
+            model = nn.ModuleDict({"calibration": model.classifier.calibration})
+        return super().__call__(model)
