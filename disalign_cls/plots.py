@@ -97,7 +97,5 @@ def plot_calibration(path, counts, magnitude, margin, titles) -> None:
             panels[0][column].set_title(title)
             panels[1][column].set_xticks(x, [str(count) for count in counts])
             panels[1][column].set_xlabel("training images of the class")
-        figure.text(
-            0.99, 0.995, "dots: seeds, line: mean, dashed: start", ha="right", va="top", fontsize=9, color="#666"
-        )
+        footnote(figure, "dots: seeds, line: mean, dashed: the identity that stage two starts from")
         save(figure, path)
