@@ -149,3 +149,12 @@ def test_the_runner_sets_the_epochs(tmp_path, monkeypatch):
     run = runner(BASELINE["linear"], tmp_path, epochs=3, **{"train_dataloader.sampler": sampler, "randomness.seed": 5})
     run.train()
     assert seen == [(0, 5), (1, 5), (2, 5)]
+
+
+def test_small_probabilities_are_not_taken_for_equal_ones(monkeypatch):
+    # Each image's is below 1e-8 in a set of 100 million: less than the tolerance that comparisons have by default.
+    sampler = PowerSampler(Labels([400, 100]), q=0.0, seed=0)
+    balanced = sampler.class_probabilities()
+    monkeypatch.setattr(sampler, "class_probabilities", lambda: balanced * 1e-6)
+    drawn = torch.bincount(sampler.dataset.labels[list(sampler)], minlength=2)
+    assert drawn[1] > 200
