@@ -326,3 +326,10 @@ def test_transforms_are_torchvisions_by_name():
 def test_an_unknown_transform_or_option_is_refused(step):
     with pytest.raises(InputError, match=r"expected torchvision\.transforms\.v2 and its options, got \{"):
         build_transforms([step])
+
+
+def test_folders_are_numbered_by_the_classes_given_and_no_others_may_be_there(tmp_path):
+    images(tmp_path, "b/1.png", "c/2.png")
+    assert FolderDataset(str(tmp_path), classes=["a", "b", "c"]).labels.tolist() == [1, 2]
+    with pytest.raises(InputError, match=r"expected only folders named in classes in .*, got c"):
+        FolderDataset(str(tmp_path), classes=["a", "b"])

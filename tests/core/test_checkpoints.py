@@ -407,3 +407,14 @@ def test_a_file_appears_only_once_it_is_whole(tmp_path):
         file.write(b" and half")
     assert path.read_bytes() == b"half and half"
     assert os.listdir(tmp_path) == ["result.bin"]
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([1, "a"], dtype=object), np.array(["text"]), np.zeros(2, dtype="datetime64[s]")]
+)
+def test_an_array_of_anything_but_numbers_is_refused(array, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"x": array}}, protocol=4))
+    with pytest.raises(
+        InputError, match=r"expected only tensors and plain values in '.*a\.pkl', but it holds an array of"
+    ):
+        load_file(tmp_path / "a.pkl")

@@ -408,3 +408,8 @@ def test_a_classifier_of_ones_own_is_calibrated_once_it_is_registered(monkeypatc
     wrapped, _ = wrap_classifier(model, [5, 2, 1])
     assert type(wrapped[0]) is CalibratedScaled
     assert torch.equal(wrapped(features), before)
+
+
+def test_a_cosine_classifiers_rows_start_at_norm_1():
+    norms = CosineClassifier(4096, 50).weight.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(50), rtol=0.1, atol=0)
