@@ -1,50 +1,24 @@
-# ImageNet-LT: 115,846 training images, 1,000 classes; 224 x 224. Layout: docs/datasets.md.
-model = dict(
-    type="ImageClassifier",
-    num_classes=1000,
-    data_preprocessor=dict(type="ImgDataPreprocessor", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]),
-)
+# ImageNet-LT: 115,846 training images, 1,000 classes. Layout: docs/datasets.md.
+_base_ = "images_224.py"
+model = dict(num_classes=1000)
 train_dataloader = dict(
     dataset=dict(
-        type="ListDataset",
         name="imagenet-lt",
-        split="train",
-        ann_file="data/imagenet_lt/ImageNet_LT_train.txt",
         data_root="data/imagenet",
         num_classes=1000,
-        transforms=[
-            dict(type="RandomResizedCrop", size=224),
-            dict(type="RandomHorizontalFlip"),
-            dict(type="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4),
-        ],
-    ),
-    batch_size=32,
-    num_workers=8,
-    persistent_workers=True,
-    pin_memory=True,
-    sampler=dict(type="DefaultSampler", shuffle=True),
-    collate_fn=dict(type="default_collate"),
+        ann_file="data/imagenet_lt/ImageNet_LT_train.txt",
+    )
 )
 val_dataloader = dict(
     dataset=dict(
-        type="ListDataset",
-        name="imagenet-lt",
-        split="val",
-        ann_file="data/imagenet_lt/ImageNet_LT_val.txt",
-        data_root="data/imagenet",
-        num_classes=1000,
-        transforms=[dict(type="Resize", size=256), dict(type="CenterCrop", size=224)],
-    ),
-    batch_size=64,
-    num_workers=8,
-    persistent_workers=True,
-    pin_memory=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
+        name="imagenet-lt", data_root="data/imagenet", num_classes=1000, ann_file="data/imagenet_lt/ImageNet_LT_val.txt"
+    )
 )
 test_dataloader = dict(
-    val_dataloader,
-    dataset=dict(val_dataloader["dataset"], split="test", ann_file="data/imagenet_lt/ImageNet_LT_test.txt"),
+    dataset=dict(
+        name="imagenet-lt",
+        data_root="data/imagenet",
+        num_classes=1000,
+        ann_file="data/imagenet_lt/ImageNet_LT_test.txt",
+    )
 )
-val_evaluator = dict(type="LongTailAccuracy")
-test_evaluator = val_evaluator
