@@ -21,7 +21,7 @@ from disalign_cls import hooks, predict
 from disalign_cls.cli import load_config
 from disalign_cls.datasets import DigitsLT
 
-from .runs import BASELINE, DISALIGN, PLAIN, evaluate, log, runner, train
+from .runs import BASELINE, DISALIGN, PLAIN, evaluate, log, quick, runner, train
 
 CALIBRATION = {
     f"classifier.calibration.{name}" for name in ("magnitude", "margin", "confidence.weight", "confidence.bias")
@@ -460,13 +460,26 @@ def test_bf16_autocast_is_finite_and_close_to_fp32(classifier, stage_twos):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="AmpOptimWrapper needs CUDA, and DISALIGN_TEST_CUDA=1")
 @CLASSIFIERS
-def test_both_stages_train_under_the_frameworks_amp(classifier, tmp_path):
+def test_both_stages_train_under_the_frameworks_amp(classifier, gpu_environment, tmp_path):
+    def train_with_amp(config, folder, *options):
+        given = [*quick(), "optim_wrapper.type=AmpOptimWrapper", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "disalign_cls.train",
+            config,
+            "--work-dir",
+            str(folder),
+            "--cfg-options",
+            *given,
+        ]
+        done = subprocess.run(command, env=gpu_environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
     one, two = tmp_path / "one", tmp_path / "two"
-    assert train(BASELINE[classifier], one, "optim_wrapper.type=AmpOptimWrapper") == 0
-    options = [f"stage_one={one / 'epoch_2.pth'}", "optim_wrapper.type=AmpOptimWrapper"]
-    assert train(DISALIGN[classifier], two, *options) == 0
+    train_with_amp(BASELINE[classifier], one)
+    train_with_amp(DISALIGN[classifier], two, f"stage_one={one / 'epoch_2.pth'}")
     assert all(tensor.isfinite().all() for tensor in load(two / "epoch_2.pth")["state_dict"].values())
     assert report(two)["stage_one"]["top1"] == pytest.approx(report(one)["figures"]["top1"], abs=0.01)
 
