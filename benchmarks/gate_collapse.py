@@ -11,7 +11,9 @@ mean confidence over the training set is below 0.05. Prints a table; --out write
 import sys
 
 import torch
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -45,19 +47,12 @@ def final_confidence(data, config, rho, seed, clip, zero_start) -> float:
     if not zero_start:
         calibration.confidence.reset_parameters()
     loss = GRWCrossEntropyLoss(counts, rho)
-    options = {key: value for key, value in config.optim_wrapper.optimizer.items() if key != "type"}
-    decayed = [*calibration.confidence.parameters(), calibration.margin]
-    groups = [{"params": decayed}, {"params": [calibration.magnitude], "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, **options)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.train_cfg.max_epochs)
+    options = {key: value for key, value in config.optim_wrapper.items() if clip or key != "clip_grad"}
+    optimizer = build_optim_wrapper(nn.ModuleDict({"calibration": calibration}), options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, config.train_cfg.max_epochs)
     for _ in range(config.train_cfg.max_epochs):
         for index in torch.randperm(len(labels)).split(config.train_dataloader.batch_size):
-            value = loss(calibration(logits[index], features[index]), labels[index])
-            optimizer.zero_grad()
-            value.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(calibration.parameters(), 1.0)
-            optimizer.step()
+            optimizer.update_params(loss(calibration(logits[index], features[index]), labels[index]))
         schedule.step()
     with torch.no_grad():
         return float(calibration.confidence_score(features).mean())
@@ -83,8 +78,8 @@ def main(argv=None):
                     {"start": "zeros" if zero_start else "torch", "rho": rho, "clip": clip, "confidence": means}
                 )
                 shown = " ".join(f"{mean:.2f}" for mean in means)
-                clipped = "clipped at 1.0" if clip else "not clipped"
-                print(f"start {rows[-1]['start']:<6} rho {rho:<4} {clipped:<15} {collapsed}/{args.seeds}   {shown}")
+                clipped = "clipped" if clip else "not clipped"
+                print(f"start {rows[-1]['start']:<6} rho {rho:<4} {clipped:<12} {collapsed}/{args.seeds}   {shown}")
     if args.out:
         write_json(args.out, rows)
 
