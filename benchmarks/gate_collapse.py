@@ -11,6 +11,7 @@ mean confidence over the training set is below 0.05. Prints a table; --out write
 import sys
 
 import torch
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
@@ -67,6 +68,7 @@ def main(argv=None):
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     torch.set_num_threads(1)
+    MMLogger.get_instance("gate_collapse", log_level="ERROR")  # else a line for each optimizer
     data = cached(config, args.stage_one)
     rows = []
     for zero_start in (True, False):
