@@ -12,8 +12,8 @@ CLS = [
     "tqdm>=4.60",
     "opencv-python-headless>=4.9",  # mmengine imports it but does not ask for it
 ]
-# setuptools: detectron2's model zoo and mmcv's build still import pkg_resources, which 82 removed.
 MMSEG = ["onedl-mmengine>=0.10.10", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=1.4.2", "onedl-mim>=0.5.1"]
+# setuptools: detectron2's model zoo imports pkg_resources, which 82 removed.
 D2 = ["faster-coco-eval>=1.8", "lvis>=0.5.3", "fvcore>=0.1.5", "setuptools>=80,<82"]
 TEST = [*CLS, "pytest>=8"]
 

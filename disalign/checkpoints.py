@@ -51,7 +51,7 @@ def load_file(path) -> dict:
     """Read a checkpoint without ever running code from it.
 
     Torch files are read with ``weights_only``; a ``.pkl`` of numpy arrays (Detectron2's model zoo) by
-    :func:`disalign.unpickling.load_arrays`. Which of the two is told from the content, not from the name.
+    :func:`disalign.unpickling.load_arrays`. A ``.pkl`` may be either: its content tells.
 
     Args:
         path: the file.

@@ -23,6 +23,7 @@ from disalign.splits import percent
 
 from .cli import command, load_config
 from .datasets import DigitsLT
+from .plots import plot_accuracy, plot_calibration
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = {"linear": "", "cosine": "-cosine"}
@@ -136,28 +137,23 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def pictures(runs: list[dict], out: Path) -> None:
-    from .plots import plot_accuracy, plot_calibration
+    """Accuracy per class before and after, and the learned calibration, one panel per classifier."""
 
-    def by_count(values, one):
-        order = sorted(range(len(values)), key=lambda label: -one["class_counts"][label])
-        return [values[label] for label in order]
+    def panels(pick):
+        """Title -> per run the picked values of its classes, from many training images to few."""
+        result = {f"long-tailed digits, {classifier} classifier": [] for classifier in METHODS}
+        for one in runs:
+            counts = one["class_counts"]
+            order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+            values = pick(one)
+            result[f"long-tailed digits, {one['classifier']} classifier"].append([values[label] for label in order])
+        return result
 
-    def of(pick):
-        return {
-            classifier: [by_count(pick(one), one) for one in runs if one["classifier"] == classifier]
-            for classifier in METHODS
-        }
-
-    titles = {classifier: f"long-tailed digits, {classifier} classifier" for classifier in METHODS}
-
-    def titled(values):
-        return {titles[classifier]: values[classifier] for classifier in METHODS}
-
-    before = titled(of(lambda one: one["stage_one"]["per_class"]))
-    after = titled(of(lambda one: one["disalign"]["per_class"]))
-    magnitude, margin = titled(of(lambda one: one["magnitude"])), titled(of(lambda one: one["margin"]))
-    plot_accuracy(out / "accuracy_per_class.png", DigitsLT.profile, before, after, titles.values())
-    plot_calibration(out / "calibration.png", DigitsLT.profile, magnitude, margin, titles.values())
+    before = panels(lambda one: one["stage_one"]["per_class"])
+    after = panels(lambda one: one["disalign"]["per_class"])
+    plot_accuracy(out / "accuracy_per_class.png", DigitsLT.profile, before, after)
+    magnitude, margin = panels(lambda one: one["magnitude"]), panels(lambda one: one["margin"])
+    plot_calibration(out / "calibration.png", DigitsLT.profile, magnitude, margin)
 
 
 if __name__ == "__main__":

@@ -31,21 +31,20 @@ def footnote(figure, text: str) -> None:
     figure.supxlabel(text, x=0.99, ha="right", fontsize=9, color="#666666")
 
 
-def plot_accuracy(path, counts, before, after, titles) -> None:
+def plot_accuracy(path, counts, before, after) -> None:
     """Accuracy per class, ordered by training images, before and after (the paper's Fig. 1).
 
     Args:
         path: PNG to write.
         counts: (K,) training images, from many to few.
-        before, after: per title, (runs, K) accuracies in [0, 1], classes in counts' order.
-        titles: one panel each.
+        before, after: title of a panel -> (runs, K) accuracies in [0, 1], classes in counts' order.
     """
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1, len(titles), figsize=(5.6 * len(titles), 4.0), sharey=True, layout="constrained", squeeze=False
+            1, len(before), figsize=(5.6 * len(before), 4.0), sharey=True, layout="constrained", squeeze=False
         )
         x = np.arange(len(counts))
-        for panel, title in zip(panels[0], titles, strict=True):
+        for panel, title in zip(panels[0], before, strict=True):
             for values, color, label, shift in (
                 (before[title], BEFORE, "stage one", -0.2),
                 (after[title], AFTER, "DisAlign", 0.2),
@@ -64,27 +63,26 @@ def plot_accuracy(path, counts, before, after, titles) -> None:
         save(figure, path)
 
 
-def plot_calibration(path, counts, magnitude, margin, titles) -> None:
+def plot_calibration(path, counts, magnitude, margin) -> None:
     """Learned magnitude and margin against training images (the paper's Fig. 6).
 
     Args:
         path: PNG to write.
         counts: (K,) training images, from many to few.
-        magnitude, margin: per title, (runs, K) values in counts' order.
-        titles: one panel each.
+        magnitude, margin: title of a panel -> (runs, K) values in counts' order.
     """
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             2,
-            len(titles),
-            figsize=(5.6 * len(titles), 5.6),
+            len(magnitude),
+            figsize=(5.6 * len(magnitude), 5.6),
             sharex=True,
             sharey="row",
             layout="constrained",
             squeeze=False,
         )
         x = np.arange(len(counts))
-        for column, title in enumerate(titles):
+        for column, title in enumerate(magnitude):
             for row, (values, color, start, name) in enumerate(
                 ((magnitude[title], AFTER, 1.0, "magnitude"), (margin[title], MARGIN, 0.0, "margin"))
             ):
