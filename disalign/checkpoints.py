@@ -181,7 +181,11 @@ class HandOver:
 
 
 def load_stage_one(
-    model: nn.Module, checkpoint, new: Iterable[str] | None = None, ignorable: Iterable[str] = IGNORABLE
+    model: nn.Module,
+    checkpoint,
+    new: Iterable[str] | None = None,
+    ignorable: Iterable[str] = IGNORABLE,
+    name: str | None = None,
 ) -> HandOver:
     """Load a stage-one checkpoint into a stage-two model, completely or not at all.
 
@@ -190,6 +194,7 @@ def load_stage_one(
         checkpoint: a file, or a loaded checkpoint or state dict.
         new: names of the tensors that stage two adds; default: whatever trains.
         ignorable: patterns (as in ``fnmatch``) of keys that the checkpoint may hold in vain.
+        name: of the file that a loaded checkpoint comes from, for the sentences.
 
     Returns:
         What was loaded, what is new, what was left out.
@@ -198,8 +203,11 @@ def load_stage_one(
         InputError: a frozen tensor is missing, mis-shaped, or not finite; a calibration in the checkpoint; or a key
             that neither the model nor ``ignorable`` knows. The model is then unchanged.
     """
-    where = f" in {os.fspath(checkpoint)!r}" if isinstance(checkpoint, (str, os.PathLike)) else ""
-    source = state_dict_of(load_file(checkpoint) if where else checkpoint)
+    if isinstance(checkpoint, (str, os.PathLike)):
+        name = os.fspath(checkpoint)
+        checkpoint = load_file(checkpoint)
+    where = f" in {name!r}" if name else ""
+    source = state_dict_of(checkpoint)
     target = model.state_dict()
     if new is None:
         new = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

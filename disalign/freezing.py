@@ -37,7 +37,7 @@ def _train(model: nn.Module, kept: tuple[str, ...], mode: bool = True) -> nn.Mod
     return model
 
 
-def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
+def freeze_except(model: nn.Module, names: Sequence[str], held: Sequence[str] = ("",)) -> FreezeReport:
     """Freeze a model but for the named parts, in place.
 
     The rest gets no gradients and stays in eval mode through every later ``model.train()``, so that BatchNorm
@@ -48,6 +48,8 @@ def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
     Args:
         model: any module.
         names: modules or parameters that stay as they are (``"fc.calibration"``); a name covers all below it.
+        held: modules that stay in eval mode; by default the model itself, with all below it. To be narrowed where a
+            framework's modules choose their training path by their flag (Detectron2's ROI heads).
 
     Returns:
         What trains.
@@ -57,7 +59,7 @@ def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
     """
     modules = dict(model.named_modules())
     known = set(modules) | {name for name, _ in model.named_parameters()}
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in (*names, *held) if name not in known]
     if unknown:
         raise InputError(f"expected names of modules or parameters to keep training, got {some(unknown)}")
     for name, parameter in model.named_parameters():
@@ -66,10 +68,12 @@ def freeze_except(model: nn.Module, names: Sequence[str]) -> FreezeReport:
     if not trainable:
         raise InputError(f"expected something to train, but {some(names)} holds no parameters")
 
-    kept = tuple(name for name in names if name in modules)
-
-    # Bound to the model, so that a deep copy (an EMA, say) or a pickle freezes itself.
-    model.train = functools.partial(_train, model, kept)
+    for holder in held:
+        prefix = f"{holder}." if holder else ""
+        kept = tuple(name.removeprefix(prefix) for name in names if name in modules and name.startswith(prefix))
+        module = modules[holder]
+        # Bound to the module, so that a deep copy (an EMA, say) or a pickle freezes itself.
+        module.train = functools.partial(_train, module, kept)
     model.train(model.training)
     return FreezeReport(
         trainable={name: tuple(parameter.shape) for name, parameter in trainable.items()},

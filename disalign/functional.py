@@ -43,6 +43,21 @@ def calibrate(
         InputError: shapes that do not fit.
     """
     k = logits.shape[1] if num_calibrated is None else num_calibrated
+    if not torch.jit.is_scripting():
+        _check_shapes(logits, confidence, magnitude, margin, k)
+    result = torch.promote_types(torch.promote_types(logits.dtype, magnitude.dtype), confidence.dtype)
+    precise = torch.promote_types(result, torch.float32)
+    per_class = [1, k] + [1] * (logits.dim() - 2)
+    z = logits[:, :k].to(precise)
+    # a - (0 - b) is a + b, and leaves a negative zero as it is.
+    shift = (magnitude.to(precise) - 1).view(per_class) * z - (0 - margin.to(precise)).view(per_class)
+    calibrated = (z + confidence.to(precise) * shift).to(result)
+    if k == logits.shape[1]:
+        return calibrated
+    return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
+
+
+def _check_shapes(logits, confidence, magnitude, margin, k):
     if magnitude.shape != (k,) or margin.shape != (k,) or k > logits.shape[1]:
         raise InputError(
             f"expected magnitude and margin of length {k} for logits of shape {tuple(logits.shape)}, got "
@@ -53,16 +68,6 @@ def calibrate(
             f"expected a confidence of shape {(logits.shape[0], 1, *logits.shape[2:])} for logits of shape "
             f"{tuple(logits.shape)}, got {tuple(confidence.shape)}"
         )
-    result = torch.promote_types(torch.promote_types(logits.dtype, magnitude.dtype), confidence.dtype)
-    precise = torch.promote_types(result, torch.float32)
-    per_class = (1, k) + (1,) * (logits.dim() - 2)
-    z = logits[:, :k].to(precise)
-    # a - (0 - b) is a + b, and leaves a negative zero as it is.
-    shift = (magnitude.to(precise) - 1).view(per_class) * z - (0 - margin.to(precise)).view(per_class)
-    calibrated = (z + confidence.to(precise) * shift).to(result)
-    if k == logits.shape[1]:
-        return calibrated
-    return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
 
 
 def generalized_reweight(

@@ -1,5 +1,7 @@
 """The generalized re-weighted loss as a module."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,11 +22,13 @@ class GRWCrossEntropyLoss(nn.Module):
         rho: scale of eq. 11 (official: 1.2 classification, 0.8 LVIS, 0.2 ADE20K).
         reduction, ignore_index: see :func:`disalign.functional.grw_cross_entropy`.
         normalize, zero_count: see :func:`disalign.functional.generalized_reweight`.
+        background_weight: weight of one more class behind the K counted ones, a detector's background (official: 1).
         sync: in distributed training divide a mean by the global batch's denominator, so that the gradient, which DDP
             averages over ranks, does not depend on the number of GPUs. Every rank must then call the loss, an empty
             batch included. Off in evaluation (``eval()`` or ``torch.no_grad()``).
 
-    Shapes: logits (N, K, *), target (N, *) int64; returns a scalar, or (N, *) for reduction ``"none"``.
+    Shapes: logits (N, K, *), or (N, K + 1, *) with a background; target (N, *) int64; returns a scalar, or (N, *) for
+    reduction ``"none"``.
 
     Raises:
         InputError: bad counts or options, or a call before the counts are known.
@@ -39,16 +43,20 @@ class GRWCrossEntropyLoss(nn.Module):
         normalize: str = "mean",
         zero_count: str = "error",
         sync: bool = True,
+        background_weight: float | None = None,
     ) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise InputError(f"expected a reduction among {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if background_weight is not None and not (math.isfinite(background_weight) and background_weight >= 0):
+            raise InputError(f"expected a finite background weight >= 0, got {background_weight!r}")
         self.rho = rho
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.normalize = normalize
         self.zero_count = zero_count
         self.sync = sync
+        self.background_weight = background_weight
         self.class_counts: Tensor | None = None
         self.register_buffer("weight", None, persistent=False)
         if class_counts is not None:
@@ -58,6 +66,8 @@ class GRWCrossEntropyLoss(nn.Module):
         """Compute the weights from anything :func:`disalign.load_class_counts` takes."""
         counts = load_class_counts(class_counts)
         weight = generalized_reweight(counts, self.rho, self.normalize, self.zero_count)
+        if self.background_weight is not None:
+            weight = torch.cat([weight, torch.tensor([float(self.background_weight)])])
         self.class_counts = counts
         self.weight = weight if self.weight is None else weight.to(self.weight.device)
 
@@ -71,8 +81,10 @@ class GRWCrossEntropyLoss(nn.Module):
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
             "sync": self.sync,
+            "background_weight": self.background_weight,
         }
 
+    @torch.jit.unused  # by an exported model
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.weight is None:
             raise InputError("expected class counts before the first loss, got none; call set_class_counts(...) first")

@@ -66,21 +66,26 @@ class AdaptiveCalibration(nn.Module):
     def confidence_score(self, features: Tensor) -> Tensor:
         """sigma(x) = sigmoid(v.x + b) of eq. 5, in fp32 even under autocast; (N, d, *) -> (N, 1, *)."""
         if self.confidence is None:
-            return features.new_ones((features.shape[0], 1, *features.shape[2:]))
+            return torch.ones_like(features[:, :1])
+        if torch.jit.is_scripting():  # knows no autocast for a device that it learns only at run time
+            return torch.sigmoid(self.confidence(features))
         with torch.autocast(features.device.type, enabled=False):
             return torch.sigmoid(self.confidence(features.to(self.confidence.weight.dtype)))
 
     def forward(self, logits: Tensor, features: Tensor) -> Tensor:
+        confidence = self.confidence_score(features)
+        if not torch.jit.is_scripting():
+            self._check_columns(logits)
+            self._last_confidence = confidence.detach()
+        return calibrate(logits, confidence, self.magnitude, self.margin, self.num_classes)
+
+    def _check_columns(self, logits: Tensor) -> None:
         expected = self.num_classes + self.passthrough
         if logits.shape[1] != expected:
             raise InputError(
                 f"expected {expected} score columns, got {logits.shape[1]}; the calibration was built for another "
                 "classifier"
             )
-        confidence = self.confidence_score(features)
-        if not torch.jit.is_scripting():
-            self._last_confidence = confidence.detach()
-        return calibrate(logits, confidence, self.magnitude, self.margin, self.num_classes)
 
     def statistics(self) -> dict[str, Tensor]:
         """For the log: mean and spread of the last batch's confidence, range of magnitude and margin (scalars)."""
@@ -114,6 +119,7 @@ class CosineClassifier(nn.Module):
 
     # Norms below this count as it. The gradient there is up to scale / eps, which fp16 must still hold.
     eps = 1e-3
+    __constants__ = ["eps"]
 
     def __init__(self, feature_dim: int, num_classes: int, scale: float = 20.0, learn_scale: bool = True) -> None:
         super().__init__()
@@ -129,11 +135,20 @@ class CosineClassifier(nn.Module):
             self.register_buffer("scale", start)
 
     def forward(self, features: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.cosine_scores(features)
+
+    def cosine_scores(self, features: Tensor) -> Tensor:
+        """Eq. 3; features (N, d) -> (N, K)."""
+        if torch.jit.is_scripting():  # knows no autocast for a device that it learns only at run time
+            return self._cosine_scores(features)
         with torch.autocast(features.device.type, enabled=False):
-            x = F.normalize(features.to(dtype), dim=1, eps=self.eps)
-            w = F.normalize(self.weight.to(dtype), dim=1, eps=self.eps)
-            return self.scale * F.linear(x, w)
+            return self._cosine_scores(features)
+
+    def _cosine_scores(self, features: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.normalize(features.to(dtype), dim=1, eps=self.eps)
+        w = F.normalize(self.weight.to(dtype), dim=1, eps=self.eps)
+        return self.scale * F.linear(x, w)
 
     def extra_repr(self) -> str:
         return f"feature_dim={self.in_features}, num_classes={self.out_features}"
@@ -146,11 +161,13 @@ class Calibrated:
     needs ``in_features``, ``out_features``, ``weight``, and a forward from features (N, d) to scores (N, K).
     """
 
-    calibration: AdaptiveCalibration
+    def stage_one(self, features: Tensor) -> Tensor:
+        """Stage one's scores; to be overridden without ``super()`` where TorchScript must read it."""
+        return super().forward(features)
 
     def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Stage one's scores and the calibrated ones, each (N, K)."""
-        logits = super().forward(features)
+        logits = self.stage_one(features)
         return logits, self.calibration(logits, features)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -160,9 +177,17 @@ class Calibrated:
 class CalibratedLinear(Calibrated, nn.Linear):
     """A linear classifier (eq. 2) with the calibration on top: DisAlign."""
 
+    def stage_one(self, features: Tensor) -> Tensor:
+        """Eq. 2; features (N, d) -> (N, K)."""
+        return F.linear(features, self.weight, self.bias)
+
 
 class CalibratedCosineClassifier(Calibrated, CosineClassifier):
     """A cosine classifier (eq. 3) with the calibration on top: DisAlign*."""
+
+    def stage_one(self, features: Tensor) -> Tensor:
+        """Eq. 3; features (N, d) -> (N, K)."""
+        return self.cosine_scores(features)
 
 
 #: Classifier -> its calibrated form; :func:`calibrate_classifier` looks here.

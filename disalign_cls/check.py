@@ -8,8 +8,9 @@ import sys
 from mmengine.registry import DATASETS
 
 from disalign import InputError, many_medium_few
+from disalign.cli import command
 
-from .cli import command, config_errors, load_config, parser
+from .cli import config_errors, load_config, parser
 from .datasets import MissingFilesError
 
 

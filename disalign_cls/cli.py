@@ -1,12 +1,9 @@
-"""What the commands share: configs, the Runner, and one sentence with exit status 2 for bad input."""
+"""What the commands share: configs and the Runner."""
 
 import argparse
-import functools
 import inspect
 import os
-import sys
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,26 +11,10 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from disalign import InputError, load_file
+from disalign.cli import find_config
 
 #: What a config that does not fit raises while mmengine builds from it.
 BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
-
-
-def command(main):
-    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2."""
-
-    @functools.wraps(main)
-    def wrapped(argv=None) -> int:
-        try:
-            main(argv)
-        except InputError as error:
-            # From a data loader's worker it comes with the worker's traceback around it.
-            sentence = str(error).strip().splitlines()[-1].removeprefix("disalign.errors.InputError: ")
-            print(f"error: {sentence}", file=sys.stderr)
-            return 2
-        return 0
-
-    return wrapped
 
 
 class KeyValue(DictAction):
@@ -62,22 +43,13 @@ def runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParser
     return result
 
 
-def shipped_configs() -> Path:
-    """The folder of the shipped configs, in a checkout and in an installed wheel alike."""
-    spec = find_spec("disalign_configs")
-    return Path(next(iter(spec.submodule_search_locations)) if spec else Path(__file__).parent.parent / "configs")
-
-
 def load_config(path: str, options: dict) -> Config:
     """Read a config and set ``options`` in it.
 
     Raises:
         InputError: no such file, a file that is no config, or an option whose first word the config does not know.
     """
-    if not os.path.isfile(path) and (shipped_configs() / path).is_file():
-        path = str(shipped_configs() / path)
-    if not os.path.isfile(path):
-        raise InputError(f"expected a config file, or the name of a shipped one in {shipped_configs()}, got {path!r}")
+    path = find_config(path)
     try:
         config = Config.fromfile(path)
     except Exception as error:  # a config is Python: anything may come

@@ -19,9 +19,10 @@ from mmengine.runner import Runner
 from tqdm import tqdm
 
 from disalign.checkpoints import write_json
+from disalign.cli import command
 from disalign.splits import percent
 
-from .cli import command, load_config
+from .cli import load_config
 from .datasets import DigitsLT
 from .plots import plot_accuracy, plot_calibration
 

@@ -6,7 +6,9 @@ the work folder.
 
 import sys
 
-from .cli import build_runner, command, config_errors, load_config, parser, runner_arguments
+from disalign.cli import command
+
+from .cli import build_runner, config_errors, load_config, parser, runner_arguments
 
 
 @command

@@ -13,7 +13,7 @@ from torchvision import datasets
 
 from disalign import InputError
 from disalign.checkpoints import atomic_file
-from disalign_cls.cli import command
+from disalign.cli import command
 
 DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 

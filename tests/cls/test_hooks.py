@@ -98,7 +98,7 @@ def test_pretrained_weights_are_not_fetched_when_a_checkpoint_follows():
 
 @pytest.mark.parametrize("dataset", ["imagenet_lt", "inaturalist2018", "places_lt"])
 def test_the_learning_rate_of_the_large_configs_follows_the_batch(dataset):
-    from disalign_cls.cli import shipped_configs
+    from disalign.cli import shipped_configs
 
     for path in sorted((shipped_configs() / "cls" / dataset).glob("*.py")):
         config = load_config(str(path), {})

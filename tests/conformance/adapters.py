@@ -16,8 +16,6 @@ from disalign import (
     AdaptiveCalibration,
     GRWCrossEntropyLoss,
     freeze_except,
-    generalized_reweight,
-    grw_cross_entropy,
     wrap_classifier,
 )
 
@@ -149,17 +147,9 @@ class BoxHead(nn.Module):
         return logits, self.calibration(logits, features)
 
 
-class BoxLoss(nn.Module):
+def box_loss(class_counts, **options):
     """The background weighs 1 beside the foreground's weights."""
-
-    def __init__(self, class_counts, rho=0.8, reduction="weighted_mean", normalize="mean"):
-        super().__init__()
-        weight = generalized_reweight(torch.as_tensor(class_counts), rho, normalize)
-        self.weight = torch.cat([weight, torch.ones(1)])
-        self.reduction = reduction
-
-    def forward(self, scores, target):
-        return grw_cross_entropy(scores, target, self.weight, self.reduction)
+    return GRWCrossEntropyLoss(class_counts, background_weight=1.0, **options)
 
 
 def detection_like():
@@ -179,7 +169,7 @@ def detection_like():
         stage_two=stage_two,
         batch=batch,
         scores=lambda model, boxes: model.scores(boxes),
-        loss=BoxLoss,
+        loss=box_loss,
         trainable=below("calibration"),
         passthrough=1,
     )

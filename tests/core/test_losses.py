@@ -56,7 +56,25 @@ def test_metadata_says_how_the_counts_became_weights():
         "reduction": "mean",
         "ignore_index": -100,
         "sync": True,
+        "background_weight": None,
     }
+
+
+def test_the_background_is_one_more_class_behind_the_counted_ones():
+    loss = GRWCrossEntropyLoss(COUNTS, 0.8, background_weight=6.0)
+    expected = [count**-0.8 for count in COUNTS]
+    expected = [3 * weight / sum(expected) for weight in expected] + [6.0]
+    torch.testing.assert_close(loss.weight, torch.tensor(expected))
+    scores, target = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
+    logs = scores.double().log_softmax(dim=1)
+    summed = sum(-expected[label] * logs[row, label] for row, label in enumerate(target.tolist()))
+    assert loss(scores, target).item() == pytest.approx(summed.item() / (sum(expected) + 6.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_background_weight_that_is_none_is_refused(weight):
+    with pytest.raises(InputError, match="background weight"):
+        GRWCrossEntropyLoss(COUNTS, background_weight=weight)
 
 
 def test_counts_may_come_later():

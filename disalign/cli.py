@@ -1,0 +1,48 @@
+"""What all commands share: the shipped configs, and one sentence with exit status 2 for bad input."""
+
+import functools
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from .errors import InputError
+
+
+def command(main):
+    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None) -> int:
+        try:
+            main(argv)
+        except InputError as error:
+            print(f"error: {sentence_of(error)}", file=sys.stderr)
+            return 2
+        return 0
+
+    return wrapped
+
+
+def sentence_of(error: InputError) -> str:
+    """Its own sentence: from a data loader's worker an error comes with the worker's traceback around it."""
+    return str(error).strip().splitlines()[-1].removeprefix("disalign.errors.InputError: ")
+
+
+def shipped_configs() -> Path:
+    """The folder of the shipped configs, in a checkout and in an installed wheel alike."""
+    spec = find_spec("disalign_configs")
+    return Path(next(iter(spec.submodule_search_locations)) if spec else Path(__file__).parent.parent / "configs")
+
+
+def find_config(path: str) -> str:
+    """The config file that a command's argument means: a file, or the name of a shipped one.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if not os.path.isfile(path) and path and (shipped_configs() / path).is_file():
+        path = str(shipped_configs() / path)
+    if not os.path.isfile(path):
+        raise InputError(f"expected a config file, or the name of a shipped one in {shipped_configs()}, got {path!r}")
+    return path
