@@ -1,0 +1,120 @@
+"""Detectron2's checkpointer, but safe and strict: it never unpickles, and where a tensor is missing it stops."""
+
+import os
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
+
+from disalign import InputError, load_file, load_stage_one
+from disalign.checkpoints import IGNORABLE, require_tensors, state_dict_of
+
+from .freezing import calibrations
+
+
+class DisAlignCheckpointer(DetectionCheckpointer):
+    """Reads stage one, a run to resume, and a model to evaluate; saves the class counts and rho beside the model.
+
+    Detectron2 only warns of missing or mis-shaped tensors. Here they stop stage two, ``--resume`` and evaluation. A
+    fresh stage one still starts from whatever fits (ImageNet or COCO weights), as in Detectron2.
+
+    Args:
+        model, save_dir, checkpointables: as in ``DetectionCheckpointer``.
+        training: a run that starts without ``--resume`` starts from another stage's or another dataset's weights.
+
+    Raises:
+        InputError: on loading: no file, a file that holds more than tensors and plain values, or one that is not of
+            this very model and stage.
+    """
+
+    def __init__(self, model, save_dir="", *, training: bool = False, **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.training = training
+        self._calibrations = calibrations(self.model)
+        self._fresh = False
+        self._name = None
+
+    def resume_or_load(self, path, *, resume=True):
+        """As in Detectron2; a fresh run of stage two takes ``path`` as its stage one."""
+        resuming = resume and self.has_checkpoint()
+        self._fresh = self.training and not resuming
+        if not path and not resuming and (self._calibrations or not self.training):
+            what = "the stage-one checkpoint" if self._fresh else "a checkpoint to evaluate"
+            raise InputError(f"expected {what} as MODEL.WEIGHTS, got an empty one; add MODEL.WEIGHTS FILE")
+        try:
+            return super().resume_or_load(path, resume=resume)
+        finally:
+            self._fresh = False
+
+    def save(self, name, **kwargs):
+        """As in Detectron2, with the calibration's counts and rho under ``"disalign"``."""
+        super().save(name, **metadata(self.model), **kwargs)
+
+    def load(self, path, *args, **kwargs):
+        """As in Detectron2; a path that leads nowhere is bad input."""
+        self._name = path
+        try:
+            return super().load(path, *args, **kwargs)
+        except (AssertionError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"expected a checkpoint at {path!r}, but: {reason}; check MODEL.WEIGHTS") from error
+        finally:
+            self._parsed_url_during_load = None
+
+    def _torch_load(self, f):
+        return load_file(f)
+
+    def _load_file(self, filename):
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = load_file(filename)
+        if "model" in content:
+            return dict(content)
+        # Detectron2 takes any other .pkl for Caffe2's.
+        blobs = {name: blob for name, blob in content.get("blobs", content).items() if isinstance(blob, Tensor)}
+        blobs = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+        return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _load_model(self, checkpoint):
+        if self._fresh and not self._calibrations:
+            return super()._load_model(checkpoint)
+        if self._fresh:
+            self._hand_over(checkpoint)
+        else:
+            self._restore(checkpoint)
+        checkpoint.pop("model")
+        return None
+
+    def _hand_over(self, checkpoint):
+        new = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        report = load_stage_one(self.model, checkpoint, new, name=self._name)
+        self.logger.info(f"{os.path.basename(self._name)}: {report}")
+
+    def _restore(self, checkpoint):
+        source, target = state_dict_of(checkpoint), self.model.state_dict()
+        calibrated = is_calibrated(source)
+        if calibrated and not self._calibrations:
+            raise InputError(
+                f"expected a stage-one checkpoint for this config, got a calibrated one in {self._name!r}; use the "
+                "stage-two config, or MODEL.DISALIGN.CALIBRATE True"
+            )
+        if self._calibrations and not calibrated:
+            raise InputError(
+                f"expected a stage-two checkpoint, got one without a calibration in {self._name!r}; give stage one's "
+                "as MODEL.WEIGHTS to train, with an OUTPUT_DIR of its own, or evaluate it with its own config"
+            )
+        require_tensors(source, target, "tensors of the config's model", IGNORABLE, f" in {self._name!r}")
+        with torch.no_grad():
+            for name, tensor in target.items():
+                tensor.copy_(source[name])
+
+
+def is_calibrated(state_dict) -> bool:
+    """Whether a state dict is stage two's."""
+    return any(".calibration." in name for name in state_dict)
+
+
+def metadata(model) -> dict:
+    """``{"disalign": counts, rho and the rest of the loss}`` of a calibrated model, else empty."""
+    predictors = [module for module in model.modules() if getattr(module, "calibrated", False)]
+    return {"disalign": predictors[0].loss.metadata()} if predictors else {}

@@ -1,0 +1,99 @@
+"""r of eq. 11 for a detector: training instances or images per class."""
+
+import functools
+import os
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import Tensor
+
+from disalign import load_class_counts
+from disalign.counts import BUNDLED
+from disalign.errors import InputError, some
+
+from .datasets import load_records
+
+UNITS = ("instances", "images")
+
+
+def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str = "instances") -> Tensor:
+    """Count the annotations that train: crowds don't.
+
+    Args:
+        dataset_dicts: in Detectron2's format, ``category_id`` in [0, K).
+        num_classes: K.
+        unit: ``"instances"``, or ``"images"`` that show the class at least once.
+
+    Returns:
+        (K,) int64.
+
+    Raises:
+        InputError: another unit, or a ``category_id`` outside [0, K).
+    """
+    if unit not in UNITS:
+        raise InputError(f"expected a unit among {some(UNITS)}, got {unit!r}")
+    labels = []
+    for record in dataset_dicts:
+        present = [one["category_id"] for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
+        labels += set(present) if unit == "images" else present
+    labels = torch.tensor(labels, dtype=torch.int64)
+    wrong = labels[(labels < 0) | (labels >= num_classes)].unique()
+    if len(wrong):
+        raise InputError(
+            f"expected annotations of classes 0..{num_classes - 1}, got {some(wrong.tolist())}; check the categories "
+            "and MODEL.ROI_HEADS.NUM_CLASSES"
+        )
+    return torch.bincount(labels, minlength=num_classes)
+
+
+def class_counts_from_config(cfg: CfgNode) -> Tensor:
+    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` ask for; only training needs them.
+
+    Args:
+        cfg: ``CLASS_COUNTS`` is a bundled name, a JSON file (see :func:`disalign.load_class_counts`), or empty: then
+            the annotations of all of ``DATASETS.TRAIN`` are counted.
+
+    Returns:
+        (K,) int64, all at least 1.
+
+    Raises:
+        InputError: an unknown unit or dataset, counts that can't be read, counts of another number of classes than
+            ``MODEL.ROI_HEADS.NUM_CLASSES``, or a class without training examples.
+    """
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    source, unit = cfg.MODEL.DISALIGN.CLASS_COUNTS, cfg.MODEL.DISALIGN.COUNT_UNIT
+    if unit not in UNITS:
+        raise InputError(f"expected MODEL.DISALIGN.COUNT_UNIT among {some(UNITS)}, got {unit!r}")
+    if source:
+        path = source if source in BUNDLED else os.path.expanduser(source)
+        counts = load_class_counts(path, unit="images" if unit == "images" else None)
+        names = None
+    else:
+        if not cfg.DATASETS.TRAIN:
+            raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
+        counts, names = _count_datasets(tuple(cfg.DATASETS.TRAIN), num_classes, unit)
+        source = f"the annotations of {some(cfg.DATASETS.TRAIN)}"
+    if len(counts) != num_classes:
+        lvis = "LVIS v0.5 has 1230 classes and LVIS v1 has 1203; " if {1203, 1230} & {len(counts), num_classes} else ""
+        raise InputError(
+            f"expected {num_classes} class counts, as MODEL.ROI_HEADS.NUM_CLASSES says, got {len(counts)} from "
+            f"{source}; {lvis}set NUM_CLASSES or MODEL.DISALIGN.CLASS_COUNTS"
+        )
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(
+            f"expected at least one of the {unit} per class, got none of {len(empty)} classes in {source}: "
+            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give counts of at "
+            "least 1 as a JSON file in MODEL.DISALIGN.CLASS_COUNTS"
+        )
+    return counts.clone()
+
+
+# A cascade asks once per stage, and LVIS's file takes a minute; a registered dataset always returns the same.
+@functools.cache
+def _count_datasets(datasets, num_classes, unit):
+    records = [record for name in datasets for record in load_records(name)]
+    names = MetadataCatalog.get(datasets[0]).get("thing_classes")
+    return count_annotations(records, len(names) if names else num_classes, unit), names

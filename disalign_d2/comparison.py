@@ -1,0 +1,122 @@
+"""Stage one beside stage two: the same model, the same images, with and without its calibration."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from tabulate import tabulate
+from torch import nn
+
+from disalign import AdaptiveCalibration
+from disalign.checkpoints import write_json
+from disalign.freezing import fingerprints, frozen_tensors
+
+from .freezing import calibrations
+
+FIGURES = ("AP", "AP50", "AP75", "APr", "APc", "APf")
+
+
+@contextmanager
+def at_identity(model: nn.Module):
+    """Within it the model gives stage one's scores: magnitude 1, margin 0, whatever the confidence."""
+    modules = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
+    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
+    with torch.no_grad():
+        for module in modules:
+            module.magnitude.fill_(1)
+            module.margin.zero_()
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, magnitude, margin in saved:
+                module.magnitude.copy_(magnitude)
+                module.margin.copy_(margin)
+
+
+def stage_one_key(cfg, model: nn.Module) -> str:
+    """SHA-256 of all that stage one's figures depend on: its tensors, the annotations, the settings of the test."""
+    settings = cfg.clone()
+    settings.defrost()
+    for unrelated in ("OUTPUT_DIR", "SOLVER", "DATALOADER", "SEED", "VERSION"):
+        settings.pop(unrelated, None)
+    for unrelated in ("WEIGHTS", "DISALIGN", "DEVICE"):
+        settings.MODEL.pop(unrelated, None)
+    digest = hashlib.sha256(settings.dump().encode())
+    for name, value in sorted(fingerprints(frozen_tensors(model, calibrations(model))).items()):
+        digest.update(f"{name} {value}".encode())
+    for dataset in cfg.DATASETS.TEST:
+        json_file = MetadataCatalog.get(dataset).get("json_file")
+        if json_file:
+            with open(PathManager.get_local_path(json_file), "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_stage_one_results(path: str, key: str) -> dict | None:
+    """The results kept in ``path`` by :func:`save_stage_one_results`, if they are this stage one's."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            kept = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return _with_nan(kept["results"]) if isinstance(kept, dict) and kept.get("key") == key else None
+
+
+def save_stage_one_results(path: str, key: str, results: Mapping) -> None:
+    """Keep stage one's results, so that it is evaluated once only."""
+    write_json(path, {"key": key, "results": plain(results)})
+
+
+def by_dataset(cfg, results: Mapping) -> dict:
+    """Detectron2 leaves out the dataset's name when there is one only; this puts it back."""
+    return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else dict(results)
+
+
+def plain(value):
+    """For JSON: NaN (no ground truth) becomes null."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _with_nan(value):
+    if isinstance(value, dict):
+        return {key: _with_nan(item) for key, item in value.items()}
+    return float("nan") if value is None else value
+
+
+def write_results(path: str, stage_one: Mapping, disalign: Mapping) -> None:
+    """Both stages' figures, in percent, as JSON: dataset -> stage -> task -> figure."""
+    both = {name: {"stage_one": stage_one[name], "disalign": disalign[name]} for name in disalign}
+    write_json(path, plain(both))
+
+
+def table(stage_one: Mapping, disalign: Mapping) -> str:
+    """Before and after, a table for each dataset and task: figures in percent, gains in points.
+
+    Args:
+        stage_one, disalign: dataset -> task (``"bbox"``, ``"segm"``) -> figure -> percent.
+    """
+    tables = []
+    for dataset, tasks in disalign.items():
+        for task, after in tasks.items():
+            before = stage_one[dataset][task]
+            figures = [figure for figure in FIGURES if figure in after]
+            rows = [
+                ["stage one", *(_shown(before[figure]) for figure in figures)],
+                ["DisAlign", *(_shown(after[figure]) for figure in figures)],
+                ["gain", *(_shown(after[figure] - before[figure], "+.1f") for figure in figures)],
+            ]
+            lines = tabulate(rows, headers=[task, *figures], tablefmt="github", disable_numparse=True)
+            tables.append(f"{dataset}, {task}, before and after\n{lines}")
+    return "\n\n".join(tables)
+
+
+def _shown(value: float, form: str = ".1f") -> str:
+    return "n/a" if math.isnan(value) else format(value, form)

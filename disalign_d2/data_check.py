@@ -1,0 +1,213 @@
+"""What is missing or wrong in a config's data, said before training rather than after hours of it."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.structures import BoxMode
+from tqdm import tqdm
+
+from disalign.errors import InputError, some
+
+from .class_counts import class_counts_from_config, count_annotations
+from .datasets import load_records, place_of, unreadable
+
+logger = logging.getLogger(__name__)
+
+
+def require_data(cfg: CfgNode, training: bool) -> None:
+    """Refuse to start on incomplete data; reads the annotations and lists the folders, but opens no image.
+
+    Args:
+        cfg: its datasets must be registered.
+        training: check ``DATASETS.TRAIN`` and ``TEST``; else only ``TEST``.
+
+    Raises:
+        InputError: the first problem of :func:`check_data`, and how many there are.
+    """
+    problems = _problems(cfg, training, decode=False)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems, see --data-check)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more)
+
+
+def check_data(cfg: CfgNode, decode: bool = False) -> list[str]:
+    """Check the datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
+
+    Args:
+        cfg: its datasets must be registered.
+        decode: read every image to its end too, which takes minutes for LVIS.
+
+    Returns:
+        What would stop or spoil training or evaluation, a sentence each; empty if all is well.
+    """
+    return _problems(cfg, training=True, decode=decode)
+
+
+def missing_files(paths: Sequence[str]) -> list[str]:
+    """Those that do not exist. Each folder is read once: LVIS has 100,000 files in two."""
+    folders: dict[str, set[str]] = {}
+    absent = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in folders[folder]:
+            absent.append(path)
+    return absent
+
+
+def _problems(cfg, training, decode):
+    train = cfg.DATASETS.TRAIN if training else ()
+    problems = []
+    if training and not train:
+        problems.append("expected a dataset in DATASETS.TRAIN, got none")
+    if not training and not cfg.DATASETS.TEST:
+        problems.append("expected a dataset in DATASETS.TEST, got none")
+    if training and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.CLASS_COUNTS:
+        try:
+            class_counts_from_config(cfg)
+        except InputError as error:
+            problems.append(str(error))
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    uncounted = set(train)
+    reference = None
+    for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
+        try:
+            records = load_records(name)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        problems += _missing_images(name, records)
+        reference = reference or name
+        problems += _other_classes(name, reference, num_classes)
+        try:
+            own = count_annotations(records, len(_classes(name)) or num_classes)
+        except InputError as error:
+            problems.append(f"in {name!r}: {error}")
+            continue
+        logger.info("%s: %d images and %d annotations of %d classes", name, len(records), int(own.sum()), len(own))
+        if name in train:
+            if len(own) == num_classes:
+                counts += own
+                uncounted.discard(name)
+            problems += _untrainable_masks(name, records, cfg)
+            _log_flat_boxes(name, records)
+        if decode:
+            problems += _broken_images(name, records, cfg.INPUT.FORMAT)
+    if train and not uncounted:
+        problems += _unseen_classes(counts, train, cfg)
+    return problems
+
+
+def _classes(name) -> list[str]:
+    return MetadataCatalog.get(name).get("thing_classes") or []
+
+
+def _missing_images(name, records) -> Iterator[str]:
+    absent = missing_files([record["file_name"] for record in records])
+    if not absent:
+        return
+    folders = Counter(os.path.dirname(path) for path in absent)
+    hint = place_of(absent[0]) or "; check the image folder"
+    if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
+        hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
+    yield (
+        f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
+        f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
+    )
+
+
+def _other_classes(name, reference, num_classes) -> Iterator[str]:
+    classes, expected = _classes(name), _classes(reference)
+    if name == reference:
+        if classes and len(classes) != num_classes:
+            yield (
+                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
+                f"{num_classes}"
+            )
+    elif classes and expected and len(classes) != len(expected):
+        yield (
+            f"expected the {len(expected)} classes of {reference!r} in {name!r}, got {len(classes)}; give both the "
+            "same categories"
+        )
+    elif classes and expected and classes != expected:
+        differing = [
+            f"{index} is {ours!r}, not {theirs!r}"
+            for index, (ours, theirs) in enumerate(zip(classes, expected, strict=True))
+            if ours != theirs
+        ]
+        yield (
+            f"expected the classes of {reference!r} in {name!r} (in the order of the category ids), but "
+            f"{len(differing)} differ: {some(differing, 3)}; give both the same categories"
+        )
+
+
+def _untrainable_masks(name, records, cfg) -> Iterator[str]:
+    if not cfg.MODEL.MASK_ON:
+        return
+    images = [
+        [one.get("segmentation") for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
+        for record in records
+    ]
+    lacking = sum(mask is None for masks in images for mask in masks)
+    # Stage two needs no masks, but Detectron2 reads all or none of an image.
+    mixed = any(0 < sum(mask is None for mask in masks) < len(masks) for masks in images)
+    if lacking and (mixed or not cfg.MODEL.DISALIGN.CALIBRATE):
+        yield (
+            f"expected a mask for every annotation of {name!r}, as MODEL.MASK_ON says, but {lacking} have none; add "
+            "them, or train a model of boxes alone"
+        )
+    rle = sum(isinstance(mask, dict) for masks in images for mask in masks)
+    if rle and cfg.INPUT.MASK_FORMAT == "polygon":
+        yield (
+            f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
+        )
+
+
+def _log_flat_boxes(name, records) -> None:
+    flat = sum(
+        one["bbox_mode"] == BoxMode.XYWH_ABS and min(one["bbox"][2:]) <= 0
+        for record in records
+        for one in record.get("annotations", ())
+    )
+    if flat:
+        logger.warning("%s: %d boxes have no area; Detectron2 leaves them out of training", name, flat)
+
+
+def _unseen_classes(counts, train, cfg) -> Iterator[str]:
+    unseen = (counts == 0).nonzero().flatten().tolist()
+    if not unseen:
+        return
+    names = _classes(train[0])
+    sentence = (
+        f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have none: "
+        f"{some(names[index] if names else index for index in unseen)}"
+    )
+    # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
+    if len(unseen) == len(counts) or (cfg.MODEL.DISALIGN.CALIBRATE and not cfg.MODEL.DISALIGN.CLASS_COUNTS):
+        yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
+    else:
+        logger.warning(sentence)
+
+
+def _broken_images(name, records, image_format) -> list[str]:
+    def problem(record):
+        try:
+            # A copy: check_image_size may add keys.
+            check_image_size(dict(record), read_image(record["file_name"], image_format))
+        except FileNotFoundError:
+            return None  # said already
+        except (OSError, SyntaxError, ValueError) as error:
+            return str(unreadable(record, error))
+
+    with ThreadPoolExecutor() as pool:
+        found = tqdm(pool.map(problem, records), total=len(records), desc=name, unit="image")
+        return [sentence for sentence in found if sentence]

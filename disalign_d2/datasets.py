@@ -1,0 +1,255 @@
+"""Own datasets in LVIS or COCO format, and images that are read with a sentence when they can't be."""
+
+import json
+import logging
+import os
+from collections import Counter
+from math import isfinite
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.structures import BoxMode
+from pycocotools import mask as coco_mask
+
+from disalign.errors import InputError, some
+
+logger = logging.getLogger(__name__)
+
+_KEYS = {
+    "categories": ("id", "name"),
+    "images": ("id", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+}
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Register every ``[name, annotation file, image folder]`` of ``cfg.DATASETS.OWN``.
+
+    Raises:
+        InputError: an entry that is none, or see :func:`register_instances`.
+    """
+    for entry in cfg.DATASETS.OWN:
+        is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
+        if not is_triple or not all(isinstance(part, str) and part for part in entry):
+            raise InputError(
+                f"expected entries [name, annotation file, image folder] in DATASETS.OWN, got {entry!r}; write "
+                "[[name, file, folder], ...]"
+            )
+        register_instances(*entry)
+
+
+def register_instances(name: str, json_file, image_root) -> None:
+    """Make an annotation file known to Detectron2 under a name; it is read only when the dataset is used.
+
+    Args:
+        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``; it means nothing else.
+        json_file: LVIS or COCO format, see :func:`load_instances`.
+        image_root: the images' folder. Both paths are as for any command: relative to the current folder, ``~`` is the
+            home.
+
+    Raises:
+        InputError: the name is taken by other paths; the same ones again are fine.
+    """
+    paths = {
+        "json_file": os.path.expanduser(os.fspath(json_file)),
+        "image_root": os.path.expanduser(os.fspath(image_root)),
+    }
+    if name in DatasetCatalog:
+        taken = {key: MetadataCatalog.get(name).get(key) for key in paths}
+        if taken != paths:
+            raise InputError(
+                f"expected a new dataset name, got {name!r}, which is {taken['json_file']!r} with images in "
+                f"{taken['image_root']!r}; choose another name"
+            )
+        return
+    DatasetCatalog.register(name, lambda: load_instances(**paths, name=name))
+    MetadataCatalog.get(name).set(evaluator_type="lvis", **paths)
+
+
+def load_instances(json_file: str, image_root: str, name: str | None = None) -> list[dict]:
+    """Read an annotation file in LVIS or COCO format as Detectron2's dataset dicts.
+
+    Unlike Detectron2's ``load_lvis_json`` it takes any category ids and any dataset name, and unlike ``load_coco_json``
+    images that have only a ``coco_url``. Annotations may be boxes alone. An ``ignore`` flag counts as ``iscrowd``.
+
+    Args:
+        json_file: polygons or RLE masks.
+        image_root: an image is at ``image_root/file_name``, or ``image_root/split/file`` after its ``coco_url``.
+        name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
+            the classes 0..K-1 are the categories in the order of their ids.
+
+    Returns:
+        One dict per image, in the order of the images' ids, with ``annotations`` (boxes XYWH in pixels) and LVIS's
+        ``not_exhaustive_category_ids`` and ``neg_category_ids`` (ids of the file, not classes; empty in COCO format).
+
+    Raises:
+        InputError: a missing or broken file, an entry without a needed key, ids that repeat, an annotation of an
+            unknown category or image, or a box that is not four finite numbers.
+    """
+    content = _read(json_file)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    class_of = {category["id"]: index for index, category in enumerate(categories)}
+    records = {
+        image["id"]: {
+            "file_name": os.path.join(image_root, _path_of(image, json_file)),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", []),
+            "neg_category_ids": image.get("neg_category_ids", []),
+            "annotations": [],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    }
+    left_out = 0
+    for annotation in _checked(content["annotations"], class_of, records, json_file):
+        instance = {
+            "bbox": annotation["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": class_of[annotation["category_id"]],
+            "iscrowd": int(bool(annotation.get("iscrowd") or annotation.get("ignore"))),
+        }
+        if annotation.get("segmentation"):
+            instance["segmentation"] = _mask_of(annotation, json_file)
+            if not instance["segmentation"]:
+                left_out += 1
+                continue
+        records[annotation["image_id"]]["annotations"].append(instance)
+    if left_out:
+        logger.warning("Leaving out %d annotations of %s: no polygon has three points", left_out, json_file)
+    if name is not None:
+        # The first synonym, where there is one, is what Detectron2 calls LVIS's classes.
+        classes = [(category.get("synonyms") or [category["name"]])[0] for category in categories]
+        MetadataCatalog.get(name).set(thing_classes=classes, thing_dataset_id_to_contiguous_id=class_of)
+    return list(records.values())
+
+
+def load_records(name: str) -> list[dict]:
+    """The dataset dicts of any registered dataset, Detectron2's own ones too.
+
+    Raises:
+        InputError: an unknown name, or annotations that are missing or can't be read.
+    """
+    if name not in DatasetCatalog:
+        known = [known for known in DatasetCatalog if MetadataCatalog.get(known).get("evaluator_type") == "lvis"]
+        raise InputError(
+            f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; name your own in "
+            "DATASETS.OWN"
+        )
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if json_file is not None and not os.path.isfile(json_file):
+        raise InputError(
+            f"expected the annotations of {name!r} at {json_file!r}, but there is no such file{place_of(json_file)}"
+        )
+    try:
+        return DatasetCatalog.get(name)
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}"
+        ) from error
+
+
+def place_of(path: str) -> str:
+    """The end of a sentence on a missing file: where Detectron2 looks for its own datasets, if it is one of them."""
+    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    if not path.startswith(os.path.join(root, "")):
+        return ""
+    return f"; Detectron2 looks for its datasets in the folder that DETECTRON2_DATASETS names, now {root!r}"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class CheckedMapper(DatasetMapper):
+    """Detectron2's mapper; an image that can't be read or is of another size is an :class:`InputError` naming it."""
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        try:
+            return super().__call__(dataset_dict)
+        # What Pillow raises for truncated files of all formats, and Detectron2 for an image of another size.
+        except (OSError, SyntaxError, ValueError) as error:
+            raise unreadable(dataset_dict, error) from None
+
+
+def unreadable(record: dict, error: Exception) -> InputError:
+    """The sentence on an image that can't be used."""
+    return InputError(
+        f"expected a whole image of {record.get('width')} x {record.get('height')} pixels at {record['file_name']!r}, "
+        f"but: {first_line(error)}; fetch the file again, or mend its entry in the annotations"
+    )
+
+
+def _read(json_file):
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise InputError(f"expected annotations at {json_file!r}, but there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"expected annotations as JSON in {json_file!r}, but: {error}") from None
+    for part, keys in _KEYS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise InputError(
+                f"expected lists 'images', 'annotations' and 'categories' in {json_file!r}, got no {part!r}; is it in "
+                "LVIS or COCO format?"
+            )
+        for number, entry in enumerate(entries):
+            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if lacking or not isinstance(entry["id"], int):
+                raise InputError(
+                    f"expected {some(keys)} (ids whole numbers) in each of the {part} in {json_file!r}, got none or "
+                    f"another {some(lacking or ['id'])} in number {number}"
+                )
+        repeated = [id_ for id_, times in Counter(entry["id"] for entry in entries).items() if times > 1]
+        if repeated:
+            raise InputError(f"expected each id once among the {part} in {json_file!r}, got {some(repeated)} again")
+    if not content["categories"] or not content["images"]:
+        raise InputError(f"expected images and categories in {json_file!r}, got none")
+    return content
+
+
+def _path_of(image, json_file):
+    if image.get("file_name"):
+        return image["file_name"]
+    if not image.get("coco_url"):
+        raise InputError(f"expected a file_name or coco_url of image {image['id']} in {json_file!r}, got neither")
+    return os.path.join(*image["coco_url"].split("/")[-2:])
+
+
+def _checked(annotations, class_of, records, json_file):
+    for key, known, what in (("category_id", class_of, "categories"), ("image_id", records, "images")):
+        wrong = [annotation for annotation in annotations if annotation[key] not in known]
+        if wrong:
+            named = some(f"{annotation[key]!r} of annotation {annotation['id']}" for annotation in wrong)
+            raise InputError(
+                f"expected only annotations of the {what} in {json_file!r}, but {len(wrong)} have another {key}: "
+                f"{named}; drop them or add to the {what}"
+            )
+    for annotation in annotations:
+        if not _is_box(annotation["bbox"]):
+            raise InputError(
+                f"expected boxes [x, y, width, height] in {json_file!r}, got {annotation['bbox']!r} in annotation "
+                f"{annotation['id']}"
+            )
+    return annotations
+
+
+def _is_box(box):
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and isfinite(x) for x in box)
+
+
+def _mask_of(annotation, json_file):
+    """Polygons of at least three points, or a compressed RLE."""
+    mask = annotation["segmentation"]
+    if isinstance(mask, dict) and {"counts", "size"} <= mask.keys():
+        return coco_mask.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        raise InputError(
+            f"expected a list of polygons [x, y, x, y, ...] or an RLE as segmentation in {json_file!r}, got another in "
+            f"annotation {annotation['id']}"
+        )
+    return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]

@@ -1,0 +1,81 @@
+"""Stage two of a Detectron2 model: everything frozen but the calibrations."""
+
+import logging
+
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling import build_model as build_stock_model
+from detectron2.modeling.proposal_generator import RPN
+from torch import nn
+
+from disalign import AdaptiveCalibration, FreezeReport, InputError, freeze_except
+
+from .roi_heads import LeanTraining
+
+logger = logging.getLogger(__name__)
+
+
+class LeanRPN(RPN):
+    """A frozen RPN: the same proposals, no losses, and no anchors labelled for them."""
+
+    def label_and_sample_anchors(self, anchors, gt_instances):
+        """Nothing is labelled."""
+        return [], []
+
+    def losses(self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+        """What is frozen has no loss."""
+        return {}
+
+
+def calibrations(model: nn.Module) -> list[str]:
+    """Names of the model's calibrations, one per box predictor; empty in stage one."""
+    return [name for name, module in model.named_modules() if isinstance(module, AdaptiveCalibration)]
+
+
+def freeze(model: nn.Module) -> FreezeReport:
+    """Freeze a Detectron2 R-CNN but for its calibrations, in place; before DDP wraps it.
+
+    BatchNorm becomes FrozenBatchNorm, and dropout and drop-path stay in eval mode through every ``model.train()``. The
+    meta-architecture, the RPN and the ROI heads follow it, since they choose their training path by it; the RPN
+    computes no losses.
+
+    Args:
+        model: ``GeneralizedRCNN`` with ROI heads whose box predictors are calibrated.
+
+    Returns:
+        What trains.
+
+    Raises:
+        InputError: the model has no calibration.
+    """
+    if not calibrations(model):
+        raise InputError(
+            "expected a model with a calibrated box predictor, got none; build DisAlignOutputLayers with "
+            "calibrate=True, or set MODEL.DISALIGN.CALIBRATE True and MODEL.ROI_HEADS.NAME DisAlignROIHeads"
+        )
+    model = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+    generator = model.proposal_generator
+    if type(generator) is RPN:
+        generator.__class__ = LeanRPN
+    parents = ("", "proposal_generator", "roi_heads")
+    following = (*parents, "roi_heads.box_predictor")
+    held = [name for name, _ in model.named_modules() if name.rpartition(".")[0] in parents and name not in following]
+    return freeze_except(model, calibrations(model), held)
+
+
+def build_model(cfg) -> nn.Module:
+    """Detectron2's ``build_model``, frozen when the config calibrates.
+
+    Raises:
+        InputError: a calibration or a cosine classifier for ROI heads that know neither.
+    """
+    asks = cfg.MODEL.DISALIGN.CALIBRATE or cfg.MODEL.DISALIGN.CLASSIFIER != "linear"
+    if asks and not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), LeanTraining):
+        raise InputError(
+            "expected MODEL.ROI_HEADS.NAME DisAlignROIHeads or DisAlignCascadeROIHeads for a calibration or a cosine "
+            f"classifier, got {cfg.MODEL.ROI_HEADS.NAME}; change it"
+        )
+    model = build_stock_model(cfg)
+    if cfg.MODEL.DISALIGN.CALIBRATE:
+        logger.info(str(freeze(model)))
+    return model

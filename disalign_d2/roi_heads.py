@@ -1,0 +1,55 @@
+"""ROI heads whose box predictors are :class:`DisAlignOutputLayers`."""
+
+import torch
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from torch import nn
+
+from .fast_rcnn import DisAlignOutputLayers
+
+
+class LeanTraining:
+    """Mixin before ROI heads: in stage two, training skips the mask and keypoint branches, which are frozen.
+
+    The heads in front of it build :class:`DisAlignOutputLayers`; with calibration off nothing is skipped.
+    """
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        skip = mode and any(predictor.calibrated for predictor in self.box_predictors())
+        self.mask_on = hasattr(self, "mask_head") and not skip
+        self.keypoint_on = hasattr(self, "keypoint_head") and not skip
+        return self
+
+    def box_predictors(self) -> list[DisAlignOutputLayers]:
+        """The box predictor, or those of all cascade stages."""
+        return list(self.box_predictor) if isinstance(self.box_predictor, nn.ModuleList) else [self.box_predictor]
+
+
+@ROI_HEADS_REGISTRY.register()
+class DisAlignROIHeads(LeanTraining, StandardROIHeads):
+    """``StandardROIHeads`` with :class:`DisAlignOutputLayers`; the keys are those of ``add_disalign_config``."""
+
+    # Detectron2 says so of its own heads when it exports them, and TorchScript does not inherit it.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictor"] = DisAlignOutputLayers(cfg, ret["box_head"].output_shape)
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class DisAlignCascadeROIHeads(LeanTraining, CascadeROIHeads):
+    """``CascadeROIHeads`` with :class:`DisAlignOutputLayers`, one calibration a stage."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictors"] = [
+            DisAlignOutputLayers(cfg, head.output_shape, box2box_transform=stock.box2box_transform)
+            for head, stock in zip(ret["box_heads"], ret["box_predictors"], strict=True)
+        ]
+        return ret

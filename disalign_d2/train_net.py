@@ -1,0 +1,263 @@
+"""Train or evaluate, in the habit of Detectron2's own train_net.py:
+
+    python -m disalign_d2.train_net --config-file d2/lvis_v1/NAME.yaml [--num-gpus N] [--num-machines M]
+        [--resume] [--eval-only] [--data-check] [KEY VALUE ...]
+
+The config is a file, or the name of a shipped one below configs/. Stage two takes its stage one as MODEL.WEIGHTS.
+"""
+
+import functools
+import logging
+import os
+import sys
+import weakref
+from collections import OrderedDict
+from contextlib import nullcontext
+from unittest import mock
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, defaults, hooks, launch
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from disalign import InputError, load_file
+from disalign.checkpoints import state_dict_of
+from disalign.cli import command, find_config, sentence_of
+
+from . import comparison
+from .checkpoint import DisAlignCheckpointer, is_calibrated
+from .config import add_disalign_config
+from .data_check import check_data, require_data
+from .datasets import CheckedMapper, register_from_config
+from .freezing import build_model
+from .hooks import ConfidenceWatch, FrozenProof
+from .lvis_evaluation import DisAlignLVISEvaluator
+
+logger = logging.getLogger("disalign_d2")
+
+
+def ddp_without_device_ids():
+    """Within it Detectron2 wraps a model that lies on the CPU, for which it has no option."""
+    return mock.patch.object(
+        defaults, "create_ddp_model", functools.partial(defaults.create_ddp_model, device_ids=None)
+    )
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer: stage one, or with ``MODEL.DISALIGN.CALIBRATE`` stage two."""
+
+    def __init__(self, cfg):
+        with ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
+            super().__init__(cfg)
+        if cfg.MODEL.DISALIGN.CALIBRATE:
+            for predictor in getattr(self.model, "module", self.model).roi_heads.box_predictors():
+                predictor.resolve_class_counts()
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = build_model(cfg)
+        logger.info(f"Model:\n{model}")
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        optimizer = super().build_optimizer(cfg, model)
+        if cfg.MODEL.DISALIGN.CALIBRATE:
+            keep_magnitude_from_decay(optimizer, model)
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(cfg, False))
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind == "lvis":
+            return DisAlignLVISEvaluator(
+                dataset_name,
+                output_dir=output_folder,
+                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+                fixed_ap=cfg.TEST.FIXED_AP,
+            )
+        if kind == "coco":
+            return COCOEvaluator(dataset_name, output_dir=output_folder)
+        raise InputError(
+            f"expected a dataset in LVIS or COCO format in DATASETS.TEST, got {dataset_name!r} of type {kind!r}; "
+            "register it through DATASETS.OWN"
+        )
+
+    def build_hooks(self):
+        # Before the hooks are built, since the one that saves takes hold of it.
+        self.checkpointer = DisAlignCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, training=True, trainer=weakref.proxy(self)
+        )
+        built = super().build_hooks()
+        if self.cfg.MODEL.DISALIGN.CALIBRATE:
+            built = [FrozenProof(self.model), ConfidenceWatch(self.model), *built]
+        return built
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        results = super().test(cfg, model, evaluators)
+        if evaluators is None and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.EVAL_STAGE_ONE:
+            cls.compare(cfg, model, results)
+        return results
+
+    @classmethod
+    def compare(cls, cfg, model, results):
+        """Print and write stage one's figures beside ``results``; stage one is evaluated once per checkpoint."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", "stage_one")
+        path = os.path.join(folder, "results.json")
+        key = comparison.stage_one_key(cfg, getattr(model, "module", model))
+        # All ranks go the way of the first, whose files they may not see.
+        stage_one = comm.all_gather(comparison.load_stage_one_results(path, key))[0]
+        if stage_one is None:
+            logger.info("Evaluating stage one (the calibration at its identity) for comparison")
+            evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+            with comparison.at_identity(model):
+                stage_one = super().test(cfg, model, evaluators)
+            if comm.is_main_process():
+                comparison.save_stage_one_results(path, key, stage_one)
+        if comm.is_main_process():
+            before, after = comparison.by_dataset(cfg, stage_one), comparison.by_dataset(cfg, results)
+            comparison.write_results(os.path.join(cfg.OUTPUT_DIR, "results.json"), before, after)
+            logger.info(f"\n{comparison.table(before, after)}")
+
+    @classmethod
+    def test_with_tta(cls, cfg, model):
+        """Evaluate with test-time augmentation (``TEST.AUG``)."""
+        logger.info("Evaluating with test-time augmentation")
+        model = GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        return OrderedDict((f"{task}_TTA", figures) for task, figures in cls.test(cfg, model, evaluators).items())
+
+
+def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Move the magnitudes to a parameter group without weight decay, in place: their identity is 1, not 0."""
+    magnitudes = [parameter for name, parameter in model.named_parameters() if name.endswith("calibration.magnitude")]
+    for group in list(optimizer.param_groups):
+        ours = [parameter for parameter in group["params"] if any(parameter is other for other in magnitudes)]
+        if ours and group["weight_decay"]:
+            group["params"] = [p for p in group["params"] if not any(p is other for other in ours)]
+            optimizer.add_param_group({**group, "params": ours, "weight_decay": 0.0})
+
+
+def setup(args) -> CfgNode:
+    """The config of the arguments, checked, with its datasets registered.
+
+    Raises:
+        InputError: a config that does not fit, or a folder that belongs to the other stage.
+    """
+    cfg = get_cfg()
+    add_disalign_config(cfg)
+    args.config_file = find_config(args.config_file)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except Exception as error:  # yacs and yaml raise whatever they like
+        reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
+        raise InputError(
+            f"expected settings that Detectron2 and DisAlign know, but: {' '.join(reason.split())}; a float needs its "
+            "point (1.0), and every KEY its VALUE"
+        ) from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    register_from_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def refuse_other_stage(cfg) -> None:
+    """Keep a run from writing into the folder of the other stage, whose checkpoints have the same names.
+
+    Raises:
+        InputError: OUTPUT_DIR holds the other stage's checkpoint.
+    """
+    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if not os.path.isfile(tag):
+        return
+    with open(tag, encoding="utf-8") as file:
+        last = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if is_calibrated(state_dict_of(load_file(last))) == cfg.MODEL.DISALIGN.CALIBRATE:
+        return
+    ours, theirs = ("two", "one") if cfg.MODEL.DISALIGN.CALIBRATE else ("one", "two")
+    raise InputError(
+        f"expected an OUTPUT_DIR for stage {ours}, got one with a checkpoint of stage {theirs} ({last!r}); give stage "
+        f"{ours} an OUTPUT_DIR of its own"
+    )
+
+
+def run(args):
+    """What each process does."""
+    cfg = setup(args)
+    if args.data_check:
+        return print_data_check(cfg)
+    if comm.is_main_process():
+        require_data(cfg, training=not args.eval_only)
+    if not args.eval_only:
+        refuse_other_stage(cfg)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="disalign_d2")
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DisAlignCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_tta(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        trainer.register_hooks([hooks.EvalHook(0, lambda: trainer.test_with_tta(cfg, trainer.model))])
+    return trainer.train()
+
+
+def print_data_check(cfg):
+    """Say what is missing where.
+
+    Raises:
+        InputError: something is.
+    """
+    problems = check_data(cfg, decode=True)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise InputError(f"expected complete data, got {len(problems)} problems (above); mend them and check again")
+    print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
+
+
+@command
+def main(argv=None):
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--data-check", action="store_true", help="say what is missing of the data, and stop")
+    args = parser.parse_args(argv)
+    try:
+        launch(
+            run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except torch.multiprocessing.ProcessRaisedException as error:
+        if "disalign.errors.InputError: " not in str(error):
+            raise
+        raise InputError(sentence_of(error)) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
