@@ -55,19 +55,28 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         self._name = path
         try:
             return super().load(path, *args, **kwargs)
-        except (AssertionError, OSError) as error:
+        except InputError:
+            raise
+        except (AssertionError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"expected a checkpoint at {path!r}, but: {reason}; check MODEL.WEIGHTS") from error
         finally:
             self._parsed_url_during_load = None
 
     def _torch_load(self, f):
-        return load_file(f)
+        content = load_file(f)
+        if not isinstance(content, dict):
+            raise InputError(
+                f"expected a state dict of tensors in {f!r}, got a {type(content).__name__}; is it a checkpoint?"
+            )
+        return content
 
     def _load_file(self, filename):
+        if filename.endswith(".pyth"):
+            self._torch_load(filename)  # Detectron2 reads pycls' files by itself: now it is safe
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
-        content = load_file(filename)
+        content = self._torch_load(filename)
         if "model" in content:
             return dict(content)
         # Detectron2 takes any other .pkl for Caffe2's.
@@ -77,6 +86,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         if self._fresh and not self._calibrations:
+            state_dict_of(checkpoint)  # or a sentence
             return super()._load_model(checkpoint)
         if self._fresh:
             self._hand_over(checkpoint)

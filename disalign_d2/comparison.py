@@ -48,7 +48,11 @@ def stage_one_key(cfg, model: nn.Module) -> str:
     for unrelated in ("WEIGHTS", "DISALIGN", "DEVICE"):
         settings.MODEL.pop(unrelated, None)
     digest = hashlib.sha256(settings.dump().encode())
-    for name, value in sorted(fingerprints(frozen_tensors(model, calibrations(model))).items()):
+    # Without the loss's weights, which no state dict holds: evaluation alone does not know them.
+    saved = model.state_dict()
+    frozen = frozen_tensors(model, calibrations(model))
+    kept = {name: tensor for name, tensor in frozen.items() if name in saved}
+    for name, value in sorted(fingerprints(kept).items()):
         digest.update(f"{name} {value}".encode())
     for dataset in cfg.DATASETS.TEST:
         json_file = MetadataCatalog.get(dataset).get("json_file")
@@ -91,10 +95,10 @@ def _with_nan(value):
     return float("nan") if value is None else value
 
 
-def write_results(path: str, stage_one: Mapping, disalign: Mapping) -> None:
-    """Both stages' figures, in percent, as JSON: dataset -> stage -> task -> figure."""
-    both = {name: {"stage_one": stage_one[name], "disalign": disalign[name]} for name in disalign}
-    write_json(path, plain(both))
+def write_results(path: str, stage_one: Mapping | None, disalign: Mapping) -> None:
+    """Both stages' figures, or DisAlign's alone, in percent, as JSON: dataset -> stage -> task -> figure."""
+    stages = {"disalign": disalign} if stage_one is None else {"stage_one": stage_one, "disalign": disalign}
+    write_json(path, plain({name: {stage: figures[name] for stage, figures in stages.items()} for name in disalign}))
 
 
 def table(stage_one: Mapping, disalign: Mapping) -> str:
@@ -106,7 +110,8 @@ def table(stage_one: Mapping, disalign: Mapping) -> str:
     tables = []
     for dataset, tasks in disalign.items():
         for task, after in tasks.items():
-            before = stage_one[dataset][task]
+            # A model that detects nothing has no figures of masks.
+            before = dict.fromkeys(after, math.nan) | dict(stage_one[dataset].get(task, {}))
             figures = [figure for figure in FIGURES if figure in after]
             rows = [
                 ["stage one", *(_shown(before[figure]) for figure in figures)],

@@ -202,7 +202,7 @@ def _read(json_file):
             if lacking or not isinstance(entry["id"], int):
                 raise InputError(
                     f"expected {some(keys)} (ids whole numbers) in each of the {part} in {json_file!r}, got none or "
-                    f"another {some(lacking or ['id'])} in number {number}"
+                    f"another {some(lacking or ['id'])} in entry {number}"
                 )
         repeated = [id_ for id_, times in Counter(entry["id"] for entry in entries).items() if times > 1]
         if repeated:

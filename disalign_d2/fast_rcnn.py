@@ -4,6 +4,7 @@ Shapes: R regions of interest (RoIs), K foreground classes, d the length of the 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from detectron2.config import configurable
@@ -89,7 +90,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
             magnitude=disalign.MAGNITUDE,
             margin=disalign.MARGIN,
             confidence=disalign.CONFIDENCE,
-            class_counts=lambda: class_counts_from_config(cfg),
+            class_counts=partial(class_counts_from_config, cfg),  # unlike a lambda it pickles
             rho=disalign.RHO,
             reduction=disalign.REDUCTION,
             background_weight=disalign.BACKGROUND_WEIGHT,
@@ -113,8 +114,8 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         counts = load_class_counts(counts)
         if len(counts) != self.num_classes:
             raise InputError(
-                f"expected one class count for each of the {self.num_classes} classes, got {len(counts)}; do the counts "
-                "belong to this dataset?"
+                f"expected one class count for each of the {self.num_classes} classes, got {len(counts)}; do the "
+                "counts belong to this dataset?"
             )
         self.loss.set_class_counts(counts)
 

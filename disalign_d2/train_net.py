@@ -83,12 +83,7 @@ class Trainer(DefaultTrainer):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "lvis":
-            return DisAlignLVISEvaluator(
-                dataset_name,
-                output_dir=output_folder,
-                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-                fixed_ap=cfg.TEST.FIXED_AP,
-            )
+            return DisAlignLVISEvaluator(dataset_name, output_dir=output_folder, fixed_ap=cfg.TEST.FIXED_AP)
         if kind == "coco":
             return COCOEvaluator(dataset_name, output_dir=output_folder)
         raise InputError(
@@ -109,13 +104,23 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         results = super().test(cfg, model, evaluators)
-        if evaluators is None and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.EVAL_STAGE_ONE:
-            cls.compare(cfg, model, results)
+        if evaluators is None and cfg.MODEL.DISALIGN.CALIBRATE and cfg.DATASETS.TEST:
+            stage_one = cls.test_stage_one(cfg, model) if cfg.MODEL.DISALIGN.EVAL_STAGE_ONE else None
+            if comm.is_main_process():
+                cls.write_results(cfg, stage_one, results)
         return results
 
     @classmethod
-    def compare(cls, cfg, model, results):
-        """Print and write stage one's figures beside ``results``; stage one is evaluated once per checkpoint."""
+    def write_results(cls, cfg, stage_one, disalign):
+        """Write ``results.json``, and log both stages as a table; ``stage_one`` may be None."""
+        before, after = (results and comparison.by_dataset(cfg, results) for results in (stage_one, disalign))
+        comparison.write_results(os.path.join(cfg.OUTPUT_DIR, "results.json"), before, after)
+        if before:
+            logger.info(f"\n{comparison.table(before, after)}")
+
+    @classmethod
+    def test_stage_one(cls, cfg, model):
+        """Stage one's figures, from its one evaluation or, for these very weights and data, from an earlier one's."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", "stage_one")
         path = os.path.join(folder, "results.json")
         key = comparison.stage_one_key(cfg, getattr(model, "module", model))
@@ -128,10 +133,7 @@ class Trainer(DefaultTrainer):
                 stage_one = super().test(cfg, model, evaluators)
             if comm.is_main_process():
                 comparison.save_stage_one_results(path, key, stage_one)
-        if comm.is_main_process():
-            before, after = comparison.by_dataset(cfg, stage_one), comparison.by_dataset(cfg, results)
-            comparison.write_results(os.path.join(cfg.OUTPUT_DIR, "results.json"), before, after)
-            logger.info(f"\n{comparison.table(before, after)}")
+        return stage_one
 
     @classmethod
     def test_with_tta(cls, cfg, model):
@@ -173,6 +175,11 @@ def setup(args) -> CfgNode:
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.TEST.FIXED_AP and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE <= 300:
+        raise InputError(
+            "expected TEST.DETECTIONS_PER_IMAGE above LVIS's 300 for TEST.FIXED_AP, which limits per class, "
+            f"got {cfg.TEST.DETECTIONS_PER_IMAGE}; set it to -1 for all"
+        )
     register_from_config(cfg)
     cfg.freeze()
     return cfg
@@ -205,10 +212,11 @@ def run(args):
         return print_data_check(cfg)
     if comm.is_main_process():
         require_data(cfg, training=not args.eval_only)
-    if not args.eval_only:
-        refuse_other_stage(cfg)
+    refuse_other_stage(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="disalign_d2")
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.info("Running on the CPU" + ("" if torch.cuda.is_available() else ": CUDA finds no GPU"))
     if args.eval_only:
         model = Trainer.build_model(cfg)
         DisAlignCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -1,0 +1,75 @@
+"""Detectron2's LVIS evaluator, with figures computed by faster-coco-eval."""
+
+import json
+import math
+import os
+
+from detectron2.evaluation import LVISEvaluator
+
+from disalign.checkpoints import atomic_file, write_json
+
+from .lvis_metrics import Evaluation, evaluate_lvis, evaluation_report, fixed_ap, table
+
+__all__ = ["DisAlignLVISEvaluator", "Evaluation", "evaluate_lvis", "evaluation_report", "fixed_ap", "table"]
+
+
+class DisAlignLVISEvaluator(LVISEvaluator):
+    """Boxes and masks by :func:`disalign_d2.lvis_metrics.evaluate_lvis`; lvis-api only reads the annotations.
+
+    Into ``output_dir`` go ``lvis_instances_results.json``, all detections, which ``python -m disalign_d2.evaluate``
+    takes, and ``lvis_results.json``, what :func:`disalign_d2.lvis_metrics.evaluation_report` returns. In the results
+    that Detectron2 gets a figure without ground truth is NaN.
+
+    Args:
+        dataset_name, distributed, output_dir: as the base class's.
+        tasks: as the base class's; left out, a model that detects nothing at all is evaluated for boxes only.
+        max_dets_per_image: default: LVIS's 300.
+        fixed_ap: also the fixed AP; the model should give it more than 300 detections per image.
+        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`.
+    """
+
+    def __init__(
+        self,
+        dataset_name,
+        tasks=None,
+        distributed=True,
+        output_dir=None,
+        *,
+        max_dets_per_image: int | None = None,
+        fixed_ap: bool = False,
+        image_counts=None,
+    ):
+        super().__init__(dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image)
+        self._fixed_ap = fixed_ap
+        self._image_counts = image_counts
+
+    def _eval_predictions(self, predictions):
+        detections = self._detections(predictions)
+        if self._output_dir:
+            with atomic_file(os.path.join(self._output_dir, "lvis_instances_results.json"), "w") as file:
+                file.write(json.dumps(detections))
+        if not self._do_evaluation:
+            self._logger.info("The annotation file holds no annotations: nothing to evaluate against.")
+            return
+        tasks = sorted(self._tasks or self._tasks_from_predictions(detections))
+        max_dets = 300 if self._max_dets_per_image is None else self._max_dets_per_image
+        self._logger.info("Evaluating %d detections: %s", len(detections), ", ".join(tasks))
+        report = evaluation_report(
+            self._lvis_api.dataset, detections, tasks, max_dets, self._fixed_ap, self._image_counts
+        )
+        if self._output_dir:
+            write_json(os.path.join(self._output_dir, "lvis_results.json"), report)
+        self._logger.info("Evaluation results:\n%s", table(report["figures"]))
+        for task, figures in report["figures"].items():
+            self._results[task] = {name: math.nan if value is None else value for name, value in figures.items()}
+
+    def _detections(self, predictions) -> list[dict]:
+        """All images' detections, with the dataset's own category ids."""
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        # LVIS itself has no mapping: its ids count from 1 without gaps.
+        to_id = {label: id for id, label in ids.items()}.get if ids else (lambda label: label + 1)
+        return [
+            dict(detection, category_id=to_id(detection["category_id"]))
+            for prediction in predictions
+            for detection in prediction["instances"]
+        ]

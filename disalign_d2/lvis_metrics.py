@@ -1,0 +1,337 @@
+"""LVIS's average precision, computed by faster-coco-eval; no framework needed."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as mask_api
+from tabulate import tabulate
+from tqdm import tqdm
+
+from disalign import InputError, frequent_common_rare, group_means
+from disalign.errors import some
+
+#: LVIS's groups by number of training images: rare (at most 10), common (at most 100), frequent.
+GROUPS = ("r", "c", "f")
+#: Suffixes of the area ranges, in faster-coco-eval's order: all, small (to 32^2 pixels), medium (to 96^2), large.
+AREAS = ("", "s", "m", "l")
+#: The key that holds what an IoU type compares.
+SHAPE = {"bbox": "bbox", "segm": "segmentation"}
+#: Place of IoU 0.5 and 0.75 among 0.5, 0.55, ... 0.95.
+IOU_50, IOU_75 = 0, 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures in percent, None where there is no ground truth.
+
+    Args:
+        figures: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl.
+        per_category: category id -> AP.
+    """
+
+    figures: dict[str, float | None]
+    per_category: dict[int, float | None]
+
+
+def evaluate_lvis(
+    ground_truth: dict, detections: list[dict], iou_type: str = "bbox", max_dets: int = 300, image_counts=None
+) -> Evaluation:
+    """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
+
+    Of each image the ``max_dets`` best detections count. A category is judged only on the images annotated for it:
+    those that show it and those verified not to (``neg_category_ids``). Where an image is not annotated exhaustively
+    for it (``not_exhaustive_category_ids``), an unmatched detection is no error.
+
+    Args:
+        ground_truth: the content of an annotation file in LVIS format; or in COCO format: an image without
+            ``neg_category_ids`` counts as annotated exhaustively for all categories, and its crowds as in COCO.
+        detections: each with ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height; pixels) or
+            ``segmentation`` (compressed RLE). Of equal scores the first is the better.
+        iou_type: ``"bbox"``, or ``"segm"``: the area of a detection is then its mask's.
+        max_dets: detections per image; negative: all.
+        image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
+            not give the ``frequency`` itself; anything :func:`disalign.load_class_counts` takes.
+
+    Raises:
+        InputError: annotations or detections of another form, or detections of images or categories that the
+            annotations do not list.
+    """
+    _check(ground_truth, detections, iou_type)
+    return _evaluate(ground_truth, _best(detections, "image_id", max_dets), iou_type, image_counts)
+
+
+def fixed_ap(
+    ground_truth: dict, detections: list[dict], iou_type: str = "bbox", per_category: int = 10_000, image_counts=None
+) -> Evaluation:
+    """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
+
+    As :func:`evaluate_lvis`, but of each category the ``per_category`` best detections of the whole set count, however
+    many of them an image has. The detector must not have cut them to 300 per image.
+
+    Returns:
+        AP-fixed, AP50-fixed, ... APf-fixed, in percent.
+    """
+    _check(ground_truth, detections, iou_type)
+    fixed = _evaluate(ground_truth, _best(detections, "category_id", per_category), iou_type, image_counts)
+    figures = {f"{name}-fixed": value for name, value in fixed.figures.items() if name.startswith("AP")}
+    return Evaluation(figures, fixed.per_category)
+
+
+def evaluation_report(
+    ground_truth: dict, detections: list[dict], iou_types, max_dets: int = 300, fixed: bool = False, image_counts=None
+) -> dict:
+    """Everything about one set of detections, ready for JSON.
+
+    Args:
+        iou_types: some of ``"bbox"`` and ``"segm"``.
+        fixed: also the fixed AP.
+        ground_truth, detections, max_dets, image_counts: see :func:`evaluate_lvis`.
+
+    Returns:
+        ``figures`` (IoU type -> name -> percent or None), ``groups`` (r, c, f -> number of categories, and of those
+        with ground truth) and ``categories`` (id, name, frequency and AP of each).
+    """
+    figures, per_category = {}, {}
+    for iou_type in iou_types:
+        plain = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
+        figures[iou_type], per_category[iou_type] = plain.figures, {"AP": plain.per_category}
+        if fixed:
+            extra = fixed_ap(ground_truth, detections, iou_type, image_counts=image_counts)
+            figures[iou_type] = plain.figures | extra.figures
+            per_category[iou_type]["AP-fixed"] = extra.per_category
+    letters = _letters(ground_truth, image_counts)
+    names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
+    groups, categories = {}, []
+    for group in GROUPS:
+        aps = [plain.per_category[category] for category, letter in letters.items() if letter == group]
+        groups[group] = {"categories": len(aps), "with_ground_truth": sum(ap is not None for ap in aps)}
+    for category, letter in letters.items():
+        aps = {
+            iou_type: {name: values[category] for name, values in columns.items()}
+            for iou_type, columns in per_category.items()
+        }
+        categories.append({"id": category, "name": names[category], "frequency": letter} | aps)
+    return {"unit": "percent", "figures": figures, "groups": groups, "categories": categories}
+
+
+def table(figures: dict[str, dict[str, float | None]]) -> str:
+    """The figures as text: a row for each figure, a column for each IoU type, n/a where there is no ground truth."""
+    names = next(iter(figures.values()))
+    rows = [[name, *(_shown(column[name]) for column in figures.values())] for name in names]
+    alignment = ["left", *["right"] * len(figures)]
+    return tabulate(rows, headers=["percent", *figures], disable_numparse=True, colalign=alignment)
+
+
+def _shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _best(detections: list[dict], key: str, limit: int) -> list[dict]:
+    """The best ``limit`` (negative: all) of each image or category; of equal scores the first, as lvis-api does."""
+    return [
+        detection
+        for group in _grouped(detections, key).values()
+        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
+    ]
+
+
+def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[item[key]].append(item)
+    return groups
+
+
+def _evaluate(ground_truth, detections, iou_type, image_counts) -> Evaluation:
+    letters = _letters(ground_truth, image_counts)
+    images = {image["id"]: _image(image, letters) for image in ground_truth["images"]}
+    shown = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
+    judged = [
+        detection
+        for detection in detections
+        if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
+        or (detection["image_id"], detection["category_id"]) in shown
+    ]
+    annotations, judged = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
+
+    # One category at a time: no category's figures depend on another's, and faster-coco-eval takes time and memory for
+    # every pair of image and category that it is given, of which LVIS judges one in a hundred.
+    precision = np.full((len(letters), 10, len(AREAS)), np.nan)
+    recall = precision.copy()
+    for index, category in enumerate(tqdm(letters, desc=iou_type, unit="category", disable=None, leave=False)):
+        if category in annotations:
+            precision[index], recall[index] = _of_category(annotations[category], judged[category], images, iou_type)
+
+    ap, everything = precision[:, :, 0].mean(1), torch.ones(len(letters), dtype=torch.bool)
+    columns = {
+        "AP": (ap, everything),
+        "AP50": (precision[:, IOU_50, 0], everything),
+        "AP75": (precision[:, IOU_75, 0], everything),
+        **{f"AP{area}": (precision[:, :, place].mean(1), everything) for place, area in enumerate(AREAS) if area},
+        **{f"AP{group}": (ap, torch.tensor([letter == group for letter in letters.values()])) for group in GROUPS},
+        **{f"AR{area}": (recall[:, :, place].mean(1), everything) for place, area in enumerate(AREAS)},
+    }
+    return Evaluation(
+        {name: _percent(group_means(values, {name: members})[name]) for name, (values, members) in columns.items()},
+        {category: _percent(value) for category, value in zip(letters, ap.tolist(), strict=True)},
+    )
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else 100 * value
+
+
+def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray, np.ndarray]:
+    """Mean precision over the recalls, and recall, both (10 IoUs, 4 areas); NaN in an area without ground truth."""
+    listed = {
+        "images": [images[key] for key in {item["image_id"] for item in annotations + detections}],
+        # faster-coco-eval wants a letter; the groups are formed from the APs of all categories.
+        "categories": [{"id": annotations[0]["category_id"], "frequency": "f"}],
+    }
+    evaluation = COCOeval_faster(
+        COCO(listed | {"annotations": _annotations(annotations, images, iou_type)}),
+        COCO(listed | {"annotations": _detections(detections, images, iou_type)}),
+        iou_type,
+        lvis_style=True,
+        print_function=lambda *_: None,
+        rle_iou_max_workers=1,  # a pool of threads for each category costs more than it gains
+    )
+    evaluation.params.maxDets = [max(len(detections), 1)]  # they are limited already
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision, recall = evaluation.eval["precision"][:, :, 0, :, 0], evaluation.eval["recall"][:, 0, :, 0]
+    # -1 marks what has no ground truth, at all recalls alike.
+    return np.where(precision > -1, precision, np.nan).mean(1), np.where(recall > -1, recall, np.nan)
+
+
+def _letters(ground_truth, image_counts) -> dict[int, str | None]:
+    """Category id -> r, c, f, or None if unknown; in the order of the ids."""
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    letters = {category["id"]: category.get("frequency") for category in categories}
+    unknown = set(letters.values()) - {*GROUPS, None}
+    if unknown:
+        raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
+    if image_counts is None or all(letters.values()):
+        return letters
+    groups = frequent_common_rare(image_counts)
+    if len(groups["f"]) != len(letters):
+        raise InputError(
+            f"expected image counts of the annotations' {len(letters)} categories, got {len(groups['f'])} counts"
+        )
+    return {category: next(group for group in GROUPS if groups[group][index]) for index, category in enumerate(letters)}
+
+
+def _image(image, categories) -> dict:
+    """An image for faster-coco-eval; in COCO format it is annotated for all categories, and may have crowds."""
+    return {
+        "id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+        "neg_category_ids": image.get("neg_category_ids", categories),
+        "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", ()),
+        "crowds": "neg_category_ids" not in image,
+    }
+
+
+def _annotations(annotations, images, iou_type) -> list[dict]:
+    """One category's annotations for faster-coco-eval, with lvis-api's ``ignore`` and COCO's crowds."""
+    return [
+        {
+            "id": place,
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            SHAPE[iou_type]: annotation[SHAPE[iou_type]],
+            # What lies outside of every area range is ignored.
+            "area": -1 if annotation.get("ignore") else annotation["area"],
+            "iscrowd": annotation.get("iscrowd", 0) if images[annotation["image_id"]]["crowds"] else 0,
+        }
+        for place, annotation in enumerate(annotations, 1)  # 0 marks the unmatched
+    ]
+
+
+def _detections(detections, images, iou_type) -> list[dict]:
+    """One category's detections for faster-coco-eval, with the areas of the boxes or of the masks."""
+    shapes = [detection[SHAPE[iou_type]] for detection in detections]
+    areas = _box_areas(shapes) if iou_type == "bbox" else _mask_areas(shapes, detections, images)
+    return [
+        {
+            "id": place,
+            "image_id": detection["image_id"],
+            "category_id": detection["category_id"],
+            "score": detection["score"],
+            SHAPE[iou_type]: shape,
+            "area": area,
+        }
+        for place, (detection, shape, area) in enumerate(zip(detections, shapes, areas, strict=True), 1)
+    ]
+
+
+def _box_areas(boxes) -> list[float]:
+    for box in boxes:
+        if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_is_number, box)):
+            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(box)}")
+    return [width * height for _, _, width, height in boxes]
+
+
+def _mask_areas(rles, detections, images) -> list[int]:
+    for rle, detection in zip(rles, detections, strict=True):
+        image = images[detection["image_id"]]
+        size = [image["height"], image["width"]]
+        if not isinstance(rle, dict) or rle.get("size") != size or not isinstance(rle.get("counts"), (str, bytes)):
+            raise InputError(
+                f"expected compressed RLE of the image's size {size} as segmentation of a detection, got {_short(rle)}"
+            )
+    try:
+        return mask_api.area(rles).tolist() if rles else []
+    except ValueError as error:
+        raise InputError(f"expected compressed RLE as segmentation of each detection, but of one: {error}") from None
+
+
+def _check(ground_truth, detections, iou_type) -> None:
+    """Refuse what would break the evaluation, or silently count for something else."""
+    if iou_type not in SHAPE:
+        raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
+    tables = ("images", "categories", "annotations")
+    if not isinstance(ground_truth, dict) or not all(isinstance(ground_truth.get(name), list) for name in tables):
+        raise InputError(f"expected annotations in LVIS or COCO format, with lists of {some(tables)}")
+    if not isinstance(detections, list):
+        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
+    _check_keys(ground_truth["images"], "image", {"id", "height", "width"})
+    _check_keys(ground_truth["categories"], "category", {"id"})
+    _check_keys(ground_truth["annotations"], "annotation", {"image_id", "category_id", "area", SHAPE[iou_type]})
+    _check_keys(detections, "detection", {"image_id", "category_id", "score", SHAPE[iou_type]})
+    images = {image["id"] for image in ground_truth["images"]}
+    categories = {category["id"] for category in ground_truth["categories"]}
+    for what, items in (("annotation", ground_truth["annotations"]), ("detection", detections)):
+        for item in items:
+            if not _known(item["image_id"], images) or not _known(item["category_id"], categories):
+                raise InputError(
+                    f"expected only images and categories that the annotations list, got the {what} {_short(item)}; "
+                    "are both of the same dataset?"
+                )
+    for item in detections:
+        if not _is_number(item["score"]):
+            raise InputError(f"expected a finite score of each detection, got {_short(item)}")
+
+
+def _check_keys(items, what, keys) -> None:
+    for item in items:
+        if not isinstance(item, dict) or not keys <= item.keys():
+            raise InputError(f"expected {some(sorted(keys))} of each {what}, got {_short(item)}")
+
+
+def _known(key, table) -> bool:
+    return isinstance(key, int) and key in table
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _short(item) -> str:
+    text = repr(item)
+    return text if len(text) <= 200 else text[:200] + "..."
