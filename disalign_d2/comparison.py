@@ -47,6 +47,8 @@ def stage_one_key(cfg, model: nn.Module) -> str:
         settings.pop(unrelated, None)
     for unrelated in ("WEIGHTS", "DISALIGN", "DEVICE"):
         settings.MODEL.pop(unrelated, None)
+    for unrelated in ("EVAL_PERIOD", "EXPECTED_RESULTS", "AUG", "PRECISE_BN"):
+        settings.TEST.pop(unrelated, None)
     digest = hashlib.sha256(settings.dump().encode())
     # Without the loss's weights, which no state dict holds: evaluation alone does not know them.
     saved = model.state_dict()

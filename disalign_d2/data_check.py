@@ -33,7 +33,7 @@ def require_data(cfg: CfgNode, training: bool) -> None:
     """
     problems = _problems(cfg, training, decode=False)
     if problems:
-        more = f" (and {len(problems) - 1} more problems, see --data-check)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more, see --data-check)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
 
 
@@ -64,17 +64,8 @@ def missing_files(paths: Sequence[str]) -> list[str]:
 
 
 def _problems(cfg, training, decode):
+    problems = list(_config_problems(cfg, training))
     train = cfg.DATASETS.TRAIN if training else ()
-    problems = []
-    if training and not train:
-        problems.append("expected a dataset in DATASETS.TRAIN, got none")
-    if not training and not cfg.DATASETS.TEST:
-        problems.append("expected a dataset in DATASETS.TEST, got none")
-    if training and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.CLASS_COUNTS:
-        try:
-            class_counts_from_config(cfg)
-        except InputError as error:
-            problems.append(str(error))
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     counts = torch.zeros(num_classes, dtype=torch.int64)
     uncounted = set(train)
@@ -105,6 +96,18 @@ def _problems(cfg, training, decode):
     if train and not uncounted:
         problems += _unseen_classes(counts, train, cfg)
     return problems
+
+
+def _config_problems(cfg, training) -> Iterator[str]:
+    needed = "TRAIN" if training else "TEST"
+    if not cfg.DATASETS[needed]:
+        yield f"expected a dataset in DATASETS.{needed}, got none"
+    # Without CLASS_COUNTS the training data is counted, and checked below.
+    if training and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.CLASS_COUNTS:
+        try:
+            class_counts_from_config(cfg)
+        except InputError as error:
+            yield str(error)
 
 
 def _classes(name) -> list[str]:

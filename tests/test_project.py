@@ -64,6 +64,6 @@ def test_one_version_everywhere():
 
 
 def test_every_shipped_command_of_the_readme_names_a_config_that_exists():
-    configs = re.findall(r"\b(cls/[\w/.-]+\.py)", (ROOT / "README.md").read_text())
+    configs = re.findall(r"\b((?:cls|d2)/[\w/.-]+\.(?:py|yaml))", (ROOT / "README.md").read_text())
     assert configs
     assert [config for config in configs if not (ROOT / "configs" / config).is_file()] == []

@@ -1,0 +1,195 @@
+"""What a lean stage-two step costs, beside three others of the same model on the same regions of interest (RoIs).
+
+    python benchmarks/lean_step.py [--size 320 480] [--images 1] [--repeats 5] [KEY VALUE ...]
+    python benchmarks/lean_step.py --size 96 128 --repeats 1 MODEL.ROI_HEADS.NUM_CLASSES 20   # a quick one
+
+Ratios of the lean step to
+(a) stage one's step of the same config: every loss, and training all that stage one trains;
+(b) stage two as the official code does it: frozen by requires_grad, so that every loss is computed for nothing;
+(c) the frozen forward alone: proposals, their sampling, box head and scores; no calibration, loss or gradient.
+
+Weights and images are random, the learning rate is 0. An image has as many objects as it may have foreground RoIs, and
+the ground truth joins the proposals, so that this many are sampled (the line above the table counts them); the sampling
+is seeded alike. The steps take turns in one process after one of each to warm up; ratios are medians over the turns
+(least to most). The peak memory is that of two steps in a process of its own: resident on a CPU, allocated on a GPU.
+"""
+
+import argparse
+import functools
+import logging
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+from detectron2.layers import cat
+from detectron2.modeling import build_model as build_stock_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
+
+from disalign.checkpoints import write_json
+from disalign.cli import command
+from disalign_d2 import DisAlignOutputLayers, build_model
+from disalign_d2.freezing import LeanRPN
+from disalign_d2.train_net import Trainer, setup
+
+STEPS = {
+    "lean": "lean stage two",
+    "full": "(a) full fine-tuning",
+    "official": "(b) stage two, every loss",
+    "forward": "(c) frozen forward",
+}
+
+
+class EveryLoss(DisAlignOutputLayers):
+    def losses(self, predictions, proposals):
+        boxes = cat([p.proposal_boxes.tensor for p in proposals])
+        targets = cat([p.gt_boxes.tensor for p in proposals])
+        classes = cat([p.gt_classes for p in proposals])
+        box_loss = self.box_reg_loss(boxes, targets, predictions[1], classes)
+        return super().losses(predictions, proposals) | {"loss_box_reg": box_loss}
+
+
+class NoLoss(DisAlignOutputLayers):
+    def losses(self, predictions, proposals):
+        return {}
+
+
+def build(name, cfg):
+    """The model in training mode, and its optimizer or None; all models have the same weights up to the scores."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.DISALIGN.CALIBRATE = name in ("lean", "official")
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED &= cfg.MODEL.DISALIGN.CALIBRATE
+    cfg.MODEL.PIXEL_STD = [2000.0] * 3  # random weights amplify: with 1 the proposals are 4 boxes as large as the image
+    cfg.SOLVER.BASE_LR = 0.0  # and they must not diverge
+    torch.manual_seed(0)
+    model = (build_model if name == "lean" else build_stock_model)(cfg).train()
+    heads = model.roi_heads
+    if name == "official":
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(".calibration." in path)
+        heads.mask_on, heads.keypoint_on = cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON
+    if name == "forward":
+        model.proposal_generator.__class__ = LeanRPN
+        heads.mask_on = heads.keypoint_on = False
+    for predictor in heads.box_predictors():
+        predictor.class_counts = torch.arange(1, predictor.num_classes + 1)  # any counts cost the same
+        predictor.__class__ = {"official": EveryLoss, "forward": NoLoss}.get(name, DisAlignOutputLayers)
+    heads.label_and_sample_proposals = functools.partial(seeded, heads, heads.label_and_sample_proposals)
+    return model, None if name == "forward" else Trainer.build_optimizer(cfg, model)
+
+
+def seeded(heads, sample, *arguments):
+    """The sampling of RoIs, seeded here since an RPN with losses draws random numbers before it."""
+    torch.manual_seed(0)
+    rois = sample(*arguments)
+    heads.sampled = torch.cat([torch.cat([r.proposal_boxes.tensor, r.gt_classes[:, None]], 1) for r in rois])
+    return rois
+
+
+def inputs(cfg, size, num_images) -> list[dict]:
+    """Random images of ellipses, a tenth to half as wide and as high as the image."""
+    random = np.random.default_rng(0)
+    number = int(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION)
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    batch = []
+    for _ in range(num_images):
+        sides = np.array(size[::-1])
+        half = random.uniform(0.05, 0.25, (number, 2)) * sides
+        centre = random.uniform(half, sides - half)
+        instances = Instances(tuple(size))
+        instances.gt_boxes = Boxes(torch.tensor(np.concatenate([centre - half, centre + half], 1)))
+        instances.gt_masks = PolygonMasks([[(c + h * circle).ravel()] for c, h in zip(centre, half, strict=True)])
+        instances.gt_classes = torch.tensor(random.integers(cfg.MODEL.ROI_HEADS.NUM_CLASSES, size=number))
+        batch.append({"image": torch.tensor(random.integers(256, size=(3, *size))), "instances": instances})
+    return batch
+
+
+def step(model, optimizer, batch) -> tuple[float, dict]:
+    """Its seconds and losses."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    with EventStorage(), torch.set_grad_enabled(optimizer is not None):
+        losses = model(batch)
+        if optimizer is not None:
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+    wait()
+    return time.perf_counter() - start, losses
+
+
+def peak_memory(name, cfg, batch) -> float:
+    """MiB, in a fresh process; the optimizer's state comes with the first step only."""
+    logging.getLogger("detectron2").setLevel(logging.ERROR)
+    model, optimizer = build(name, cfg)
+    for _ in range(2):
+        step(model, optimizer, batch)
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure(cfg, batch, repeats) -> tuple[dict, dict, dict]:
+    """By step: peak memory in MiB, the seconds of each turn, and the RoIs (R, 5), boxes and classes."""
+    context = multiprocessing.get_context("forkserver")  # imports once; its processes are small at the start
+    context.set_forkserver_preload(["disalign_d2.train_net"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        peaks = [pool.submit(peak_memory, name, cfg, batch).result() for name in tqdm(STEPS, "memory")]
+    built = {name: build(name, cfg) for name in STEPS}
+    seconds = {name: [] for name in STEPS}
+    for _ in tqdm(range(repeats + 1), "turns"):
+        for name in STEPS:
+            seconds[name].append(step(*built[name], batch)[0])
+    rois = {name: model.roi_heads.sampled for name, (model, _) in built.items()}
+    return dict(zip(STEPS, peaks, strict=True)), {name: turns[1:] for name, turns in seconds.items()}, rois
+
+
+@command
+def main(argv=None):
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--config-file", default="d2/lvis_v1/disalign_mask-rcnn_r50_fpn_9000it.yaml")
+    arguments.add_argument("--size", type=int, nargs=2, default=[320, 480], help="height and width")
+    arguments.add_argument("--images", type=int, default=1)
+    arguments.add_argument("--repeats", type=int, default=5, help="turns")
+    arguments.add_argument("--out", help="JSON")
+    arguments.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, say MODEL.DEVICE cpu")
+    args = arguments.parse_args(argv)
+    logging.getLogger("detectron2").setLevel(logging.ERROR)
+    cfg = setup(args)
+    memory, seconds, rois = measure(cfg, inputs(cfg, args.size, args.images), args.repeats)
+
+    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    foreground = int((rois["lean"][:, 4] < classes).sum()) / args.images
+    same = all(torch.equal(other, rois["lean"]) for other in rois.values())
+    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
+    about = (
+        f"{args.images} image(s) of {args.size[0]}x{args.size[1]}, {len(rois['lean']) / args.images:g} RoIs an image, "
+        f"{foreground:g} of them foreground, {'the same' if same else 'NOT THE SAME'} in every step; K = {classes}, "
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} thread(s), {args.repeats} turn(s)"
+    )
+    print(f"{about}\n\n| step | s | lean / it | peak MiB | lean / it |\n|---|---|---|---|---|")
+    rows = []
+    for name, title in STEPS.items():
+        ratios = [lean / other for lean, other in zip(seconds["lean"], seconds[name], strict=True)]
+        row = {"step": title, "seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios)}
+        row |= {"least": min(ratios), "most": max(ratios)}
+        row |= {"peak_mib": memory[name], "peak_ratio": memory["lean"] / memory[name]}
+        rows.append(row)
+        cells = "| {step} | {seconds:.3f} | {ratio:.2f} ({least:.2f}-{most:.2f}) | {peak_mib:.0f} | {peak_ratio:.2f} |"
+        print(cells.format(**row))
+    if args.out:
+        write_json(args.out, {"about": about, "rows": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

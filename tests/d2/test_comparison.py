@@ -1,0 +1,217 @@
+import json
+import math
+from collections import OrderedDict
+from itertools import count
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.data import MetadataCatalog
+
+from disalign_d2 import comparison
+
+from .models import batch, detections, identical, random_calibration, stages, tiny_cfg
+
+NUMBERS = count()
+NAN = float("nan")
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# -------------------------------------------------------------------------------------------------- at_identity
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_at_the_identity_it_is_stage_one(cascade):
+    one, two = stages(cascade=cascade)
+    before, inputs = bits(random_calibration(two)), batch()
+    after = detections(two, inputs)
+    with comparison.at_identity(two) as model:
+        assert model is two
+        assert identical(detections(two, inputs), detections(one, inputs))
+    assert identical(bits(two), before)
+    assert identical(detections(two, inputs), after)
+    assert not identical(after, detections(one, inputs))
+
+
+def test_the_calibration_comes_back_after_an_exception():
+    two = random_calibration(stages()[1])
+    before = bits(two)
+    with pytest.raises(KeyboardInterrupt), comparison.at_identity(two):
+        raise KeyboardInterrupt
+    assert identical(bits(two), before)
+
+
+def test_a_part_that_is_left_out_needs_no_restoring():
+    one, two = stages("MODEL.DISALIGN.MARGIN", False, "MODEL.DISALIGN.CONFIDENCE", "one")
+    torch.nn.init.constant_(two.roi_heads.box_predictor.cls_score.calibration.magnitude, 0.5)
+    before, inputs = bits(two), batch()
+    with comparison.at_identity(two):
+        assert identical(detections(two, inputs), detections(one, inputs))
+    assert identical(bits(two), before)
+
+
+# --------------------------------------------------------------------------------------------------------- key
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A registered test set, and its annotation file."""
+    name, path = f"comparison_{next(NUMBERS)}", tmp_path / "annotations.json"
+    path.write_text("{}")
+    MetadataCatalog.get(name).set(json_file=str(path))
+    yield name, path
+    MetadataCatalog.remove(name)
+
+
+def key(model, name, *options):
+    cfg = tiny_cfg("DATASETS.TEST", (name,), *options, calibrate=True)
+    cfg.freeze()
+    return comparison.stage_one_key(cfg, model)
+
+
+def test_the_key_is_stage_ones_alone(dataset, tmp_path):
+    name, _ = dataset
+    two = stages()[1]
+    first = key(two, name)
+    assert first == key(two, name)
+    unrelated = {
+        "OUTPUT_DIR": str(tmp_path / "other"),
+        "SOLVER.BASE_LR": 0.5,
+        "SEED": 3,
+        "MODEL.WEIGHTS": "other.pth",
+        "MODEL.DISALIGN.RHO": 0.1,
+    }
+    for option in unrelated.items():
+        assert key(two, name, *option) == first
+    random_calibration(two)
+    assert key(two, name) == first
+    # Evaluated later, without class counts.
+    two.roi_heads.box_predictor.resolve_class_counts()
+    assert key(two, name) == first
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5),
+        ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.4),
+        ("TEST.DETECTIONS_PER_IMAGE", 300),
+        ("TEST.FIXED_AP", True),
+        ("INPUT.MIN_SIZE_TEST", 32),
+        ("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0]),
+    ],
+)
+def test_the_key_changes_with_the_settings_of_the_test(dataset, option):
+    name, _ = dataset
+    two = stages()[1]
+    assert key(two, name) != key(two, name, *option)
+
+
+@pytest.mark.parametrize("tensor", ["backbone.fpn_output2.bias", "roi_heads.box_predictor.cls_score.bias"])
+def test_the_key_changes_with_the_frozen_weights(dataset, tensor):
+    two = stages()[1]
+    first = key(two, dataset[0])
+    with torch.no_grad():
+        two.get_parameter(tensor)[0].add_(1e-6)
+    assert key(two, dataset[0]) != first
+
+
+def test_the_key_changes_with_the_batch_statistics(dataset):
+    two = stages()[1]
+    first = key(two, dataset[0])
+    two.backbone.bottom_up.stem.conv1.norm.running_mean[0] += 1e-6
+    assert key(two, dataset[0]) != first
+
+
+def test_the_key_changes_with_the_annotations(dataset):
+    name, path = dataset
+    two = stages()[1]
+    first = key(two, name)
+    path.write_text("{ }")
+    assert key(two, name) != first
+
+
+def test_the_key_changes_with_the_dataset(dataset):
+    two = stages()[1]
+    other = f"comparison_{next(NUMBERS)}"
+    MetadataCatalog.get(other).set(json_file=str(dataset[1]))
+    assert key(two, dataset[0]) != key(two, other)
+    MetadataCatalog.remove(other)
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+
+
+def same(one, two):
+    if isinstance(one, dict):
+        return list(one) == list(two) and all(same(one[name], two[name]) for name in one)
+    return one == two or (math.isnan(one) and math.isnan(two))
+
+
+def test_results_are_read_back(tmp_path):
+    path = str(tmp_path / "folder" / "results.json")
+    results = OrderedDict(bbox={"AP": 12.34567890123, "APr": NAN, "APf": 0.0}, segm={"AP": -1.5})
+    comparison.save_stage_one_results(path, "key", results)
+    assert same(dict(results), comparison.load_stage_one_results(path, "key"))
+    assert json.loads((tmp_path / "folder" / "results.json").read_text())["results"]["bbox"]["APr"] is None
+
+
+def test_results_of_another_stage_one_are_not_taken(tmp_path):
+    path = tmp_path / "results.json"
+    comparison.save_stage_one_results(str(path), "key", {"bbox": {"AP": 1.0}})
+    assert comparison.load_stage_one_results(str(path), "other") is None
+    assert comparison.load_stage_one_results(str(tmp_path / "gone.json"), "key") is None
+    for broken in ("", '{"key": "k', "[]", "null"):
+        path.write_text(broken)
+        assert comparison.load_stage_one_results(str(path), "key") is None
+
+
+def test_results_of_one_dataset_get_its_name_back():
+    one, two = {"bbox": {"AP": 1.0}}, {"a": {"bbox": {"AP": 1.0}}, "b": {"bbox": {"AP": 2.0}}}
+    assert comparison.by_dataset(tiny_cfg("DATASETS.TEST", ("a",)), one) == {"a": one}
+    assert comparison.by_dataset(tiny_cfg("DATASETS.TEST", ("a", "b")), two) == two
+
+
+# ------------------------------------------------------------------------------------------------------- words
+
+BEFORE = {"val": {"bbox": {"AP": 20.04, "AP50": 30.0, "APr": NAN, "APf": 25.0, "APs": 1.0}, "segm": {"AP": 10.0}}}
+AFTER = {"val": {"bbox": {"AP": 21.5, "AP50": 29.0, "APr": NAN, "APf": 25.0, "APs": 2.0}, "segm": {"AP": 12.5}}}
+
+
+def rows(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_the_table_shows_both_stages_and_the_gain():
+    boxes, masks = comparison.table(BEFORE, AFTER).split("\n\n")
+    assert boxes.startswith("val, bbox, before and after\n")
+    head, _, *body = rows(boxes)
+    assert head == ["bbox", "AP", "AP50", "APr", "APf"]
+    assert body == [
+        ["stage one", "20.0", "30.0", "n/a", "25.0"],
+        ["DisAlign", "21.5", "29.0", "n/a", "25.0"],
+        ["gain", "+1.5", "-1.0", "n/a", "+0.0"],
+    ]
+    assert [row[1] for row in rows(masks)] == ["AP", rows(masks)[1][1], "10.0", "12.5", "+2.5"]
+
+
+def test_the_table_has_every_group_of_lvis_in_its_order():
+    figures = dict.fromkeys(["APf", "APc", "APr", "AR", "AP75", "AP50", "AP"], 1.0)
+    head, *_ = rows(comparison.table({"v": {"bbox": figures}}, {"v": {"bbox": figures}}))
+    assert head == ["bbox", "AP", "AP50", "AP75", "APr", "APc", "APf"]
+
+
+def test_results_are_written_with_null_for_no_ground_truth(tmp_path):
+    path = tmp_path / "results.json"
+    comparison.write_results(str(path), BEFORE, AFTER)
+    written = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert written["val"]["stage_one"]["bbox"]["APr"] is None
+    assert written["val"]["stage_one"]["bbox"]["AP"] == 20.04
+    assert written["val"]["disalign"]["segm"] == {"AP": 12.5}
+    comparison.write_results(str(path), None, AFTER)
+    assert list(json.loads(path.read_text())["val"]) == ["disalign"]
