@@ -13,8 +13,8 @@ CLS = [
     "opencv-python-headless>=4.9",  # mmengine imports it but does not ask for it
 ]
 MMSEG = ["onedl-mmengine>=0.10.10", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=1.4.2", "onedl-mim>=0.5.1"]
-# Beside detectron2 itself, which is on no registry. fvcore: configs with several bases. setuptools: detectron2's model zoo
-# imports pkg_resources, which 82 removed.
+# Beside detectron2 itself, which is on no registry. fvcore: configs with several bases. setuptools: detectron2's model
+# zoo imports pkg_resources, which 82 removed.
 D2 = ["faster-coco-eval>=1.8", "lvis>=0.5.3", "fvcore>=0.1.5.post20221221", "setuptools>=80,<82"]
 TEST = [*CLS, "pytest>=8"]
 

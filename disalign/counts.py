@@ -72,7 +72,7 @@ def _read(source, unit):
     if isinstance(record, dict) and key in record:
         return record[key]
     if unit is not None:
-        raise InputError(f"expected {key!r} in {os.fspath(source)!r}, which counts only one unit; pass unit=None")
+        raise InputError(f"expected {key!r} in {os.fspath(source)!r}, which counts only one unit; ask for that one")
     return record
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from disalign.errors import InputError, some
+from disalign.files import missing_files
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -124,19 +125,6 @@ class FileDataset(LongTailDataset):
                 return image.convert("RGB")
         except OSError as error:
             raise InputError(f"expected a whole image at {path!r}, but: {error}; fetch the file again") from None
-
-
-def missing_files(paths: Sequence[str]) -> list[str]:
-    """Those that do not exist. Each folder is read once: seconds for iNaturalist's 437,513 files."""
-    folders: dict[str, set[str]] = {}
-    absent = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder]:
-            absent.append(path)
-    return absent
 
 
 def read_list(ann_file: str) -> tuple[list[str], list[int]]:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,6 +14,7 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from disalign.errors import InputError, some
+from disalign.files import missing_files
 
 from .class_counts import class_counts_from_config, count_annotations
 from .datasets import load_records, place_of, unreadable
@@ -48,19 +49,6 @@ def check_data(cfg: CfgNode, decode: bool = False) -> list[str]:
         What would stop or spoil training or evaluation, a sentence each; empty if all is well.
     """
     return _problems(cfg, training=True, decode=decode)
-
-
-def missing_files(paths: Sequence[str]) -> list[str]:
-    """Those that do not exist. Each folder is read once: LVIS has 100,000 files in two."""
-    folders: dict[str, set[str]] = {}
-    absent = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder]:
-            absent.append(path)
-    return absent
 
 
 def _problems(cfg, training, decode):

@@ -74,7 +74,8 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
 
     Args:
         json_file: polygons or RLE masks.
-        image_root: an image is at ``image_root/file_name``, or ``image_root/split/file`` after its ``coco_url``.
+        image_root: an image is at ``image_root/file_name``, or, if it is not or has no such name, at
+            ``image_root/split/file`` after its ``coco_url``.
         name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
             the classes 0..K-1 are the categories in the order of their ids.
 
@@ -91,7 +92,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
     class_of = {category["id"]: index for index, category in enumerate(categories)}
     records = {
         image["id"]: {
-            "file_name": os.path.join(image_root, _path_of(image, json_file)),
+            "file_name": _path_of(image, json_file, image_root),
             "height": image["height"],
             "width": image["width"],
             "image_id": image["id"],
@@ -212,12 +213,15 @@ def _read(json_file):
     return content
 
 
-def _path_of(image, json_file):
-    if image.get("file_name"):
-        return image["file_name"]
-    if not image.get("coco_url"):
+def _path_of(image, json_file, image_root):
+    """LVIS v0.5 has a ``file_name`` of 2014, while its images lie where the ``coco_url`` says."""
+    paths = [image["file_name"]] if image.get("file_name") else []
+    if image.get("coco_url"):
+        paths.append(os.path.join(*image["coco_url"].split("/")[-2:]))
+    if not paths:
         raise InputError(f"expected a file_name or coco_url of image {image['id']} in {json_file!r}, got neither")
-    return os.path.join(*image["coco_url"].split("/")[-2:])
+    paths = [os.path.join(image_root, path) for path in paths]
+    return next((path for path in paths if len(paths) > 1 and os.path.isfile(path)), paths[0])
 
 
 def _checked(annotations, class_of, records, json_file):

@@ -336,3 +336,18 @@ def test_a_truncated_image_stops_the_loaders_with_its_sentence(tmp_path, workers
         sentence = sentence_of(caught.value)
         assert sentence.startswith(f"expected a whole image of 32 x 24 pixels at {str(bad)!r}, but: ")
         assert sentence.endswith("mend its entry in the annotations")
+
+
+def test_a_file_name_of_2014_leads_to_where_the_url_says(tmp_path):
+    # LVIS v0.5: COCO_train2014_... in file_name, the images in train2017.
+    content = coco()
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.example.org/train2017/{image['file_name']}"
+        image["file_name"] = f"COCO_train2014_{image['file_name']}"
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "train2017" / "3.png").touch()
+    found = {
+        record["image_id"]: Path(record["file_name"]).relative_to(tmp_path).as_posix()
+        for record in load_instances(str(write(tmp_path, content)), str(tmp_path))
+    }
+    assert found == {3: "train2017/3.png", 5: "COCO_train2014_5.png", 9: "COCO_train2014_9.png"}
