@@ -97,3 +97,17 @@ def _count_datasets(datasets, num_classes, unit):
     records = [record for name in datasets for record in load_records(name)]
     names = MetadataCatalog.get(datasets[0]).get("thing_classes")
     return count_annotations(records, len(names) if names else num_classes, unit), names
+
+
+def training_image_counts(cfg: CfgNode) -> Tensor | None:
+    """Training images per class, for the groups r, c and f; ``None`` where the training annotations are not at hand.
+
+    Returns:
+        (K,) int64.
+    """
+    if not cfg.DATASETS.TRAIN:
+        return None
+    try:
+        return _count_datasets(tuple(cfg.DATASETS.TRAIN), cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images")[0].clone()
+    except InputError:
+        return None

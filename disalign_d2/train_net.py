@@ -30,6 +30,7 @@ from disalign.cli import command, find_config, sentence_of
 
 from . import comparison
 from .checkpoint import DisAlignCheckpointer, is_calibrated
+from .class_counts import training_image_counts
 from .config import add_disalign_config
 from .data_check import check_data, require_data
 from .datasets import CheckedMapper, register_from_config
@@ -83,7 +84,12 @@ class Trainer(DefaultTrainer):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "lvis":
-            return DisAlignLVISEvaluator(dataset_name, output_dir=output_folder, fixed_ap=cfg.TEST.FIXED_AP)
+            return DisAlignLVISEvaluator(
+                dataset_name,
+                output_dir=output_folder,
+                fixed_ap=cfg.TEST.FIXED_AP,
+                image_counts=functools.partial(training_image_counts, cfg),
+            )
         if kind == "coco":
             return COCOEvaluator(dataset_name, output_dir=output_folder)
         raise InputError(

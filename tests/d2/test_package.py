@@ -149,6 +149,8 @@ def lazy_model(cascade, **options):
     model = model_zoo.get_config(f"common/models/{name}.py").model
     model.backbone.bottom_up.stages.depth = 18
     model.backbone.bottom_up.stages.pop("stride_in_1x1")  # of bottlenecks
+    model.proposal_generator.post_nms_topk = (20, 20)
+    model.roi_heads.mask_head.conv_dims = [8, 8]
     model.roi_heads.num_classes = len(COUNTS)
     model.roi_heads._target_ = target(DisAlignCascadeROIHeads if cascade else DisAlignROIHeads)
     for predictor in model.roi_heads.box_predictors if cascade else [model.roi_heads.box_predictor]:
