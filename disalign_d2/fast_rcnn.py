@@ -18,6 +18,11 @@ from disalign import CosineClassifier, GRWCrossEntropyLoss, InputError, calibrat
 
 from .class_counts import class_counts_from_config
 
+NO_BACKGROUND_SCORE = (
+    "expected softmax cross-entropy in stage two, got sigmoid or federated loss, which has no background score; switch "
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE and USE_FED_LOSS off, or leave calibration off"
+)
+
 
 class DisAlignOutputLayers(FastRCNNOutputLayers):
     """Detectron2's box predictor with a classifier of choice and, in stage two, DisAlign on top of it.
@@ -69,10 +74,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         if not calibrate:
             return
         if self.use_sigmoid_ce or self.use_fed_loss:
-            raise InputError(
-                "expected softmax cross-entropy in stage two, got sigmoid or federated loss, which has no background "
-                "score; switch MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE and USE_FED_LOSS off, or leave calibration off"
-            )
+            raise InputError(NO_BACKGROUND_SCORE)
         options = dict(magnitude=magnitude, margin=margin, confidence=confidence)
         calibrate_classifier(self.cls_score, passthrough=1, **options)
         self.class_counts = class_counts

@@ -10,6 +10,7 @@ from torch import nn
 
 from disalign import AdaptiveCalibration, FreezeReport, InputError, freeze_except
 
+from .fast_rcnn import NO_BACKGROUND_SCORE
 from .roi_heads import LeanTraining
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def build_model(cfg) -> nn.Module:
     """Detectron2's ``build_model``, frozen when the config calibrates.
 
     Raises:
-        InputError: a calibration or a cosine classifier for ROI heads that know neither.
+        InputError: a calibration or a cosine classifier for ROI heads that know neither, or a calibration beside sigmoid
+            or federated loss.
     """
     asks = cfg.MODEL.DISALIGN.CALIBRATE or cfg.MODEL.DISALIGN.CLASSIFIER != "linear"
     if asks and not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), LeanTraining):
@@ -75,6 +77,10 @@ def build_model(cfg) -> nn.Module:
             "expected MODEL.ROI_HEADS.NAME DisAlignROIHeads or DisAlignCascadeROIHeads for a calibration or a cosine "
             f"classifier, got {cfg.MODEL.ROI_HEADS.NAME}; change it"
         )
+    head = cfg.MODEL.ROI_BOX_HEAD
+    if cfg.MODEL.DISALIGN.CALIBRATE and (head.USE_SIGMOID_CE or head.USE_FED_LOSS):
+        # Before Detectron2 builds its federated loss, which asks for metadata that own datasets lack.
+        raise InputError(NO_BACKGROUND_SCORE)
     model = build_stock_model(cfg)
     if cfg.MODEL.DISALIGN.CALIBRATE:
         logger.info(str(freeze(model)))

@@ -86,6 +86,7 @@ class Trainer(DefaultTrainer):
         if kind == "lvis":
             return DisAlignLVISEvaluator(
                 dataset_name,
+                tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
                 output_dir=output_folder,
                 fixed_ap=cfg.TEST.FIXED_AP,
                 image_counts=functools.partial(training_image_counts, cfg),

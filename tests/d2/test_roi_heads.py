@@ -243,7 +243,7 @@ def test_training_skips_what_is_frozen_and_evaluation_does_not(kind):
 def test_heads_that_do_not_exist_are_never_switched_on(calibrate):
     model = build_model(tiny_cfg("MODEL.MASK_ON", False, calibrate=calibrate))
     for mode in (True, False):
-        model.train(mode)
+        assert model.train(mode).roi_heads.train(mode) is model.roi_heads
         assert (model.roi_heads.mask_on, model.roi_heads.keypoint_on) == (False, False)
     assert "pred_masks" not in detections(model, batch())[0]
 

@@ -319,8 +319,7 @@ def test_eval_only_with_resume_takes_the_folders_last_checkpoint(tiny, tmp_path)
 def test_saved_detections_evaluate_to_the_same_figures(tiny, tmp_path):
     detections = tiny.two / "inference" / "lvis_instances_results.json"
     out = tmp_path / "report.json"
-    given = [str(detections), tiny.data["val"][1], "--max-dets", "20", "--out", str(out)]
-    assert evaluate.main(given) == 0
+    assert evaluate.main([str(detections), tiny.data["val"][1], "--out", str(out)]) == 0
     assert json.loads(out.read_text())["figures"] == results(tiny.two)[tiny.data["val"][0]]["disalign"]
 
 
@@ -368,15 +367,26 @@ def as_coco(tiny, folder):
     return str(path)
 
 
-def test_a_validation_set_in_coco_format(tiny, tmp_path):
+@pytest.mark.parametrize("trained_on", ["known", "gone"])
+def test_a_validation_set_in_coco_format(trained_on, tiny, tmp_path):
     data = tiny.data | {"val": [unique("val"), as_coco(tiny, tmp_path), tiny.data["val"][2]]}
+    if trained_on == "gone":
+        data["train"] = [unique("gone"), "gone.json", "gone"]
     config = runs.write_config(tmp_path, data, calibrate=True)
     assert main(config, tmp_path / "out", "MODEL.WEIGHTS", tiny.weights_two, flags=["--eval-only"]) == 0
-    figures = results(tmp_path / "out")[data["val"][0]]
-    assert {stage: figures[stage]["bbox"]["APr"] for stage in figures} == {"stage_one": None, "disalign": None}
-    # LVIS's set was exhaustive, so that its AP is COCO's.
-    lvis = results(tiny.two)[tiny.data["val"][0]]
-    assert [figures[stage]["segm"]["AP"] for stage in figures] == [lvis[stage]["segm"]["AP"] for stage in lvis]
+    figures, lvis = results(tmp_path / "out")[data["val"][0]], results(tiny.two)[tiny.data["val"][0]]
+    report = json.loads((tmp_path / "out" / "inference" / "lvis_results.json").read_text())
+    for stage in ("stage_one", "disalign"):
+        # LVIS's set was exhaustive, so that its AP is COCO's.
+        assert figures[stage]["segm"]["AP"] == lvis[stage]["segm"]["AP"]
+        # Of COCO's, the groups are those of the training images: 12 show red, the others fewer than ten.
+        groups = [figures[stage]["bbox"][figure] for figure in ("APr", "APc", "APf")]
+        if trained_on == "gone":
+            assert groups == [None, None, None]
+        else:
+            assert groups[2] is None
+            assert 4 * groups[0] + groups[1] == pytest.approx(5 * figures[stage]["bbox"]["AP"])
+    assert report["figures"] == figures["disalign"]
     assert "n/a" in log(tmp_path / "out").rsplit("before and after", 1)[1]
 
 
@@ -461,7 +471,8 @@ def test_a_killed_run_resumes_to_the_uninterrupted_runs_end_bit_for_bit(tiny, tm
         "-c", program, tiny.config_two, folder, tiny.weights_one, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     monkeypatch.setattr(train_net, "Trainer", ByIteration)
-    assert stage_two(tiny, whole, *SCHEDULE) == 0
+    # Evaluations, which take the calibration off and put it back, leave no trace.
+    assert stage_two(tiny, whole, *SCHEDULE, "DATASETS.TEST", (tiny.data["val"][0],), "TEST.EVAL_PERIOD", 4) == 0
     err = process.communicate(timeout=300)[1]
     assert process.returncode == -signal.SIGKILL, err
     assert (folder / "last_checkpoint").read_text() == "model_0000005.pth"
