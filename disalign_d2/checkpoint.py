@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, but safe and strict: it never unpickles, and where a tensor is missing it stops."""
+"""Detectron2's checkpointer, but safe and strict: it runs no code of a file, and where a tensor is missing it stops."""
 
 import os
 
@@ -61,7 +61,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"expected a checkpoint at {path!r}, but: {reason}; check MODEL.WEIGHTS") from error
         finally:
-            self._parsed_url_during_load = None
+            self._parsed_url_during_load = None  # the base class leaves it set where loading fails
 
     def _torch_load(self, f):
         content = load_file(f)
@@ -97,11 +97,11 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def _hand_over(self, checkpoint):
         new = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        report = load_stage_one(self.model, checkpoint, new, name=self._name)
+        report = load_stage_one(self.model, checkpoint["model"], new, name=self._name)
         self.logger.info(f"{os.path.basename(self._name)}: {report}")
 
     def _restore(self, checkpoint):
-        source, target = state_dict_of(checkpoint), self.model.state_dict()
+        source, target = state_dict_of(checkpoint["model"]), self.model.state_dict()
         calibrated = is_calibrated(source)
         if calibrated and not self._calibrations:
             raise InputError(

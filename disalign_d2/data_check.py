@@ -1,5 +1,6 @@
 """What is missing or wrong in a config's data, said before training rather than after hours of it."""
 
+import json
 import logging
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from disalign.errors import InputError, some
@@ -18,6 +20,7 @@ from disalign.files import missing_files
 
 from .class_counts import class_counts_from_config, count_annotations
 from .datasets import load_records, place_of, unreadable
+from .lvis_metrics import check_ground_truth
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +82,13 @@ def _problems(cfg, training, decode):
                 uncounted.discard(name)
             problems += _untrainable_masks(name, records, cfg)
             _log_flat_boxes(name, records)
+        if name in cfg.DATASETS.TEST:
+            problems += _unfit_for_evaluation(name, cfg)
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
     if train and not uncounted:
         problems += _unseen_classes(counts, train, cfg)
+        _log_other_counts(counts, train, cfg)
     return problems
 
 
@@ -103,7 +109,7 @@ def _classes(name) -> list[str]:
 
 
 def _missing_images(name, records) -> Iterator[str]:
-    absent = missing_files([record["file_name"] for record in records])
+    absent = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
     if not absent:
         return
     folders = Counter(os.path.dirname(path) for path in absent)
@@ -160,6 +166,40 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
     if rle and cfg.INPUT.MASK_FORMAT == "polygon":
         yield (
             f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
+        )
+
+
+def _unfit_for_evaluation(name, cfg) -> Iterator[str]:
+    """What the evaluator would refuse after hours of training."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "lvis":
+        return
+    with open(PathManager.get_local_path(metadata.json_file), encoding="utf-8") as file:
+        ground_truth = json.load(file)
+    if not ground_truth.get("annotations"):
+        return  # a test set without annotations is not evaluated
+    try:
+        for iou_type in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
+            check_ground_truth(ground_truth, iou_type)
+    except InputError as error:
+        yield f"in {name!r}: {error}"
+
+
+def _log_other_counts(counts, train, cfg) -> None:
+    disalign = cfg.MODEL.DISALIGN
+    if not (disalign.CALIBRATE and disalign.CLASS_COUNTS) or disalign.COUNT_UNIT != "instances":
+        return
+    try:
+        given = class_counts_from_config(cfg)
+    except InputError:
+        return  # said already
+    if not torch.equal(given, counts):
+        logger.warning(
+            "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); set it to '' to count them",
+            disalign.CLASS_COUNTS,
+            some(train),
+            int(counts.sum()),
+            int(given.sum()),
         )
 
 

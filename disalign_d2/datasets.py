@@ -9,6 +9,7 @@ from math import isfinite
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
 from disalign.errors import InputError, some
@@ -138,7 +139,7 @@ def load_records(name: str) -> list[dict]:
             "DATASETS.OWN"
         )
     json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is not None and not os.path.isfile(json_file):
+    if json_file is not None and not PathManager.isfile(json_file):
         raise InputError(
             f"expected the annotations of {name!r} at {json_file!r}, but there is no such file{place_of(json_file)}"
         )

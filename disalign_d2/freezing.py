@@ -68,8 +68,8 @@ def build_model(cfg) -> nn.Module:
     """Detectron2's ``build_model``, frozen when the config calibrates.
 
     Raises:
-        InputError: a calibration or a cosine classifier for ROI heads that know neither, or a calibration beside sigmoid
-            or federated loss.
+        InputError: a calibration or a cosine classifier for ROI heads that know neither, or a calibration beside
+            sigmoid or federated loss.
     """
     asks = cfg.MODEL.DISALIGN.CALIBRATE or cfg.MODEL.DISALIGN.CLASSIFIER != "linear"
     if asks and not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), LeanTraining):

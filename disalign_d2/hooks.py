@@ -39,17 +39,15 @@ class ConfidenceWatch(HookBase):
     Args:
         model: with calibrations.
         threshold: of a batch's mean confidence.
-        period: iterations between two looks, since a look makes a GPU wait.
     """
 
-    def __init__(self, model, threshold: float = 0.05, period: int = 20):
+    def __init__(self, model, threshold: float = 0.05):
         self._calibrations = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
         self._threshold = threshold
-        self._period = period
         self._warned = False
 
     def after_step(self):
-        if self._warned or self.trainer.iter % self._period:
+        if self._warned:
             return
         for calibration in self._calibrations:
             mean = calibration.statistics().get("confidence_mean")

@@ -291,18 +291,31 @@ def _mask_areas(rles, detections, images) -> list[int]:
         raise InputError(f"expected compressed RLE as segmentation of each detection, but of one: {error}") from None
 
 
-def _check(ground_truth, detections, iou_type) -> None:
-    """Refuse what would break the evaluation, or silently count for something else."""
+def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
+    """Refuse annotations that would break the evaluation, or silently count for something else.
+
+    Raises:
+        InputError: another form than LVIS's or COCO's, an annotation without its area or without what ``iou_type``
+            compares, or a ``frequency`` that is none.
+    """
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
     tables = ("images", "categories", "annotations")
     if not isinstance(ground_truth, dict) or not all(isinstance(ground_truth.get(name), list) for name in tables):
         raise InputError(f"expected annotations in LVIS or COCO format, with lists of {some(tables)}")
-    if not isinstance(detections, list):
-        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
     _check_keys(ground_truth["images"], "image", {"id", "height", "width"})
     _check_keys(ground_truth["categories"], "category", {"id"})
     _check_keys(ground_truth["annotations"], "annotation", {"image_id", "category_id", "area", SHAPE[iou_type]})
+    for annotation in ground_truth["annotations"]:
+        if not annotation[SHAPE[iou_type]]:
+            raise InputError(f"expected a {SHAPE[iou_type]} of each annotation, got an empty one: {_short(annotation)}")
+    _letters(ground_truth, None)
+
+
+def _check(ground_truth, detections, iou_type) -> None:
+    check_ground_truth(ground_truth, iou_type)
+    if not isinstance(detections, list):
+        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
     _check_keys(detections, "detection", {"image_id", "category_id", "score", SHAPE[iou_type]})
     images = {image["id"] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}

@@ -16,7 +16,7 @@ class LeanTraining:
 
     def train(self, mode: bool = True):
         super().train(mode)
-        skip = mode and any(predictor.calibrated for predictor in self.box_predictors())
+        skip = mode and any(getattr(predictor, "calibrated", False) for predictor in self.box_predictors())
         self.mask_on = hasattr(self, "mask_head") and not skip
         self.keypoint_on = hasattr(self, "keypoint_head") and not skip
         return self

@@ -82,6 +82,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:  # their files have the same names
+            output_folder = os.path.join(output_folder, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "lvis":
             return DisAlignLVISEvaluator(
@@ -185,7 +187,14 @@ def setup(args) -> CfgNode:
     if cfg.TEST.FIXED_AP and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE <= 300:
         raise InputError(
             "expected TEST.DETECTIONS_PER_IMAGE above LVIS's 300 for TEST.FIXED_AP, which limits per class, "
-            f"got {cfg.TEST.DETECTIONS_PER_IMAGE}; set it to -1 for all"
+            f"got {cfg.TEST.DETECTIONS_PER_IMAGE}; set it to some thousands, or to -1 for all where memory allows"
+        )
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise InputError("expected a GPU for SOLVER.AMP.ENABLED, got MODEL.DEVICE cpu; switch it off")
+    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1 and torch.cuda.is_available():
+        raise InputError(
+            "expected MODEL.DEVICE cuda for several processes where there are GPUs, got cpu; hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to run on CPUs"
         )
     register_from_config(cfg)
     cfg.freeze()
@@ -199,11 +208,11 @@ def refuse_other_stage(cfg) -> None:
         InputError: OUTPUT_DIR holds the other stage's checkpoint.
     """
     tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not os.path.isfile(tag):
-        return
-    with open(tag, encoding="utf-8") as file:
-        last = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-    if is_calibrated(state_dict_of(load_file(last))) == cfg.MODEL.DISALIGN.CALIBRATE:
+    last = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")  # it may have been copied there without its tag
+    if os.path.isfile(tag):
+        with open(tag, encoding="utf-8") as file:
+            last = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if not os.path.isfile(last) or is_calibrated(state_dict_of(load_file(last))) == cfg.MODEL.DISALIGN.CALIBRATE:
         return
     ours, theirs = ("two", "one") if cfg.MODEL.DISALIGN.CALIBRATE else ("one", "two")
     raise InputError(
@@ -215,10 +224,9 @@ def refuse_other_stage(cfg) -> None:
 def run(args):
     """What each process does."""
     cfg = setup(args)
-    if args.data_check:
-        return print_data_check(cfg)
     if comm.is_main_process():
         require_data(cfg, training=not args.eval_only)
+    comm.synchronize()  # so that no other process fails first, in other words
     refuse_other_stage(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="disalign_d2")
@@ -259,6 +267,8 @@ def main(argv=None):
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--data-check", action="store_true", help="say what is missing of the data, and stop")
     args = parser.parse_args(argv)
+    if args.data_check:
+        return print_data_check(setup(args))
     try:
         launch(
             run,

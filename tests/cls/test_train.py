@@ -112,6 +112,7 @@ def test_a_checkpoint_is_plain_and_keeps_counts_and_rho(stage_one, stage_two):
         "reduction": "weighted_mean",
         "ignore_index": -100,
         "sync": True,
+        "background_weight": None,
     }
     assert load(stage_two)["meta"]["dataset_meta"]["classes"] == [str(digit) for digit in range(10)]
 

@@ -112,6 +112,7 @@ def main(config, output, *options, flags=()) -> int:
             for handler in list(logger.handlers):
                 logger.removeHandler(handler)
                 handler.close()
+            logger.propagate = True
         setup_logger.cache_clear()
 
 
