@@ -1,6 +1,5 @@
 """What is missing or wrong in a config's data, said before training rather than after hours of it."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -16,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from disalign.errors import InputError, some
-from disalign.files import missing_files
+from disalign.files import missing_files, read_json
 
 from .class_counts import class_counts_from_config, count_annotations
 from .datasets import load_records, place_of, unreadable
@@ -174,8 +173,7 @@ def _unfit_for_evaluation(name, cfg) -> Iterator[str]:
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "lvis":
         return
-    with open(PathManager.get_local_path(metadata.json_file), encoding="utf-8") as file:
-        ground_truth = json.load(file)
+    ground_truth = read_json(PathManager.get_local_path(metadata.json_file), "annotations")
     if not ground_truth.get("annotations"):
         return  # a test set without annotations is not evaluated
     try:

@@ -1,6 +1,5 @@
 """Own datasets in LVIS or COCO format, and images that are read with a sentence when they can't be."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -13,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
 from disalign.errors import InputError, some
+from disalign.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +185,7 @@ def unreadable(record: dict, error: Exception) -> InputError:
 
 
 def _read(json_file):
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise InputError(f"expected annotations at {json_file!r}, but there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected annotations as JSON in {json_file!r}, but: {error}") from None
+    content = read_json(json_file, "annotations")
     for part, keys in _KEYS.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):

@@ -5,12 +5,13 @@ folder; ANNOTATIONS.json is in LVIS or COCO format. Prints a table; no model and
 """
 
 import argparse
-import json
+import os
 import sys
 
 from disalign import InputError
 from disalign.checkpoints import write_json
 from disalign.cli import command
+from disalign.files import read_json
 
 from .lvis_metrics import SHAPE, evaluation_report, table
 
@@ -28,6 +29,8 @@ def main(argv=None):
     )
     arguments.add_argument("--out", help="also write all figures, and those of each category, to this JSON")
     args = arguments.parse_args(argv)
+    if args.out and os.path.abspath(args.out) in map(os.path.abspath, (args.detections, args.annotations)):
+        raise InputError(f"expected a file of its own as --out, got {args.out!r}, which is read; name another")
     detections = read_json(args.detections, "detections")
     annotations = read_json(args.annotations, "annotations")
     if not isinstance(detections, list):
@@ -39,21 +42,6 @@ def main(argv=None):
     if args.out:
         write_json(args.out, report)
     print(table(report["figures"]))
-
-
-def read_json(path: str, what: str):
-    """The content of a JSON file.
-
-    Raises:
-        InputError: no such file, or none that can be read.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise InputError(f"expected {what} at {path!r}, but there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected {what} as JSON in {path!r}, but: {error}") from None
 
 
 def shapes_of(detections: list) -> list[str]:

@@ -149,6 +149,18 @@ def files(tiny, tmp_path_factory):
         empty(content, images)
         content["categories"] = [one for one in content["categories"] if one["id"] != 4]
 
+    def without_areas(content, images):
+        for annotation in content["annotations"]:
+            del annotation["area"]
+
+    def without_a_mask(content, images):
+        content["annotations"][3]["segmentation"] = []
+
+    def other_letters(content, images):
+        content["categories"][0]["frequency"] = "x"
+
+    for change in (without_areas, without_a_mask, other_letters):
+        config(change.__name__, val=dataset(change.__name__, change))
     config("truncated_images", train=dataset("truncated_images", truncate))
     config("truncated_images_one", calibrate=False, train=dataset("truncated_images_one", truncate))
     config("missing_images", train=dataset("missing_images", lose))
@@ -227,6 +239,8 @@ BAD = {
         [],
         "expected MODEL.ROI_HEADS.NAME DisAlignROIHeads or .* a cosine classifier, got StandardROIHeads",
     ),
+    "AMP without a GPU": ("{config_two}", [*ONE, "SOLVER.AMP.ENABLED", "True"], [], "a GPU for SOLVER.AMP.ENABLED"),
+    "fixed AP of few": ("{config_two}", [*ONE, "TEST.FIXED_AP", "True"], [], "DETECTIONS_PER_IMAGE above LVIS's 300"),
     # class counts
     "counts with zeros": (
         "{config_two}",
@@ -270,6 +284,9 @@ BAD = {
     "validation missing": ("{missing_validation}", ONE, [], "expected the annotations of .*, but there is no such"),
     "validation missing, eval": ("{missing_validation}", TWO, EVAL, "the annotations of .*, but there is no such"),
     "images missing": ("{missing_images}", ONE, [], r"expected 12 images of '.*', but 2 are missing .*3.png, .*7.png"),
+    "validation without areas": ("{without_areas}", ONE, [], "in '.*': expected area, .* of each annotation, got"),
+    "validation without a mask": ("{without_a_mask}", ONE, [], "in '.*': expected a segmentation of each annotation"),
+    "validation of other groups": ("{other_letters}", ONE, [], "in '.*': expected r, c or f as frequency .*, got x"),
     "unknown dataset": ("{config_two}", [*ONE, "DATASETS.TRAIN", "('nope',)"], [], "a registered dataset, got 'nope'"),
     "no training set": ("{config_two}", [*ONE, "DATASETS.TRAIN", "()"], [], "a dataset in DATASETS.TRAIN, got none"),
     "no set to evaluate": ("{config_two}", [*TWO, "DATASETS.TEST", "()"], EVAL, "in DATASETS.TEST, got none"),

@@ -200,6 +200,12 @@ def test_the_table_shows_both_stages_and_the_gain():
     assert [row[1] for row in rows(masks)] == ["AP", rows(masks)[1][1], "10.0", "12.5", "+2.5"]
 
 
+def test_a_task_that_stage_one_has_no_figures_of_is_not_available():
+    # It detected nothing.
+    _, masks = comparison.table({"val": {"bbox": BEFORE["val"]["bbox"]}}, AFTER).split("\n\n")
+    assert [row[1] for row in rows(masks)][2:] == ["n/a", "12.5", "n/a"]
+
+
 def test_the_table_has_every_group_of_lvis_in_its_order():
     figures = dict.fromkeys(["APf", "APc", "APr", "AR", "AP75", "AP50", "AP"], 1.0)
     head, *_ = rows(comparison.table({"v": {"bbox": figures}}, {"v": {"bbox": figures}}))

@@ -59,6 +59,15 @@ def test_a_scripted_model_equals_eager(classifier, confidence):
     assert not identical(raw(one, inputs), eager)
 
 
+def test_a_model_without_masks_can_be_scripted():
+    two, inputs = random_calibration(stages("MODEL.MASK_ON", False)[1]), images()
+    scripted = scripting_with_instances(two, {name: FIELDS[name] for name in FIELDS if name != "pred_masks"})
+    with torch.no_grad():
+        (eager, *_), (output, *_) = (model.inference(inputs, do_postprocess=False) for model in (two, scripted))
+    assert torch.equal(output.scores, eager.scores)
+    assert len(eager)
+
+
 def test_a_scripted_stage_one_equals_eager():
     one, inputs = stages(classifier="cosine")[0], images()
     assert identical(raw(scripting_with_instances(one, FIELDS), inputs), raw(one, inputs))

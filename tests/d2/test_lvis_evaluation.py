@@ -665,3 +665,11 @@ def test_at_least_twice_as_fast_as_lvis_api():
     for row in benchmark["measure"](num_images=40, num_categories=1203, num_detections=300, repeats=2):
         assert row["difference"] < 1e-6
         assert row["ratio"] >= 2, row
+
+
+def test_the_files_that_are_read_are_not_overwritten(tmp_path, capsys):
+    path = tmp_path / "detections.json"
+    path.write_text("[]")
+    assert main([str(path), "annotations.json", "--out", str(path)]) == 2
+    assert "expected a file of its own as --out" in capsys.readouterr().err
+    assert path.read_text() == "[]"

@@ -289,6 +289,8 @@ def test_two_validation_sets_each_get_a_table(tiny, tmp_path):
     assert figures[sets[1]]["stage_one"] != figures[sets[0]]["stage_one"]
     for name in sets:
         assert f"{name}, segm, before and after" in log(tmp_path)
+        for folder in ("inference", "inference/stage_one"):
+            assert (tmp_path / folder / name / "lvis_instances_results.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -535,6 +537,21 @@ def test_a_stage_keeps_out_of_the_other_stages_folder(stage, flags, tiny, capsys
     assert runs.contents(theirs) == before
 
 
+def test_a_stage_one_file_that_was_copied_there_is_not_overwritten(tiny, tmp_path, capsys):
+    copied = tmp_path / "model_final.pth"
+    copied.write_bytes(Path(tiny.weights_one).read_bytes())
+    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", copied, *NO_TEST) == 2
+    assert "got one with a checkpoint of stage one" in capsys.readouterr().err
+    assert copied.read_bytes() == Path(tiny.weights_one).read_bytes()
+
+
+def test_a_tag_that_leads_nowhere_stops_nothing_but_a_resume(tiny, tmp_path, capsys):
+    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
+    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", tiny.weights_two, flags=["--eval-only"]) == 0
+    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", tiny.weights_one, flags=["--resume"]) == 2
+    assert "model_0000099.pth" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------- processes
 
 
@@ -614,10 +631,9 @@ def test_a_collapsed_confidence_is_warned_about_once(tiny, tmp_path, monkeypatch
         model.get_parameter(PREDICTOR + "confidence.bias").fill_(-20)
 
     monkeypatch.setattr(train_net, "Trainer", meddling(collapse, at=3))
-    assert stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 42, *NO_TEST) == 0
+    assert stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 8, *NO_TEST) == 0
     text = log(tmp_path)
-    # Looked at after the 1st, 21st and 41st step.
-    assert text.count("WARNING: the mean confidence fell to 0.000 at iteration 21: ") == 1
+    assert text.count("WARNING: the mean confidence fell to 0.000 at iteration 5: ") == 1
     assert text.count("the mean confidence fell") == 1
     assert "keep SOLVER.CLIP_GRADIENTS on, or lower SOLVER.BASE_LR or MODEL.DISALIGN.RHO" in text
     assert "the mean confidence fell" not in log(tiny.two)
