@@ -118,7 +118,7 @@ def table(stage_one: Mapping, disalign: Mapping) -> str:
             rows = [
                 ["stage one", *(_shown(before[figure]) for figure in figures)],
                 ["DisAlign", *(_shown(after[figure]) for figure in figures)],
-                ["gain", *(_shown(after[figure] - before[figure], "+.1f") for figure in figures)],
+                ["gain", *(_shown(after[figure] - before[figure], "+z.1f") for figure in figures)],
             ]
             lines = tabulate(rows, headers=[task, *figures], tablefmt="github", disable_numparse=True)
             tables.append(f"{dataset}, {task}, before and after\n{lines}")

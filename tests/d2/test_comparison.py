@@ -221,3 +221,9 @@ def test_results_are_written_with_null_for_no_ground_truth(tmp_path):
     assert written["val"]["disalign"]["segm"] == {"AP": 12.5}
     comparison.write_results(str(path), None, AFTER)
     assert list(json.loads(path.read_text())["val"]) == ["disalign"]
+
+
+def test_a_loss_too_small_to_show_is_no_negative_zero():
+    before, after = {"set": {"bbox": {"AP": 30.01}}}, {"set": {"bbox": {"AP": 30.0}}}
+    assert "+0.0" in comparison.table(before, after)
+    assert "-0.0" not in comparison.table(before, after)
