@@ -163,6 +163,7 @@ def main(argv=None):
     arguments.add_argument("--repeats", type=int, default=5, help="turns")
     arguments.add_argument("--out", help="JSON")
     arguments.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, say MODEL.DEVICE cpu")
+    arguments.set_defaults(num_gpus=1)  # as train_net's arguments have it
     args = arguments.parse_args(argv)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     cfg = setup(args)

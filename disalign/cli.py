@@ -31,8 +31,10 @@ def sentence_of(error: InputError) -> str:
 
 def shipped_configs() -> Path:
     """The folder of the shipped configs, in a checkout and in an installed wheel alike."""
-    spec = find_spec("disalign_configs")
-    return Path(next(iter(spec.submodule_search_locations)) if spec else Path(__file__).parent.parent / "configs")
+    checkout = Path(__file__).parent.parent
+    if (checkout / "setup.py").is_file():
+        return checkout / "configs"
+    return Path(next(iter(find_spec("disalign_configs").submodule_search_locations)))
 
 
 def find_config(path: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import disalign
+import disalign.cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,3 +68,10 @@ def test_every_shipped_command_of_the_readme_names_a_config_that_exists():
     configs = re.findall(r"\b((?:cls|d2)/[\w/.-]+\.(?:py|yaml))", (ROOT / "README.md").read_text())
     assert configs
     assert [config for config in configs if not (ROOT / "configs" / config).is_file()] == []
+
+
+def test_a_checkout_reads_its_own_configs(tmp_path, monkeypatch):
+    # An uninstalled copy can leave its empty folders behind, which Python then takes for the package.
+    (tmp_path / "disalign_configs" / "cls").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert disalign.cli.shipped_configs() == ROOT / "configs"

@@ -1,4 +1,13 @@
+import logging
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Detectron2's loggers keep to themselves once a run has set them up; ``caplog`` must hear them all the same."""
+    for name in ("detectron2", "fvcore", "disalign_d2"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture

@@ -112,7 +112,6 @@ def main(config, output, *options, flags=()) -> int:
             for handler in list(logger.handlers):
                 logger.removeHandler(handler)
                 handler.close()
-            logger.propagate = True
         setup_logger.cache_clear()
 
 
