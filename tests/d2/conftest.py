@@ -7,7 +7,9 @@ import pytest
 def heard():
     """Detectron2's loggers keep to themselves once a run has set them up; ``caplog`` must hear them all the same."""
     for name in ("detectron2", "fvcore", "disalign_d2"):
-        logging.getLogger(name).propagate = True
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
