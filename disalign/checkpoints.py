@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, some
+from .errors import InputError, first_line, some
 from .unpickling import load_arrays
 
 #: Keys of a stage-one file that stage two has no use for; an adapter may pass its own list.
@@ -77,9 +77,9 @@ def load_file(path) -> dict:
             f"expected only tensors and plain values in {path!r}, but {_what_else(path, error)}; {_REFUSED}"
         ) from None
     except Exception as error:  # a broken file can break a reader anywhere
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"expected a checkpoint at {path!r}, but it can't be read ({reason}); is it truncated or of another format?"
+            f"expected a checkpoint at {path!r}, but it can't be read ({first_line(error)}); is it "
+            "truncated or of another format?"
         ) from None
 
 

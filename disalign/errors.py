@@ -8,6 +8,12 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a sentence: its first line, or its name if it says nothing."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0]
+
+
 def some(items, limit=5):
     """The first few of many, for a sentence: ``"a, b, c and 12 more"``."""
     items = [str(item) for item in items]

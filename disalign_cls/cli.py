@@ -12,6 +12,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from disalign import InputError, load_file
 from disalign.cli import find_config
+from disalign.errors import first_line
 
 #: What a config that does not fit raises while mmengine builds from it.
 BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
@@ -53,7 +54,7 @@ def load_config(path: str, options: dict) -> Config:
     try:
         config = Config.fromfile(path)
     except Exception as error:  # a config is Python: anything may come
-        raise InputError(f"expected a config in {path!r}, but: {_first_line(error)}") from error
+        raise InputError(f"expected a config in {path!r}, but: {first_line(error)}") from error
     known = set(config) | set(inspect.signature(Runner.__init__).parameters)
     unknown = sorted({key.split(".")[0] for key in options} - known)
     if unknown:
@@ -71,12 +72,7 @@ def config_errors(path: str):
     except InputError:
         raise
     except BUILD_ERRORS as error:
-        raise InputError(f"expected a config that can be built in {path!r}, but: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"expected a config that can be built in {path!r}, but: {first_line(error)}") from error
 
 
 def build_runner(config: Config, args) -> Runner:

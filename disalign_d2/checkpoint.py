@@ -8,6 +8,7 @@ from torch import Tensor
 
 from disalign import InputError, load_file, load_stage_one
 from disalign.checkpoints import IGNORABLE, require_tensors, state_dict_of
+from disalign.errors import first_line
 
 from .freezing import calibrations
 
@@ -58,8 +59,9 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         except InputError:
             raise
         except (AssertionError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"expected a checkpoint at {path!r}, but: {reason}; check MODEL.WEIGHTS") from error
+            raise InputError(
+                f"expected a checkpoint at {path!r}, but: {first_line(error)}; check MODEL.WEIGHTS"
+            ) from error
         finally:
             self._parsed_url_during_load = None  # the base class leaves it set where loading fails
 

@@ -11,7 +11,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
-from disalign.errors import InputError, some
+from disalign.errors import InputError, first_line, some
 from disalign.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -159,10 +159,6 @@ def place_of(path: str) -> str:
     if not path.startswith(os.path.join(root, "")):
         return ""
     return f"; Detectron2 looks for its datasets in the folder that DETECTRON2_DATASETS names, now {root!r}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class CheckedMapper(DatasetMapper):

@@ -8,9 +8,7 @@ from detectron2.evaluation import LVISEvaluator
 
 from disalign.checkpoints import atomic_file, write_json
 
-from .lvis_metrics import Evaluation, evaluate_lvis, evaluation_report, fixed_ap, table
-
-__all__ = ["DisAlignLVISEvaluator", "Evaluation", "evaluate_lvis", "evaluation_report", "fixed_ap", "table"]
+from .lvis_metrics import evaluation_report, table
 
 
 class DisAlignLVISEvaluator(LVISEvaluator):

@@ -168,7 +168,7 @@ def setup(args) -> CfgNode:
     """The config of the arguments, checked, with its datasets registered.
 
     Raises:
-        InputError: a config that does not fit, or a folder that belongs to the other stage.
+        InputError: a config that does not fit, to itself or to this machine.
     """
     cfg = get_cfg()
     add_disalign_config(cfg)

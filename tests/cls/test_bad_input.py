@@ -1,6 +1,5 @@
 """Bad input to any command: one sentence, exit status 2, and nothing half-made left behind."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from core.malicious import Malicious
 from PIL import Image
 
 from disalign_cls import check, predict, test, train
@@ -23,16 +23,6 @@ LIST = [
     "train_dataloader.dataset.num_classes=10",
     "train_dataloader.dataset.data_root={images}",
 ]
-
-
-class Malicious:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture(scope="module")

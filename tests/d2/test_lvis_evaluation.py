@@ -20,7 +20,8 @@ from pycocotools.cocoeval import COCOeval
 
 from disalign import InputError
 from disalign_d2.evaluate import main
-from disalign_d2.lvis_evaluation import DisAlignLVISEvaluator, evaluate_lvis, evaluation_report, fixed_ap, table
+from disalign_d2.lvis_evaluation import DisAlignLVISEvaluator
+from disalign_d2.lvis_metrics import evaluate_lvis, evaluation_report, fixed_ap, table
 
 IDS = [2, 3, 5, 8, 13, 21, 22, 34, 55, 89, 144, 233]
 LETTERS = dict(zip(IDS, "rfcfrcffcrcr", strict=True))
