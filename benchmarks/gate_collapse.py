@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from disalign import AdaptiveCalibration, GRWCrossEntropyLoss, load_stage_one
 from disalign.checkpoints import write_json
-from disalign_cls.cli import command, load_config, parser
+from disalign.cli import command
+from disalign_mmengine.cli import load_config, parser
 
 THRESHOLD = 0.05
 

@@ -1,7 +1,9 @@
 """Long-tailed image classification on MMEngine's Runner: stage one, and DisAlign as stage two."""
 
 try:
-    from . import classifiers, datasets, hooks, metrics, optim, samplers  # noqa: F401  (importing registers them)
+    import disalign_mmengine  # noqa: F401  (importing registers)
+
+    from . import classifiers, datasets, hooks, metrics, samplers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"disalign_cls needs mmengine, timm, torchvision and more, but there is no {error.name}; install them with "

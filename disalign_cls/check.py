@@ -9,8 +9,8 @@ from mmengine.registry import DATASETS
 
 from disalign import InputError, many_medium_few
 from disalign.cli import command
+from disalign_mmengine.cli import config_errors, load_config, parser
 
-from .cli import config_errors, load_config, parser
 from .datasets import MissingFilesError
 
 

@@ -1,122 +1,26 @@
-"""What the commands share: configs and the Runner."""
+"""What the commands share: the Runner of a classifier."""
 
-import argparse
-import inspect
-import os
-from contextlib import contextmanager
-from pathlib import Path
+from mmengine.config import Config
+from mmengine.runner import Runner
 
-import torch
-from mmengine.config import Config, DictAction
-from mmengine.runner import Runner, find_latest_checkpoint
-
-from disalign import InputError, load_file
-from disalign.cli import find_config
-from disalign.errors import first_line
-
-#: What a config that does not fit raises while mmengine builds from it.
-BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
-
-
-class KeyValue(DictAction):
-    """mmengine's KEY=VALUE, with argparse's exit for what is none."""
-
-    def __call__(self, arguments, namespace, values, option_string=None):
-        try:
-            super().__call__(arguments, namespace, values, option_string)
-        except (AssertionError, ValueError) as error:
-            arguments.error(f"{option_string}: expected KEY=VALUE, got {' '.join(values)!r}: {error}")
-
-
-def parser(doc: str, **names: str) -> argparse.ArgumentParser:
-    """The arguments that all commands have; ``names`` are further positional ones with their help."""
-    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("config", help="a config file, or the name of a shipped one below configs/ (cls/digits/...)")
-    for name, text in names.items():
-        result.add_argument(name, help=text)
-    result.add_argument("--cfg-options", nargs="+", action=KeyValue, default={}, help="KEY=VALUE, over the config's")
-    return result
-
-
-def runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    result.add_argument("--work-dir", help="for logs, checkpoints and results; default: work_dirs/CONFIG'S NAME")
-    result.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
-    return result
-
-
-def load_config(path: str, options: dict) -> Config:
-    """Read a config and set ``options`` in it.
-
-    Raises:
-        InputError: no such file, a file that is no config, or an option whose first word the config does not know.
-    """
-    path = find_config(path)
-    try:
-        config = Config.fromfile(path)
-    except Exception as error:  # a config is Python: anything may come
-        raise InputError(f"expected a config in {path!r}, but: {first_line(error)}") from error
-    known = set(config) | set(inspect.signature(Runner.__init__).parameters)
-    unknown = sorted({key.split(".")[0] for key in options} - known)
-    if unknown:
-        raise InputError(f"expected --cfg-options of keys that the config has, got {', '.join(unknown)}")
-    with config_errors(path):
-        config.merge_from_dict(options)
-    return config
-
-
-@contextmanager
-def config_errors(path: str):
-    """Whatever building from a config raises is the config's fault, in one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except BUILD_ERRORS as error:
-        raise InputError(f"expected a config that can be built in {path!r}, but: {first_line(error)}") from error
+from disalign import load_file
+from disalign_mmengine import cli
 
 
 def build_runner(config: Config, args) -> Runner:
-    """A Runner for the parsed arguments; on CPUs its processes speak gloo.
+    """A Runner for the parsed arguments.
 
     Raises:
-        InputError: a config that can't be built, nothing to resume, or a checkpoint that holds more than plain values.
+        InputError: see :func:`disalign_mmengine.cli.prepare`; or a checkpoint that holds more than plain values.
     """
-    config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
-    if os.path.exists(config.work_dir) and not os.path.isdir(config.work_dir):
-        raise InputError(f"expected a folder as --work-dir, but {config.work_dir!r} is a file")
-    if config.get("resume"):
-        # Its own latest checkpoint, whatever load_from says: mmengine would resume that.
-        config.load_from = latest_checkpoint(config.work_dir)
+    cli.prepare(config, args)
     if config.get("load_from"):
         load_file(config.load_from)  # mmengine itself would unpickle whatever the file holds
         without_pretrained(config)
-    if args.launcher != "none" and not torch.cuda.is_available():
-        # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
-        if args.launcher == "slurm":
-            raise InputError(
-                "expected a GPU for --launcher slurm, got none; on CPUs use torchrun and --launcher pytorch"
-            )
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-    with config_errors(config.filename):
-        return Runner.from_cfg(config)
+    return cli.build_runner(config)
 
 
 def without_pretrained(config: Config) -> None:
     """A checkpoint follows: nothing to download first."""
     if config.model.backbone.get("pretrained"):
         config.model.backbone.pretrained = False
-
-
-def latest_checkpoint(work_dir: str) -> str:
-    """The checkpoint to resume in a work folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = find_latest_checkpoint(work_dir) if os.path.isdir(work_dir) else None
-    if path is None:
-        raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")
-    return path

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from disalign.checkpoints import write_json
 from disalign.cli import command
 from disalign.splits import percent
+from disalign_mmengine.cli import load_config
 
-from .cli import load_config
 from .datasets import DigitsLT
 from .plots import plot_accuracy, plot_calibration
 

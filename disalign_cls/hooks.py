@@ -1,25 +1,18 @@
-"""What stage two adds to a run: counts, the strict hand-over, the proof, the watch over the confidence, results."""
+"""What stage two adds to a classification run: counts, the strict hand-over, results."""
 
 import hashlib
 import os
 
-import numpy as np
 from mmengine.dist import broadcast, master_only
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from disalign import InputError, load_class_counts, load_file, load_stage_one
 from disalign.checkpoints import require_tensors, state_dict_of, write_json
 from disalign.errors import some
-from disalign.freezing import fingerprints, frozen_tensors, refuse_changes
+from disalign_mmengine.hooks import FrozenHook, unwrapped
 
 from .classifiers import DisAlignClassifier
-
-
-def unwrapped(model):
-    """The model itself, not DDP's wrapper."""
-    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()
@@ -89,20 +82,8 @@ class ClassCountsHook(Hook):
 
 
 @HOOKS.register_module()
-class PlainCheckpointHook(Hook):
-    """Keeps checkpoints plain, and takes back only whole ones of this very model.
-
-    mmengine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
-    only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
-    """
-
-    def before_save_checkpoint(self, runner, checkpoint) -> None:
-        hub = checkpoint["message_hub"]
-        hub["log_scalars"] = {}
-        hub["runtime_info"] = {
-            key: value.item() if isinstance(value, np.generic) else value for key, value in hub["runtime_info"].items()
-        }
-        hub["resumed_keys"] = {key: kept for key, kept in hub["resumed_keys"].items() if key in hub["runtime_info"]}
+class WholeCheckpointHook(Hook):
+    """Takes back only whole checkpoints of this very model; mmengine would load what fits and warn."""
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         model = unwrapped(runner.model).state_dict()
@@ -116,8 +97,8 @@ class PlainCheckpointHook(Hook):
 
 
 @HOOKS.register_module()
-class StageOneHook(Hook):
-    """Starts stage two from ``stage_one`` of the config, strictly, and proves at the end that only it was calibrated.
+class StageOneHook(FrozenHook):
+    """Starts stage two from ``stage_one`` of the config, strictly, and proves at the end that it was only calibrated.
 
     A resumed run starts from its own checkpoint instead; a stage-one run has nothing to hand over.
     """
@@ -128,19 +109,9 @@ class StageOneHook(Hook):
         model = unwrapped(runner.model)
         if not isinstance(model, DisAlignClassifier):
             return
-        _refuse_magnitude_decay(model, runner.optim_wrapper.optimizer)
         if runner.iter == 0:
             self._hand_over(runner, model)
-        runner.logger.info(str(model.freeze_report))
-        self._before = fingerprints(frozen_tensors(model, model.trained))
-
-    def after_train(self, runner) -> None:
-        model = unwrapped(runner.model)
-        if not isinstance(model, DisAlignClassifier):
-            return
-        refuse_changes(self._before, fingerprints(frozen_tensors(model, model.trained)))
-        count = len(self._before)
-        runner.logger.info(f"{count} of {count} frozen tensors are bit-identical to what this run started from")
+        super().before_train(runner)
 
     def _hand_over(self, runner, model) -> None:
         stage_one = runner.cfg.get("stage_one")
@@ -180,30 +151,6 @@ class BroadcastBuffersHook(Hook):
 
 
 @HOOKS.register_module()
-class ConfidenceHook(Hook):
-    """Warns when the confidence has collapsed to 0: magnitude and margin then get no gradient (docs/deviations.md).
-
-    Args:
-        threshold: of the batch's mean confidence.
-    """
-
-    def __init__(self, threshold: float = 0.05) -> None:
-        self.threshold = threshold
-        self._warned = False
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        confidence = (outputs or {}).get("confidence_mean")
-        if confidence is None or self._warned or float(confidence) >= self.threshold:
-            return
-        self._warned = True
-        runner.logger.warning(
-            f"the mean confidence fell to {float(confidence):.3f} at iteration {runner.iter + 1}: magnitude and margin "
-            "hardly get gradients any more and stage two may end as stage one; keep "
-            "optim_wrapper.clip_grad=dict(max_norm=1.0), or lower the learning rate or rho"
-        )
-
-
-@HOOKS.register_module()
 class ResultsHook(Hook):
     """Writes the last evaluation in full, per class, to ``results_{split}.json`` in the work folder."""
 
@@ -223,16 +170,6 @@ class ResultsHook(Hook):
 
 def _meta(checkpoint) -> dict:
     return (checkpoint.get("meta") or {}) if isinstance(checkpoint, dict) else {}
-
-
-def _refuse_magnitude_decay(model, optimizer) -> None:
-    magnitude = model.classifier.calibration.magnitude
-    for group in optimizer.param_groups:
-        if group.get("weight_decay") and any(parameter is magnitude for parameter in group["params"]):
-            raise InputError(
-                "expected no weight decay on the magnitude, whose identity is 1 and not 0; set optim_wrapper."
-                'paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)})'
-            )
 
 
 def _sha256(path: str) -> str:

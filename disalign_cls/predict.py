@@ -16,8 +16,9 @@ from tqdm import tqdm
 from disalign import InputError, load_file
 from disalign.checkpoints import require_tensors, state_dict_of, write_json
 from disalign.cli import command
+from disalign_mmengine.cli import config_errors, load_config, parser
 
-from .cli import config_errors, load_config, parser, without_pretrained
+from .cli import without_pretrained
 from .datasets import IMAGE_SUFFIXES, build_transforms
 
 

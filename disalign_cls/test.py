@@ -7,8 +7,9 @@ the work folder.
 import sys
 
 from disalign.cli import command
+from disalign_mmengine.cli import config_errors, load_config, parser, runner_arguments
 
-from .cli import build_runner, config_errors, load_config, parser, runner_arguments
+from .cli import build_runner
 
 
 @command

@@ -7,8 +7,9 @@ stage one's figures beside its own.
 import sys
 
 from disalign.cli import command
+from disalign_mmengine.cli import load_config, parser, runner_arguments, train
 
-from .cli import build_runner, config_errors, load_config, parser, runner_arguments
+from .cli import build_runner
 
 
 @command
@@ -18,16 +19,7 @@ def main(argv=None):
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     config.resume = args.resume or config.get("resume", False)
-    runner = build_runner(config, args)
-    with config_errors(config.filename):
-        # Built here, data and all, so that whatever does not fit is said before the first step.
-        _ = runner.train_loop, runner.val_loop
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-        runner.auto_scale_lr = None  # once is enough: train() would scale again
-        if runner.param_schedulers is not None:
-            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
-    runner.train()
+    train(build_runner(config, args), config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 from disalign_cls import test as test_command
 from disalign_cls import train as train_command
-from disalign_cls.cli import load_config
+from disalign_mmengine.cli import load_config
 
 BASELINE = {
     "linear": "cls/digits/baseline_cnn_1xb64-60e_digits-lt.py",

@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
 from disalign_cls.backbones import build_backbone
-from disalign_cls.cli import load_config
+from disalign_mmengine.cli import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 LEAVES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("[!_]*/*.py"))

@@ -11,7 +11,8 @@ from torch import nn
 
 from disalign import InputError
 from disalign_cls import hooks, train
-from disalign_cls.cli import load_config, without_pretrained
+from disalign_cls.cli import without_pretrained
+from disalign_mmengine.cli import load_config
 
 from .runs import BASELINE, DISALIGN, PLAIN, log, runner
 from .runs import train as train_run

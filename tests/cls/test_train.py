@@ -15,11 +15,12 @@ import torch
 from mmengine.registry import MODELS
 from PIL import Image
 
+import disalign_mmengine.hooks
 from disalign import InputError
 from disalign.freezing import fingerprints
-from disalign_cls import hooks, predict
-from disalign_cls.cli import load_config
+from disalign_cls import predict
 from disalign_cls.datasets import DigitsLT
+from disalign_mmengine.cli import load_config
 
 from .runs import BASELINE, DISALIGN, PLAIN, evaluate, log, quick, runner, train
 
@@ -233,7 +234,7 @@ def interrupted(patch, how):
         if runner.iter == KILLED_AT:
             how()
 
-    patch.setattr(hooks.ConfidenceHook, "after_train_iter", stop)
+    patch.setattr(disalign_mmengine.hooks.ConfidenceHook, "after_train_iter", stop)
 
 
 class StoppedError(Exception):
@@ -290,7 +291,7 @@ def test_resuming_restores_the_checkpoint_bit_for_bit_and_completes(stage_one, t
             place=(runner.epoch, runner.iter),
         )
 
-    monkeypatch.setattr(hooks.ConfidenceHook, "before_train", look)
+    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "before_train", look)
     assert train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", epochs=EPOCHS, flags=["--resume"]) == 0
     assert restored.pop("place") == (checkpoint["meta"]["epoch"], checkpoint["meta"]["iter"]) == (2, 8)
     for part, state in restored.items():
@@ -400,7 +401,7 @@ def test_a_collapsed_confidence_is_warned_about_once(stage_one, stage_two, tmp_p
         with torch.no_grad():
             runner.model.classifier.calibration.confidence.bias.fill_(-20)
 
-    monkeypatch.setattr(hooks.ConfidenceHook, "before_train", collapse)
+    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "before_train", collapse)
     assert train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}") == 0
     text = log(tmp_path)
     assert text.count("the mean confidence fell to 0.000 at iteration 1: ") == 1
@@ -414,7 +415,7 @@ def test_a_frozen_tensor_that_changes_is_found_at_the_end(tensor, stage_one, tmp
     def meddle(self, runner):
         runner.model.state_dict()[tensor].view(-1)[0] += 1e-3
 
-    monkeypatch.setattr(hooks.ConfidenceHook, "after_train_epoch", meddle)
+    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "after_train_epoch", meddle)
     with pytest.raises(RuntimeError, match=rf"frozen tensors to stay bit-identical, but changed: {tensor}"):
         train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", epochs=1)
 

@@ -5,6 +5,7 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),
     plain_checkpoint=dict(type="PlainCheckpointHook"),
+    whole_checkpoint=dict(type="WholeCheckpointHook"),
     class_counts=dict(type="ClassCountsHook"),
     broadcast_buffers=dict(type="BroadcastBuffersHook"),
     stage_one=dict(type="StageOneHook"),

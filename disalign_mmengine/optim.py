@@ -5,7 +5,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .classifiers import DisAlignClassifier
+from disalign import AdaptiveCalibration
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -17,6 +17,8 @@ class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module):
         model = model.module if is_model_wrapper(model) else model
-        if isinstance(model, DisAlignClassifier):
-            model = nn.ModuleDict({"calibration": model.classifier.calibration})
+        for module in model.modules():
+            if isinstance(module, AdaptiveCalibration):
+                model = nn.ModuleDict({"calibration": module})
+                break
         return super().__call__(model)
