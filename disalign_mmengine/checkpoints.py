@@ -1,0 +1,77 @@
+"""Reading MMEngine's checkpoints without ever running code from them."""
+
+import os
+
+import torch
+
+from disalign import InputError, load_file
+from disalign.errors import first_line
+
+
+class _Dropped:
+    """Stands in for everything that a log buffer is made of: built from anything, it keeps nothing."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+# What mmengine's log buffers (meta and message_hub) are pickled with, and where numpy 1 and 2 keep it. The real getattr
+# and the real numpy would let a file do harm; a stand-in under their names can't.
+_LOG_BUFFERS = [
+    (_Dropped, name)
+    for name in (
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "builtins.getattr",
+        "__builtin__.getattr",
+        "_codecs.encode",
+        "numpy.ndarray",
+        "numpy.dtype",
+        *(
+            f"{multiarray}.{function}"
+            for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray")
+            for function in ("_reconstruct", "scalar")
+        ),
+        *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int64")),
+    )
+]
+
+
+def load_checkpoint(source) -> dict:
+    """Read a checkpoint of mmengine's, on the CPU, log buffers left out (``weights_only`` stays on).
+
+    Args:
+        source: a file, or an http(s) address, whose file torch keeps in its hub folder.
+
+    Raises:
+        InputError: see :func:`disalign.load_file`; or a download that fails.
+    """
+    source = os.fspath(source)
+    with torch.serialization.safe_globals(_LOG_BUFFERS):
+        if not source.startswith(("http://", "https://")):
+            return load_file(source)
+        try:
+            return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # network, disk or content
+            raise InputError(
+                f"expected a checkpoint at {source!r}, but it can't be had ({first_line(error)}); download it and give "
+                "the file"
+            ) from error
+
+
+def metadata(checkpoint) -> dict:
+    """Its ``meta``, ``{}`` if it has none."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def class_names(checkpoint) -> list[str] | None:
+    """The classes that it was trained with, as mmengine's or 0.x's checkpoints name them."""
+    meta = metadata(checkpoint)
+    names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
+    return list(names) if names else None

@@ -1,0 +1,27 @@
+"""DisAlign for MMSegmentation 1.x: calibrated decode heads, frozen segmentors, the loss, the metric."""
+
+try:
+    import disalign_mmengine  # noqa: F401  (importing registers)
+
+    from . import comparison, hooks, metrics  # noqa: F401
+    from .bases import mmseg_config
+    from .decode_heads import DisAlignHead, calibrated
+    from .losses import GRWCrossEntropyLoss
+    from .runner import DisAlignRunner
+    from .segmentors import DisAlignCascadeEncoderDecoder, DisAlignEncoderDecoder
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"disalign_mmseg needs mmsegmentation and what it needs, but there is no {error.name}; install them with "
+        "pip install 'disalign[mmseg]', or one by one beside an upstream mmsegmentation",
+        name=error.name,
+    ) from error
+
+__all__ = [
+    "DisAlignCascadeEncoderDecoder",
+    "DisAlignEncoderDecoder",
+    "DisAlignHead",
+    "DisAlignRunner",
+    "GRWCrossEntropyLoss",
+    "calibrated",
+    "mmseg_config",
+]

@@ -1,0 +1,140 @@
+"""A dataset's annotations as its own pipeline loads them, and one sentence for what is wrong with one."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from mmcv.transforms import LoadAnnotations, LoadImageFromFile, TestTimeAug
+from mmengine.dataset import ClassBalancedDataset, Compose, ConcatDataset, RepeatDataset
+from mmseg.datasets import MultiImageMixDataset
+
+from disalign.errors import InputError, first_line, some
+
+
+def plain_datasets(dataset) -> list:
+    """The datasets within wrappers, each as often as it is listed; how often a wrapper repeats it does not matter.
+
+    Raises:
+        InputError: a dataset whose records and transforms can't be asked for, as mmengine's datasets can.
+    """
+    if isinstance(dataset, ConcatDataset):
+        return [plain for part in dataset.datasets for plain in plain_datasets(part)]
+    if isinstance(dataset, (RepeatDataset, ClassBalancedDataset, MultiImageMixDataset)):
+        return plain_datasets(dataset.dataset)
+    if not hasattr(dataset, "get_data_info") or not hasattr(getattr(dataset, "pipeline", None), "transforms"):
+        raise InputError(
+            "expected a dataset like mmengine's BaseDataset, or mmengine's or mmsegmentation's wrappers around some, "
+            f"got {type(dataset).__name__}; give class counts as a JSON file"
+        )
+    return [dataset]
+
+
+def class_names(dataset) -> list[str]:
+    """The names of a dataset's classes; empty if it has none."""
+    return list(dataset.metainfo.get("classes") or ())
+
+
+class Guarded:
+    """A loading transform whose errors are one sentence with the file's name, as are labels that don't belong there.
+
+    Without it a label outside [0, K) is an index error in the loss, or passes silently through the evaluation.
+
+    Args:
+        loader: a transform that loads an image or an annotation.
+        num_classes: K.
+        ignore_index: the label that is left out.
+    """
+
+    def __init__(self, loader, num_classes: int, ignore_index: int) -> None:
+        self.loader = loader
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+
+    def __call__(self, results: dict):
+        """The loaded results.
+
+        Raises:
+            InputError: a missing or broken file, anything but one label per pixel, an annotation of another size than
+                its image (if that is loaded), or labels outside [0, K) that are not to be ignored.
+        """
+        is_annotation = isinstance(self.loader, LoadAnnotations)
+        loaded = _load(self.loader, results, is_annotation)
+        if is_annotation and "gt_seg_map" in results:
+            self._check(results["gt_seg_map"], results)
+        return loaded
+
+    def __repr__(self) -> str:
+        return repr(self.loader)
+
+    def _check(self, labels, results):
+        path = results["seg_map_path"]
+        if labels.ndim != 2:
+            raise InputError(
+                f"expected one label per pixel (height, width) in {path!r}, got an array of shape {labels.shape}; save "
+                "the labels as a grey-scale image"
+            )
+        image = results.get("ori_shape")
+        if image is not None and tuple(image[:2]) != labels.shape:
+            raise InputError(
+                f"expected an annotation of its image's size, got {labels.shape[1]} x {labels.shape[0]} in {path!r} "
+                f"and {image[1]} x {image[0]} in {results['img_path']!r}; is it another image's?"
+            )
+        wrong = ((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)
+        if wrong.any():
+            values, pixels = np.unique(labels[wrong], return_counts=True)
+            rows, columns = wrong.nonzero()
+            shifted = " (as loaded: reduce_zero_label takes 1 off)" if results.get("reduce_zero_label") else ""
+            raise InputError(
+                f"expected labels 0..{self.num_classes - 1}, or {self.ignore_index} for ignored pixels, in {path!r}, "
+                f"but {len(rows)} pixels are not: "
+                f"{some(f'{pixel} are {value}' for value, pixel in zip(values, pixels, strict=True))}{shifted}, the "
+                f"first at x {columns[0]}, y {rows[0]}; correct the annotation, or the classes"
+            )
+
+
+def _load(loader, results, is_annotation):
+    what, path = ("annotation", results.get("seg_map_path")) if is_annotation else ("image", results.get("img_path"))
+    if path is None:
+        raise InputError(f"expected an {what} for {results.get('img_path')!r}, but the dataset names none")
+    try:
+        return loader(results)
+    except FileNotFoundError:
+        raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
+    except Exception as error:  # a broken file can break a reader anywhere
+        raise InputError(
+            f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"
+        ) from error
+
+
+def guard(dataset, num_classes: int, ignore_index: int = 255) -> None:
+    """Put :class:`Guarded` around the transforms of a dataset that load images and annotations, in place.
+
+    To be called before the data loader starts its workers.
+
+    Args:
+        dataset: perhaps wrapped.
+        num_classes: K.
+        ignore_index: the label that is left out.
+    """
+    for plain in plain_datasets(dataset):
+        for transforms in _steps(plain.pipeline):
+            transforms[:] = [
+                Guarded(one, num_classes, ignore_index)
+                if isinstance(one, (LoadAnnotations, LoadImageFromFile))
+                else one
+                for one in transforms
+            ]
+
+
+def loader_of(dataset, kind: type):
+    """The first transform of this kind in a plain dataset's pipeline, without its guard; ``None`` if there is none."""
+    found = (getattr(one, "loader", one) for transforms in _steps(dataset.pipeline) for one in transforms)
+    return next((one for one in found if isinstance(one, kind)), None)
+
+
+def _steps(pipeline: Compose) -> Iterator[list]:
+    """The lists of transforms in a pipeline: its own, and those within test-time augmentation."""
+    yield pipeline.transforms
+    for transform in pipeline.transforms:
+        if isinstance(transform, TestTimeAug):
+            for inner in transform.subroutines:
+                yield from _steps(inner)

@@ -1,0 +1,159 @@
+"""Stage one beside stage two: the same model, the same images, with and without its calibration."""
+
+import copy
+import os
+from contextlib import contextmanager
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
+from mmengine.runner import TestLoop, autocast
+from mmseg.registry import HOOKS
+from prettytable import PrettyTable
+from torch import nn
+
+from disalign import AdaptiveCalibration
+from disalign.checkpoints import write_json
+
+from .metrics import GROUPS, LongTailIoUMetric, shown
+
+COLUMNS = ("mIoU", "mAcc", "aAcc", *(f"{mean}.{group}" for mean in ("mIoU", "mAcc") for group in GROUPS))
+
+
+def calibrations(model: nn.Module) -> list[AdaptiveCalibration]:
+    """All below ``model``, wrappers (DDP, test-time augmentation) included."""
+    return [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
+
+
+@contextmanager
+def at_identity(model: nn.Module):
+    """Within it the model gives stage one's scores: magnitude 1, margin 0, whatever the confidence."""
+    saved = [
+        (module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in calibrations(model)
+    ]
+    try:
+        with torch.no_grad():
+            for module, _, _ in saved:
+                module.magnitude.fill_(1)
+                module.margin.zero_()
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, magnitude, margin in saved:
+                module.magnitude.copy_(magnitude)
+                module.margin.copy_(margin)
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Within it every module is in eval mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def reporting_metric(loop):
+    """The loop's metric that keeps a report (a :class:`LongTailIoUMetric`), or None."""
+    metrics = (metric for metric in loop.evaluator.metrics if isinstance(metric, LongTailIoUMetric))
+    return next((metric for metric in metrics if not metric.format_only), None)
+
+
+def evaluate(runner, loop) -> dict | None:
+    """Evaluate the model on a loop's images once more: no hooks, no files, the loop's own metrics untouched.
+
+    Args:
+        runner: mmengine's Runner.
+        loop: its validation or test loop, with a metric that keeps a report.
+
+    Returns:
+        The report; None on all processes but the main one.
+    """
+    metric = copy.copy(reporting_metric(loop))
+    metric.results, metric.report = [], None
+    metric.output_dir = None  # there the predictions of the regular evaluation lie
+    evaluator = Evaluator(metric)
+    # Only test_step knows test-time augmentation.
+    step = runner.model.test_step if isinstance(loop, TestLoop) else runner.model.val_step
+    batches = len(loop.dataloader)
+    with evaluating(runner.model), torch.no_grad():
+        for number, batch in enumerate(loop.dataloader, 1):
+            with autocast(enabled=loop.fp16):
+                samples = step(batch)
+            evaluator.process(data_samples=samples, data_batch=batch)
+            if number % 50 == 0:
+                runner.logger.info(f"evaluated {number} of {batches} batches")
+        evaluator.evaluate(len(loop.dataloader.dataset))
+    return metric.report
+
+
+def table(before: dict, after: dict) -> str:
+    """Before and after as text: figures in percent, gains in points.
+
+    Args:
+        before, after: reports of :class:`LongTailIoUMetric`, of stage one and of stage two.
+    """
+    before, after = before["figures"], after["figures"]
+    columns = [name for name in COLUMNS if name in after]
+    gains = (None if None in (before[name], after[name]) else after[name] - before[name] for name in columns)
+    rows = PrettyTable(["", *columns])
+    rows.add_row(["stage one", *(shown(before[name]) for name in columns)])
+    rows.add_row(["DisAlign", *(shown(after[name]) for name in columns)])
+    rows.add_row(["gain", *(shown(gain, "+z.1f") for gain in gains)])
+    return rows.get_string()
+
+
+@HOOKS.register_module()
+class ComparisonHook(Hook):
+    """Prints stage one's figures beside stage two's after training and after testing, and writes both.
+
+    Stage two at the identity is stage one bit for bit, so the same model is evaluated with magnitude 1 and margin 0 on
+    the same images. ``results_val.json`` (``results_test.json``) in the work folder is then the report of
+    :class:`LongTailIoUMetric` with stage one's figures beside it. A stage-one model gets its own figures alone, and
+    without such a metric nothing is done.
+
+    Args:
+        stage_one: evaluate stage one too, which takes a second pass over the images.
+    """
+
+    # After the checkpoint is saved: the pass over the images may be long.
+    priority = "LOWEST"
+
+    def __init__(self, stage_one: bool = True) -> None:
+        self.stage_one = stage_one
+        self._validated_at: int | None = None
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self._validated_at = runner.iter
+
+    def after_train(self, runner) -> None:
+        if runner.val_loop is not None:
+            self._compare(runner, runner.val_loop, "val", evaluated=self._validated_at == runner.iter)
+
+    def after_test(self, runner) -> None:
+        self._compare(runner, runner.test_loop, "test", evaluated=True)
+
+    def _compare(self, runner, loop, split: str, evaluated: bool) -> None:
+        metric = reporting_metric(loop)
+        if metric is None:
+            return
+        # Which passes to make is known to all processes, the reports to the main one only.
+        after = metric.report if evaluated else evaluate(runner, loop)
+        before = None
+        if self.stage_one and calibrations(runner.model):
+            runner.logger.info("evaluating stage one, which is stage two at the identity, on the same images")
+            with at_identity(runner.model):
+                before = evaluate(runner, loop)
+        if not is_main_process():
+            return
+        results = {"dataset": type(loop.dataloader.dataset).__name__, "split": split, **after}
+        if before is not None:
+            results["stage_one"] = {name: before[name] for name in ("figures", "per_class")}
+            runner.logger.info(f"{split}, {after['images']} images, before and after\n{table(before, after)}")
+        path = os.path.join(runner.work_dir, f"results_{split}.json")
+        write_json(path, results)
+        runner.logger.info(f"all figures, per class too, are in {path}")

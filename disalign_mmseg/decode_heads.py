@@ -1,0 +1,117 @@
+"""The calibration on MMSegmentation's decode heads."""
+
+import inspect
+from importlib.util import find_spec
+
+from mmseg.models import decode_heads
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from disalign import AdaptiveCalibration, InputError
+
+from .losses import GRWCrossEntropyLoss
+
+#: Heads whose scores can't be calibrated this way -> why.
+REFUSED = {
+    "DDRHead": "it classifies at two depths and chooses among them by its training flag",
+    "IterativeDecodeHead": "K-Net's classes are kernels, not a classifier of pixels",
+    "KernelUpdateHead": "K-Net's classes are kernels, not a classifier of pixels",
+    "Mask2FormerHead": "it classifies masks, not pixels",
+    "MaskFormerHead": "it classifies masks, not pixels",
+    "PIDHead": "it classifies in three branches and chooses among them by its training flag",
+    "PointHead": "it classifies a choice of points, on top of another head's scores",
+    "STDCHead": "it finds boundaries, not classes",
+    "SegmenterMaskTransformerHead": "its scores are products of embeddings, not a classifier's",
+    "SideAdapterCLIPHead": "it classifies masks, not pixels",
+    "VPDDepthHead": "it estimates depth, not classes",
+}
+_COMPILED = ("CCHead", "PSAHead")
+
+
+class DisAlignHead:
+    """Mixin before a decode head that classifies by ``cls_seg``: its stage two (Sec. 3.2).
+
+    For a head of your own: ``DisAlignMyHead = disalign_mmseg.calibrated(MyHead)``. Parameters keep their names; new are
+    ``calibration.*``, with a confidence per pixel.
+
+    Args:
+        calibration: options of :class:`disalign.AdaptiveCalibration`.
+        options: the head's own.
+
+    Shapes: features (N, d, h, w), scores (N, K, h, w).
+
+    Raises:
+        InputError: a head that can't be calibrated.
+    """
+
+    def __init__(self, *args, calibration: dict | None = None, **options) -> None:
+        name = type(self).__name__.removeprefix("DisAlign")
+        if name in _COMPILED and find_spec("mmcv._ext") is None:
+            raise InputError(f"expected mmcv's compiled operators for {name}, got none; install an mmcv that has them")
+        super().__init__(*args, **options)
+        if self.out_channels != self.num_classes:
+            raise InputError(
+                f"expected one output of {name} for each of {self.num_classes} classes, got {self.out_channels}; a "
+                "single sigmoid output has no margin between classes"
+            )
+        self.calibration = AdaptiveCalibration(
+            self.num_classes, self.conv_seg.in_channels, spatial=True, **(calibration or {})
+        )
+
+    def cls_seg(self, feat: Tensor) -> Tensor:
+        return self.calibration(super().cls_seg(feat), feat)
+
+    def loss_by_feat(self, seg_logits, batch_data_samples) -> dict:
+        """The head's loss, on calibrated scores; other outputs of the head (DAHead, EncHead) have nothing to learn."""
+        scores = seg_logits[0] if isinstance(seg_logits, tuple) else seg_logits
+        if not scores.requires_grad:
+            raise InputError(
+                f"expected {type(self).__name__} to classify by cls_seg, but its scores do not come from there; "
+                "calibrate another head"
+            )
+        if self.sampler is not None or not isinstance(self.loss_decode, GRWCrossEntropyLoss):
+            return super().loss_by_feat(seg_logits, batch_data_samples) | self.calibration.statistics()
+        loss = self.loss_decode.upsampled(scores, self._stack_batch_gt(batch_data_samples), self.align_corners)
+        return {self.loss_decode.loss_name: loss} | self.calibration.statistics()
+
+
+def calibrated(head: type) -> type:
+    """Register ``DisAlign<head>``, the head's stage two, and return it.
+
+    Raises:
+        InputError: no decode head, or one whose scores can't be calibrated.
+    """
+    if head.__name__ in REFUSED:
+        raise InputError(f"expected a head that classifies pixels, got {head.__name__}: {REFUSED[head.__name__]}")
+    if not issubclass(head, BaseDecodeHead):
+        raise InputError(f"expected a decode head of mmseg's, got {head.__name__}")
+    doc = f"{head.__name__} with a calibration on its scores; see :class:`DisAlignHead`."
+    module = inspect.currentframe().f_back.f_globals["__name__"]
+    name = f"DisAlign{head.__name__}"
+    return MODELS.register_module(module=type(name, (DisAlignHead, head), {"__doc__": doc, "__module__": module}))
+
+
+def _refusing(name: str) -> type:
+    """``DisAlign<name>`` for a head that has none: building it says why."""
+
+    class Refused:
+        def __init__(self, *_, **__) -> None:
+            raise InputError(
+                f"expected a head that classifies pixels, got {name}: {REFUSED[name]}; DisAlign needs one score per "
+                "class and pixel"
+            )
+
+    Refused.__name__ = Refused.__qualname__ = f"DisAlign{name}"
+    return MODELS.register_module(module=Refused)
+
+
+# DisAlignFCNHead, DisAlignUPerHead and so on.
+HEADS = {}
+for _name in sorted(set(decode_heads.__all__)):
+    _head = getattr(decode_heads, _name)
+    if _name in REFUSED:
+        _refusing(_name)
+    elif issubclass(_head, BaseDecodeHead):
+        HEADS[f"DisAlign{_name}"] = calibrated(_head)
+globals().update(HEADS)

@@ -1,0 +1,116 @@
+"""What stage two adds to a segmentation run: checked data and class counts."""
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+
+from disalign import InputError, load_class_counts
+from disalign_mmengine.checkpoints import metadata
+from disalign_mmengine.hooks import unwrapped
+
+from .data_check import check_dataset
+from .decode_heads import DisAlignHead
+from .losses import GRWCrossEntropyLoss
+from .pixel_counts import class_counts_of
+
+
+@HOOKS.register_module()
+class ClassCountsHook(Hook):
+    """Checks the data before the first step, and takes the class counts to the loss, the metrics and the checkpoint.
+
+    Counts that the config does not name (``class_counts="dataset"``) are the training set's pixels, counted once and
+    kept in the work folder. A checkpoint keeps them, with what the loss's ``metadata()`` says, under
+    ``meta["disalign"]``.
+
+    Raises:
+        InputError: data that does not fit, see :func:`disalign_mmseg.data_check.check_dataset`; counts of another
+            number of classes than the model's, or others than those of the resumed run.
+    """
+
+    # Before the hooks that train or look at the model.
+    priority = "HIGH"
+
+    def __init__(self) -> None:
+        self._kept: dict = {}
+        self._total_pixels: int | None = None
+
+    def before_train(self, runner) -> None:
+        head = calibrated_head(runner.model)
+        datasets = [runner.train_dataloader.dataset]
+        if runner.val_loop is not None:
+            datasets.append(runner.val_dataloader.dataset)
+        for dataset in datasets:
+            _on_main_process(check_dataset, dataset, head.num_classes, head.ignore_index)
+        loss = head.loss_decode
+        if isinstance(loss, GRWCrossEntropyLoss):
+            self._resolve(runner, head, loss)
+        if runner.val_loop is not None:
+            self._tell(runner, runner.val_loop)
+
+    def before_val(self, runner) -> None:
+        self._tell(runner, runner.val_loop)
+
+    def before_test(self, runner) -> None:
+        self._tell(runner, runner.test_loop)
+
+    def after_load_checkpoint(self, runner, checkpoint) -> None:
+        self._kept = metadata(checkpoint).get("disalign") or {}
+        self._total_pixels = self._kept.get("total_pixels")
+
+    def before_save_checkpoint(self, runner, checkpoint) -> None:
+        loss = calibrated_head(runner.model).loss_decode
+        if isinstance(loss, GRWCrossEntropyLoss):
+            checkpoint["meta"]["disalign"] = loss.metadata() | {"total_pixels": self._total_pixels}
+
+    def _resolve(self, runner, head: DisAlignHead, loss: GRWCrossEntropyLoss) -> None:
+        if loss.class_counts is None:
+            dataset = runner.train_dataloader.dataset
+            record = class_counts_of(dataset, head.num_classes, head.ignore_index, folder=runner.work_dir)
+            self._total_pixels = record["total_pixels"]
+            loss.set_class_counts(record["train_counts"])
+        counts = loss.class_counts.tolist()
+        if len(counts) != head.num_classes:
+            raise InputError(
+                f"expected one of the loss's class_counts for each of the model's {head.num_classes} classes, got "
+                f"{len(counts)}; do they belong to this dataset?"
+            )
+        if self._kept.get("class_counts") not in (None, counts):
+            raise InputError(
+                "expected the class counts that this run was started with, got others; start a new run, or restore the "
+                "training set"
+            )
+
+    def _tell(self, runner, loop) -> None:
+        loss = calibrated_head(runner.model).loss_decode
+        counts = getattr(loss, "class_counts", None)
+        if counts is None and self._kept.get("class_counts"):
+            counts = load_class_counts(self._kept["class_counts"])
+        for metric in loop.evaluator.metrics:
+            if counts is not None and getattr(metric, "class_counts", 0) is None:
+                metric.total_pixels = self._total_pixels
+                metric.class_counts = counts
+
+
+def calibrated_head(model) -> DisAlignHead:
+    """A segmentor's calibrated head, through DDP's and test-time augmentation's wrappers.
+
+    Raises:
+        InputError: none is calibrated.
+    """
+    for module in unwrapped(model).modules():
+        if isinstance(module, DisAlignHead):
+            return module
+    raise InputError(f"expected a segmentor with a calibrated head, got {type(unwrapped(model)).__name__}")
+
+
+def _on_main_process(check, *args) -> None:
+    """Run a check on the main process; all processes raise what it finds."""
+    found = [None]
+    if is_main_process():
+        try:
+            check(*args)
+        except InputError as error:
+            found[0] = str(error)
+    broadcast_object_list(found)
+    if found[0]:
+        raise InputError(found[0])

@@ -1,0 +1,169 @@
+"""Cross-entropy of bilinearly upsampled logits without the upsampled logits: exact in strips, or at sampled pixels.
+
+Shapes: N images, K classes, h x w the head's logits, H x W the label map, n sampled pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from disalign.functional import grw_cross_entropy
+
+#: MiB of upsampled logits at a time. A CPU is fastest within its caches (2 to 8 were; 32 took 1.6 times as long), a GPU
+#: with few kernels to start.
+STRIP_MIB = {"cpu": 4, "cuda": 64}
+
+
+def upsampled_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    strip_mib: float | None = None,
+) -> Tensor:
+    """Summed weighted cross-entropy of ``F.interpolate(logits, (H, W), mode="bilinear")``, and its gradient, exactly.
+
+    It goes over strips of output rows, each of which needs but a few rows of the logits, and takes the gradient in the
+    same pass; (N, K, H, W) never exists. It computes in fp32 or better, whatever the logits and autocast, and the
+    gradient waits in that precision for the factor of a loss scaler. It cannot be differentiated twice.
+
+    Args:
+        logits: (N, K, h, w), of any size beside H x W; bf16 and fp16 are taken too.
+        target: (N, H, W) int64 labels in [0, K), or ``ignore_index``.
+        weight: (K,) class weights.
+        ignore_index: label of pixels that do not count.
+        align_corners: as in ``F.interpolate``.
+        strip_mib: upsampled logits at a time; default: :data:`STRIP_MIB`.
+
+    Returns:
+        A scalar in fp32 or better, sum(w * ce) over the valid pixels; 0 with zero gradients if there are none.
+
+    Raises:
+        InputError: see :func:`disalign.grw_cross_entropy`.
+    """
+    if strip_mib is None:
+        strip_mib = STRIP_MIB.get(logits.device.type, STRIP_MIB["cuda"])
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    return _InStrips.apply(logits, target, weight, ignore_index, align_corners, strip_mib, wanted)
+
+
+class _InStrips(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, weight, ignore_index, align_corners, strip_mib, wanted):
+        num_classes, (height, width) = logits.shape[1], target.shape[1:]
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        # Rows first, so that the rows of a strip lie side by side.
+        rows = logits.to(precise).transpose(1, 2).contiguous()
+        down = interpolation_matrix(logits.shape[2], height, align_corners)
+        across = interpolation_matrix(logits.shape[3], width, align_corners).T.to(rows)
+        strip_rows = max(1, int(strip_mib * 2**20 / (num_classes * width * rows.element_size())))
+        total = rows.new_zeros(())
+        gradient = torch.zeros_like(rows) if wanted else None
+        with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(wanted):
+            for start in range(0, height, strip_rows):
+                strip = slice(start, start + strip_rows)
+                needed = down[strip].any(dim=0).nonzero()
+                needed = slice(int(needed[0]), int(needed[-1]) + 1)
+                down_strip = down[strip, needed].to(rows)
+                for image in range(len(rows)):
+                    source = rows[image, needed].detach().requires_grad_(wanted)
+                    upsampled = (down_strip @ (source @ across).flatten(1)).unflatten(1, (num_classes, width))
+                    loss = grw_cross_entropy(upsampled, target[image, strip], weight, "sum", ignore_index)
+                    total += loss.detach()
+                    if wanted:
+                        gradient[image, needed] += torch.autograd.grad(loss, source)[0]
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, factor):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * factor).transpose(1, 2).to(ctx.dtype), *[None] * 6
+
+
+def interpolation_matrix(size: int, new_size: int, align_corners: bool) -> Tensor:
+    """(new_size, size) float64: ``F.interpolate`` along one dimension is a product with it.
+
+    In fp32 ``F.interpolate`` rounds its coordinates, which shifts its result by up to 1e-5 where the factor is no
+    integer.
+    """
+    basis = torch.eye(size, dtype=torch.float64)[None]
+    return F.interpolate(basis, new_size, mode="linear", align_corners=align_corners)[0].T.contiguous()
+
+
+def sampled_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    num_pixels: int = 4096,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """Unbiased estimate of :func:`upsampled_cross_entropy` from a few pixels of every image.
+
+    The valid pixels of an image, in reading order, are cut into ``num_pixels`` equal shares, and one pixel is drawn
+    from each; so every valid pixel is equally likely, and neighbours, which look alike, are seldom drawn together. The
+    sum over the drawn pixels times (valid pixels / ``num_pixels``) then has the sum over all for its expectation, in
+    value and gradient; in an image of exactly ``num_pixels`` valid pixels the two are the same. The logits are
+    interpolated at the drawn pixels only. Torch's global random numbers are used.
+
+    Args and returns: as :func:`upsampled_cross_entropy`; the labels of the drawn pixels alone are checked.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    with torch.autocast(logits.device.type, enabled=False):
+        positions, valid = sample_pixels(target, num_pixels, ignore_index)
+        scores = interpolate_at(logits, positions, target.shape[1:], align_corners)
+        labels = target.flatten(1).gather(1, positions)
+        losses = grw_cross_entropy(scores, labels, weight, "none", ignore_index)
+        return (losses * (valid / num_pixels).to(losses.dtype)).sum()
+
+
+def sample_pixels(target: Tensor, num_pixels: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """One pixel from each of ``num_pixels`` equal shares of every image's valid pixels; a GPU need not wait for it.
+
+    Args:
+        target: (N, H, W) int64 labels.
+        num_pixels: n.
+        ignore_index: label of pixels that are not drawn, unless an image has no other.
+
+    Returns:
+        (N, n) int64 positions, row * W + column; and (N, 1) int64 number of valid pixels.
+    """
+    # rank[p] of the p-th pixel: valid pixels up to and with it; so the k-th valid pixel is the first of rank > k.
+    rank = (target != ignore_index).flatten(1).cumsum(dim=1)
+    valid = rank[:, -1:]
+    shares = torch.arange(num_pixels, device=target.device)
+    # In float64, where every pixel of a share is as likely as its neighbour.
+    drawn = (shares + torch.rand(len(target), num_pixels, dtype=torch.float64, device=target.device)) / num_pixels
+    drawn = torch.minimum((drawn * valid).long(), valid - 1)
+    return torch.searchsorted(rank, drawn, right=True), valid
+
+
+def interpolate_at(logits: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """What ``F.interpolate(logits, size, mode="bilinear")`` has at a few positions.
+
+    Args:
+        logits: (N, K, h, w) fp32 or better.
+        positions: (N, n) int64, row * W + column.
+        size: (H, W).
+        align_corners: as in ``F.interpolate``.
+
+    Returns:
+        (N, K, n).
+    """
+    height, width = size
+    rows, columns = positions.div(width, rounding_mode="floor"), positions % width
+    grid = [_normalised(columns, width, align_corners), _normalised(rows, height, align_corners)]
+    grid = torch.stack(grid, dim=-1).to(logits.dtype).unsqueeze(1)
+    return F.grid_sample(logits, grid, "bilinear", "border", align_corners).squeeze(2)
+
+
+def _normalised(index: Tensor, size: int, align_corners: bool) -> Tensor:
+    """``grid_sample``'s coordinates, -1 to 1 from edge to edge, or from the first pixel's centre to the last one's."""
+    if align_corners:
+        return 2 * index.double() / max(size - 1, 1) - 1
+    return (2 * index.double() + 1) / size - 1
