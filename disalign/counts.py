@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 
@@ -22,9 +23,10 @@ def load_class_counts(source, unit: str | None = None) -> Tensor:
 
     Args:
         source: a list, array or tensor of K counts; a mapping label -> count that covers 0..K-1; a JSON file that holds
-            one of these, alone or under ``"train_counts"``; or a bundled name (:data:`BUNDLED`).
+            one of these, alone or under ``"train_counts"``; ADE20K's ``objectInfo150.txt``, whose printed shares of all
+            pixels count in units of 1/10,000 (0.1576 is 1576, exactly); or a bundled name (:data:`BUNDLED`).
         unit: ``None`` for the file's own unit (images for classification, instances for LVIS, pixels for ADE20K), or
-            ``"images"`` for its ``"image_counts"``.
+            ``"images"`` for its ``"image_counts"`` (``objectInfo150.txt``: its column Train).
 
     Returns:
         (K,) int64. Zeros are kept: :func:`disalign.generalized_reweight` decides about them.
@@ -59,13 +61,17 @@ def _read(source, unit):
     else:
         try:
             with open(source, encoding="utf-8") as file:
-                record = json.load(file)
+                text = file.read()
+            is_table = text.split("\t", 1)[0].strip() == "Idx"
+            record = None if is_table else json.loads(text)
         except FileNotFoundError:
             raise InputError(
                 f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {os.fspath(source)!r}"
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"expected class counts as JSON in {os.fspath(source)!r}, but: {error}") from None
+        if is_table:
+            record = _object_info(text, os.fspath(source))
     if unit not in _UNIT_KEYS:
         raise InputError(f"expected unit None or 'images', got {unit!r}")
     key = _UNIT_KEYS[unit]
@@ -74,6 +80,24 @@ def _read(source, unit):
     if unit is not None:
         raise InputError(f"expected {key!r} in {os.fspath(source)!r}, which counts only one unit; ask for that one")
     return record
+
+
+def _object_info(text, path):
+    """ADE20K's table of its classes: tab separated, with a header, and spaces after some fields."""
+    header, *rows = ([field.strip() for field in line.split("\t")] for line in text.splitlines() if line.strip())
+    try:
+        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+        in_order = [int(index) for index in columns["Idx"]] == list(range(1, len(rows) + 1))
+        images = [int(number) for number in columns["Train"]]
+        shares = columns["Ratio"]
+    except (KeyError, ValueError):
+        in_order, shares = False, ()
+    if not in_order or not all(re.fullmatch(r"[01]\.\d{4}", share) for share in shares):
+        raise InputError(
+            f"expected the columns Idx (1, 2, ...), Ratio (with 4 decimals) and Train in {path!r}, as ADE20K's "
+            "objectInfo150.txt has them; take the file that comes with the data set"
+        )
+    return {"train_counts": [int(share.replace(".", "")) for share in shares], "image_counts": images}
 
 
 def _in_label_order(mapping):

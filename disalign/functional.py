@@ -206,7 +206,12 @@ def grw_cross_entropy(
         return losses.sum()
     if denominator is None:
         denominator = grw_denominator(target, weight, reduction, ignore_index)
-    denominator = torch.as_tensor(denominator, dtype=losses.dtype, device=losses.device)
+    return grw_mean(losses.sum(), denominator)
+
+
+def grw_mean(total: Tensor, denominator: Tensor | float) -> Tensor:
+    """The summed loss over its denominator, both scalars; the sum itself, which is 0, if nothing is valid."""
+    denominator = torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
     # Weights so small that their inverse overflows count as none.
-    something = denominator > torch.finfo(losses.dtype).tiny
-    return losses.sum() / torch.where(something, denominator, torch.ones_like(denominator))
+    something = denominator > torch.finfo(total.dtype).tiny
+    return total / torch.where(something, denominator, torch.ones_like(denominator))

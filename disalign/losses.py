@@ -86,20 +86,26 @@ class GRWCrossEntropyLoss(nn.Module):
 
     @torch.jit.unused  # by an exported model
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        if self.weight is None:
-            raise InputError("expected class counts before the first loss, got none; call set_class_counts(...) first")
-        if self.weight.device != logits.device:
-            self.weight = self.weight.to(logits.device)
+        self._move_weight(logits.device)
         return grw_cross_entropy(
             logits, target, self.weight, self.reduction, self.ignore_index, self._global_denominator(target)
         )
+
+    def _move_weight(self, device: torch.device) -> None:
+        if self.weight is None:
+            raise InputError("expected class counts before the first loss, got none; call set_class_counts(...) first")
+        if self.weight.device != device:
+            self.weight = self.weight.to(device)
+
+    def _denominator(self, target: Tensor) -> Tensor:
+        return grw_denominator(target, self.weight, self.reduction, self.ignore_index)
 
     def _global_denominator(self, target: Tensor) -> Tensor | None:
         averaged = self.reduction in ("weighted_mean", "mean")
         training = self.training and torch.is_grad_enabled()
         if not (averaged and training and self.sync and dist.is_available() and dist.is_initialized()):
             return None
-        denominator = grw_denominator(target, self.weight, self.reduction, self.ignore_index)
+        denominator = self._denominator(target)
         dist.all_reduce(denominator)
         # DDP averages the ranks' gradients; dividing by the mean denominator makes that average the global mean.
         return denominator / dist.get_world_size()

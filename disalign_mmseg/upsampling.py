@@ -119,7 +119,7 @@ def sampled_cross_entropy(
         scores = interpolate_at(logits, positions, target.shape[1:], align_corners)
         labels = target.flatten(1).gather(1, positions)
         losses = grw_cross_entropy(scores, labels, weight, "none", ignore_index)
-        return (losses * (valid / num_pixels).to(losses.dtype)).sum()
+        return (losses * valid.to(losses.dtype)).sum() / num_pixels
 
 
 def sample_pixels(target: Tensor, num_pixels: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Class counts from every kind of source, and the shipped benchmarks' known facts."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,56 @@ def test_a_file_may_count_images_too(tmp_path):
     path.write_text(json.dumps({"train_counts": [9, 9], "image_counts": [4, 5]}))
     assert load_class_counts(path).tolist() == [9, 9]
     assert load_class_counts(path, unit="images").tolist() == [4, 5]
+
+
+# As it is published: tabs, a header, spaces after some fields, and no line end at the end.
+TABLE = (
+    "Idx\tRatio\tTrain\tVal\tName\n1\t0.1576\t11664\t1172\twall  \n2 \t0.0010 \t9\t1\ta, b\n3\t0.0002\t421\t56\tflag"
+)
+
+
+def test_ade20ks_table_gives_shares_of_all_pixels_in_ten_thousandths(tmp_path):
+    path = tmp_path / "info.txt"  # told by its content, not by its name
+    path.write_text(TABLE)
+    assert load_class_counts(path).tolist() == [1576, 10, 2]
+    assert load_class_counts(str(path), unit="images").tolist() == [11664, 9, 421]
+    path.write_text(TABLE.replace("\n", "\r\n") + "\r\n\r\n")
+    assert load_class_counts(path).tolist() == [1576, 10, 2]
+
+
+def test_the_published_table_agrees_with_the_bundled_ratios():
+    folder = os.environ.get("DISALIGN_SHARED_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("DISALIGN_SHARED_DATA names no folder with the public lists")
+    path = Path(folder) / "lists" / "ade20k_objectInfo150.txt"
+    counts = load_class_counts(path)
+    assert counts.tolist() == [round(ratio * 10_000) for ratio in bundled("ade20k")["pixel_ratio"]]
+    assert sizes(head_body_tail(counts, total=10_000)) == {"head": 20, "body": 55, "tail": 75}
+    assert load_class_counts(path, unit="images")[0] == 11_664
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Idx\tRatio\tTrain",
+        "Idx\tRatio\n1\t0.1576",
+        "Idx\tShare\tTrain\n1\t0.1576\t3",
+        TABLE.replace("0.0010", "0.001"),
+        TABLE.replace("0.0010", "-0.001"),
+        TABLE.replace("0.0010", "0.00100"),
+        TABLE.replace("0.0010", "nan"),
+        TABLE.replace("2 \t", "3\t"),
+        TABLE.replace("2 \t", "\t"),
+        TABLE.replace("\t421", "\tmany"),
+        TABLE.replace("\t56", ""),
+        TABLE.replace("1\t0.1576", "0\t0.1576"),
+    ],
+)
+def test_a_table_with_anything_else_is_refused(tmp_path, text):
+    path = tmp_path / "objectInfo150.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"expected the columns Idx .* in '.*objectInfo150\.txt', .*; take the file"):
+        load_class_counts(path)
 
 
 def test_a_changed_tensor_does_not_change_its_source():
