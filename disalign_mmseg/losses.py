@@ -78,13 +78,21 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         names = ("loss_weight", "avg_non_ignore", "upsample", "sampled_pixels")
         return super().metadata() | {name: getattr(self, name) for name in names}
 
-    def forward(self, cls_score: Tensor, label: Tensor, weight=None, ignore_index: int | None = None) -> Tensor:
+    def forward(
+        self,
+        cls_score: Tensor,
+        label: Tensor,
+        weight=None,
+        avg_factor=None,
+        reduction_override=None,
+        ignore_index: int | None = None,
+    ) -> Tensor:
         """The exact loss of logits that are upsampled already, as stock heads call it.
 
         Args:
             cls_score: (N, K, H, W).
             label: (N, H, W) int64.
-            weight: a pixel sampler's weights, which are refused.
+            weight, avg_factor, reduction_override: a pixel sampler's (OHEM), which is refused.
             ignore_index: the head's.
 
         Returns:
@@ -93,8 +101,11 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         Raises:
             InputError: no counts yet, a pixel sampler, another ignore index, wrong labels or number of classes.
         """
-        if weight is not None:
-            raise InputError("expected no pixel sampler beside class weights, got one; set decode_head.sampler=None")
+        if not (weight is None and avg_factor is None and reduction_override is None):
+            raise InputError(
+                "expected no pixel sampler, which would undo the balance of the classes, got one; set "
+                "decode_head.sampler=None"
+            )
         self._same_ignore_index(ignore_index)
         self._move_weight(cls_score.device)
         total = disalign.grw_cross_entropy(cls_score, label, self.weight, "sum", self.ignore_index)

@@ -149,9 +149,7 @@ class LongTailIoUMetric(IoUMetric):
                 f"expected total_pixels to hold all {labelled} labelled pixels of class_counts, got "
                 f"{self.total_pixels}; count both on the same set, in the same unit"
             )
-        # Never None: a single labelled pixel would read as shares.
-        total = labelled if self.total_pixels is None else self.total_pixels
-        return head_body_tail(self.class_counts, **self.groups, total=max(total, 1))
+        return head_body_tail(self.class_counts, **self.groups, total=self.total_pixels)
 
     def process(self, data_batch, data_samples) -> None:
         if not self.format_only:

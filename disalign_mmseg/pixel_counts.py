@@ -36,22 +36,32 @@ def class_counts_of(
         :func:`count_pixels`'s record.
 
     Raises:
-        InputError: in all processes, with the sentence of the main one.
+        InputError: :func:`count_pixels`'s, in all processes.
     """
-    outcome = [None]
+    return on_main_process(_kept_or_counted, dataset, num_classes, ignore_index, folder, workers)
+
+
+def on_main_process(function, *args):
+    """Call a function in the main process alone; all get its result, or raise its :class:`InputError`."""
+    outcome = [None, None]
     if is_main_process():
         try:
-            outcome[0] = _kept(dataset, num_classes, ignore_index, folder)
-            if outcome[0] is None:
-                outcome[0] = count_pixels(dataset, num_classes, ignore_index, workers)
-                if folder is not None:
-                    write_json(os.path.join(folder, CACHE), outcome[0])
+            outcome[0] = function(*args)
         except InputError as error:
-            outcome[0] = str(error)
+            outcome[1] = str(error)
     broadcast_object_list(outcome)
-    if isinstance(outcome[0], str):
-        raise InputError(outcome[0])
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
     return outcome[0]
+
+
+def _kept_or_counted(dataset, num_classes, ignore_index, folder, workers):
+    record = _kept(dataset, num_classes, ignore_index, folder)
+    if record is None:
+        record = count_pixels(dataset, num_classes, ignore_index, workers)
+        if folder is not None:
+            write_json(os.path.join(folder, CACHE), record)
+    return record
 
 
 def _kept(dataset, num_classes, ignore_index, folder):
@@ -124,16 +134,17 @@ def checksum(dataset, num_classes: int, ignore_index: int = 255) -> str:
 
     A copy of the data with other times has another one: then the pixels are counted again.
     """
-    digest = hashlib.sha256(f"{num_classes} {ignore_index} {class_names(dataset)}".encode())
+    digest = hashlib.sha256(f"{num_classes} {ignore_index}".encode())
     for plain in plain_datasets(dataset):
         loader = loader_of(plain, LoadAnnotations)
-        digest.update(f"{type(loader).__qualname__} {getattr(loader, 'imdecode_backend', None)}\n".encode())
+        how = f"{class_names(plain)} {type(loader).__qualname__} {getattr(loader, 'imdecode_backend', None)}"
+        digest.update(f"{how}\n".encode())
         records = (plain.get_data_info(index) for index in range(len(plain)))
-        for path, how in sorted(
+        for path, changes in sorted(
             (str(one.get("seg_map_path")), f"{one.get('reduce_zero_label')} {one.get('label_map')}") for one in records
         ):
             status = os.stat(path) if os.path.isfile(path) else None
-            digest.update(f"{path} {how} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
+            digest.update(f"{path} {changes} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
 
 

@@ -31,8 +31,8 @@ class FrozenSegmentor:
         head = self.calibrated_head
         if not isinstance(head, DisAlignHead):
             kind = type(head).__name__
-            why = f"cannot be calibrated: {REFUSED[kind]}" if kind in REFUSED else f"take type='DisAlign{kind}'"
-            raise InputError(f"expected a decode head with a calibration, got {kind}, which {why}")
+            why = f"it can't have one: {REFUSED[kind]}" if kind in REFUSED else f"set its type to DisAlign{kind}"
+            raise InputError(f"expected a decode head with a calibration, got {kind}; {why}")
         self.trained = (f"{self._last_head}.calibration", f"{self._last_head}.loss_decode")
         self.freeze_report = freeze_except(self, self.trained)
 

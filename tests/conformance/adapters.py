@@ -180,7 +180,7 @@ def detection_like():
 ADAPTERS = [wrapped("linear"), wrapped("cosine"), spatial(), detection_like()]
 
 #: Modules beside this one that define their own ADAPTERS -> the framework that each needs.
-PACKAGES = {"classification": "mmengine", "detection": "detectron2"}
+PACKAGES = {"classification": "mmengine", "detection": "detectron2", "segmentation": "mmseg"}
 
 
 def parameters():

@@ -31,6 +31,7 @@ def config(folder, classes=CLASSES, pipeline=PIPELINE, **options):
         data_prefix=dict(img_path="images", seg_map_path="masks"),
         metainfo=dict(classes=classes),
         pipeline=list(pipeline),
+        serialize_data=options.pop("serialize_data", False),  # it collects garbage: half a second each
         **options,
     )
 

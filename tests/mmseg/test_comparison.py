@@ -13,6 +13,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 import torch
 import torch.distributed as dist
 from mmengine.dataset import DefaultSampler, pseudo_collate
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner, ValLoop
@@ -139,10 +140,10 @@ def loader(**dataset):
     )
 
 
-def run_of(folder, model=None, metric=METRIC, hook=True, val_begin=1, fp16=False, **hook_options):
+def run_of(folder, model=None, metric=METRIC, hook=True, val_begin=1, fp16=False, flipped=False, **hook_options):
     """A Runner that trains for four iterations, validates after the second and the fourth, and can test."""
     parts = dict(val_dataloader=loader(), val_cfg=dict(fp16=fp16), val_evaluator=dict(metric)) if metric else {}
-    test = dict(test_dataloader=loader(), test_cfg=dict(), test_evaluator=dict(metric)) if metric else {}
+    test = dict(test_dataloader=loader(flipped=flipped), test_cfg=dict(), test_evaluator=dict(metric)) if metric else {}
     return Runner(
         model=model or Toy(),
         work_dir=str(folder),
@@ -354,7 +355,7 @@ def test_without_our_metric_nothing_is_done(tmp_path, metric):
 
 
 def test_our_metric_is_found_beside_others(tmp_path):
-    runner = run_of(tmp_path, hook=True)
+    runner = run_of(tmp_path)
     ours = LongTailIoUMetric(**{name: value for name, value in METRIC.items() if name != "type"}, prefix="ours")
     runner.val_loop.evaluator.metrics[:] = [IoUMetric(), ours]
     runner.val_loop.evaluator.dataset_meta = Toys.metainfo
@@ -375,8 +376,7 @@ def test_after_testing_both_stages_are_written(tmp_path):
 
 def test_with_augmentation_both_stages_are_augmented(tmp_path):
     toy = Toy()
-    runner = run_of(tmp_path, SegTTAModel(toy))
-    runner._test_dataloader = loader(flipped=True)
+    runner = run_of(tmp_path, SegTTAModel(toy), flipped=True)
     runner.test()
     results = written(tmp_path, "test")
     for calibrated, stage in ((True, results), (False, results["stage_one"])):
@@ -410,13 +410,10 @@ def compare_in(rank, folder):
         logger=MMLogger.get_instance("compare", log_level=logging.ERROR),
         work_dir=str(folder / f"rank{rank}"),
         visualizer=SimpleNamespace(),
-        build_evaluator=None,
         iter=4,
     )
     data = Toys()
     images = DataLoader(data, batch_size=2, sampler=DefaultSampler(data, shuffle=False), collate_fn=pseudo_collate)
-    from mmengine.evaluator import Evaluator
-
     runner.val_loop = ValLoop(runner, images, Evaluator(metric))
     before = bits(model)
     ComparisonHook().after_train(runner)
@@ -426,7 +423,8 @@ def compare_in(rank, folder):
 
 
 def test_two_processes_compare_as_one_does(tmp_path):
-    torch.multiprocessing.spawn(compare_in, (tmp_path,), nprocs=2)
+    # Forked, as the imports take long; no gradient is needed, which a fork could not compute.
+    torch.multiprocessing.start_processes(compare_in, (tmp_path,), nprocs=2, start_method="fork")
     results = written(tmp_path / "rank0")
     model = Toy()
     assert results["images"] == IMAGES

@@ -84,14 +84,13 @@ def test_forward_takes_logits_of_the_labels_size(batch, options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_sampled_pixels_keep_the_denominator_of_all_pixels(batch, options):
-    """As many shares as the fuller image has pixels are no estimate for it; for the other one they are, unbiased."""
     logits, label = batch
     loss = build(**options, sampled_pixels=50)
-    draws = torch.stack([loss.upsampled(logits, label, False).detach() for _ in range(3000)]).double()
+    draws = torch.stack([loss.upsampled(logits, label, False).detach() for _ in range(500)]).double()
     correct, _ = expected(logits, label, **options)
-    error = draws.std() / 3000**0.5
+    error = draws.std() / 500**0.5
     assert abs(draws.mean() - correct) < 4 * error
-    assert error < 0.003 * correct
+    assert error < 0.01 * correct
     whole = build(**options, sampled_pixels=int((label[0] != 255).sum()))
     assert whole.upsampled(logits[:1], label[:1], False).item() == pytest.approx(
         expected(logits[:1], label[:1], **options)[0].item(), rel=1e-6
@@ -165,10 +164,11 @@ def test_in_a_stock_head_with_class_weights_and_ignored_pixels(batch):  # mmsegm
     assert found["loss_grw"].item() == pytest.approx(correct.item(), rel=1e-6)
 
 
-def test_a_pixel_sampler_is_refused(batch):
+@pytest.mark.parametrize("thresh", [None, 0.7])
+def test_a_pixel_sampler_is_refused(batch, thresh):
     logits, label = batch
     loss = dict(type="GRWCrossEntropyLoss", class_counts=COUNTS)
-    head = stock_head(loss_decode=loss, sampler=dict(type="OHEMPixelSampler", min_kept=5))
+    head = stock_head(loss_decode=loss, sampler=dict(type="OHEMPixelSampler", thresh=thresh, min_kept=5))
     with pytest.raises(InputError, match=r"no pixel sampler.*decode_head\.sampler=None"):
         head.loss_by_feat(logits, samples(label))
 

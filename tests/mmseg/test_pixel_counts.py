@@ -19,7 +19,7 @@ from mmseg.registry import TRANSFORMS
 from disalign import InputError, load_class_counts
 from disalign_mmseg import pixel_counts
 from disalign_mmseg.annotations import guard
-from disalign_mmseg.pixel_counts import CACHE, checksum, class_counts_of, count_pixels
+from disalign_mmseg.pixel_counts import CACHE, checksum, class_counts_of, count_pixels, on_main_process
 
 K = len(CLASSES)
 LABELS = (0, 1, 1, 1, 3, 255)  # never 2
@@ -156,7 +156,7 @@ def test_a_subset_counts_its_own_images(masks, tmp_path):
 def test_many_masks_by_processes(tmp_path, monkeypatch):
     names = [f"{number:03d}" for number in range(60)]
     masks = write(tmp_path, LABELS, sizes=[(6, 5 + number % 3) for number in range(60)], names=names)
-    many = dataset(tmp_path)
+    many = dataset(tmp_path, serialize_data=True)  # mmengine's default
     used = []
     real = pixel_counts.DataLoader
     monkeypatch.setattr(
@@ -278,18 +278,31 @@ def test_in_a_process_group(masks, tmp_path, process_group):
 
 
 def test_other_processes_wait_for_the_main_one(masks, tmp_path, counted, monkeypatch):
+    """What they get is what is broadcast, and they read nothing themselves."""
+    sent = []
     monkeypatch.setattr(pixel_counts, "is_main_process", lambda: False)
-    for outcome in ({"train_counts": [1]}, "expected this, got that"):
-        monkeypatch.setattr(
-            pixel_counts, "broadcast_object_list", lambda box, outcome=outcome: box.__setitem__(0, outcome)
-        )
-        if isinstance(outcome, dict):
-            assert class_counts_of(dataset(tmp_path), K, folder=tmp_path) == outcome
-        else:
-            with pytest.raises(InputError, match=r"^expected this, got that$"):
-                class_counts_of(dataset(tmp_path), K, folder=tmp_path)
+    monkeypatch.setattr(pixel_counts, "broadcast_object_list", lambda box: box.__setitem__(slice(None), sent))
+    sent[:] = [{"train_counts": [1]}, None]
+    assert class_counts_of(dataset(tmp_path), K, folder=tmp_path) == {"train_counts": [1]}
+    sent[:] = [None, "expected this, got that"]
+    with pytest.raises(InputError, match=r"^expected this, got that$"):
+        class_counts_of(dataset(tmp_path), K, folder=tmp_path)
+    with pytest.raises(InputError, match=r"^expected this, got that$"):
+        on_main_process(int)
     assert not counted
     assert not (tmp_path / CACHE).exists()
+
+
+def test_the_main_process_sends_its_refusal_before_it_raises(monkeypatch):
+    sent = []
+    monkeypatch.setattr(pixel_counts, "broadcast_object_list", sent.append)
+
+    def refuse():
+        raise InputError("expected this, got that")
+
+    with pytest.raises(InputError, match=r"^expected this, got that$"):
+        on_main_process(refuse)
+    assert sent == [[None, "expected this, got that"]]
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -1,0 +1,156 @@
+"""The frozen segmentors."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+import torch
+from mmengine.config import ConfigDict
+from mmseg.registry import MODELS
+from torch.nn.parallel import DistributedDataParallel
+from toy_models import COUNTS, FCN, OCR, samples, stage_one, stage_two, stage_two_config
+
+import disalign_mmseg  # noqa: F401
+from disalign import InputError, load_stage_one
+
+KINDS = pytest.mark.parametrize("config", [FCN, OCR], ids=["FCN", "OCR"])
+HEADS = {"EncoderDecoder": "decode_head", "CascadeEncoderDecoder": "decode_head.1"}
+PARTS = ("magnitude", "margin", "confidence.weight", "confidence.bias")
+
+
+def handed_over(config, **loss):
+    before = stage_one(config).eval()
+    after = stage_two(config, **loss)
+    report = load_stage_one(after, before.state_dict())
+    torch.nn.init.normal_(after.calibrated_head.calibration.confidence.weight)
+    return before, after, report
+
+
+def batch(size=2):
+    labels = torch.randint(5, (size, 32, 40))
+    labels[:, :4] = 255
+    return torch.randn(size, 3, 32, 40), samples(labels)
+
+
+@KINDS
+def test_it_starts_at_stage_one_bit_for_bit(config):
+    before, after, report = handed_over(config)
+    prefix = HEADS[config["type"]]
+    assert set(report.new) == {f"{prefix}.calibration.{part}" for part in PARTS}
+    assert all(name.startswith("auxiliary_head.") for name in report.ignored)
+    assert report.ignored
+    images, targets = batch()
+    with torch.no_grad():
+        scores = [model.predict(images, copy.deepcopy(targets)) for model in (before, after.train())]
+    for one, other in zip(*scores, strict=True):
+        assert torch.equal(one.seg_logits.data, other.seg_logits.data)
+
+
+@KINDS
+def test_only_the_calibration_trains(config):
+    _, model, _ = handed_over(config)
+    prefix = HEADS[config["type"]]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(trainable) == sorted(f"{prefix}.calibration.{part}" for part in PARTS)
+    assert model.freeze_report.num_trainable == 2 * 5 + 6 + 1
+    model.train()
+    following = {name for name, module in model.named_modules() if module.training}
+    assert following == {
+        name for name, _ in model.named_modules() if name.startswith((f"{prefix}.calibration", f"{prefix}.loss_decode"))
+    }
+    before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        losses = model.loss(*batch())
+        assert [name for name in losses if "loss" in name] == [
+            f"{prefix.replace('_head.', '_').replace('_head', '')}.loss_grw"
+        ]
+        optimizer.zero_grad()
+        model.parse_losses(losses)[0].backward()
+        optimizer.step()
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(trainable)
+
+
+@KINDS
+def test_the_auxiliary_head_is_not_built(config):
+    assert not stage_two(config).with_auxiliary_head
+    assert stage_one(config).with_auxiliary_head
+
+
+def test_the_earlier_heads_of_a_cascade_are_only_run_once(monkeypatch):
+    _, model, _ = handed_over(OCR)
+    calls = []
+    first = model.decode_head[0]
+    monkeypatch.setattr(first, "forward", lambda *args: calls.append(1) or type(first).forward(first, *args))
+    model.loss(*batch())
+    assert len(calls) == 1
+
+
+def test_nothing_is_downloaded_or_initialised():
+    config = stage_two_config()
+    config["pretrained"] = "https://nowhere.invalid/backbone.pth"
+    config["backbone"]["init_cfg"] = dict(type="Pretrained", checkpoint="https://nowhere.invalid/backbone.pth")
+    model = MODELS.build(ConfigDict(config))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.init_weights()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_stock_head_is_refused():
+    config = stage_two_config()
+    config["decode_head"]["type"] = "FCNHead"
+    with pytest.raises(
+        InputError, match="expected a decode head with a calibration, got FCNHead; set its type to DisAlign"
+    ):
+        MODELS.build(ConfigDict(config))
+
+
+def test_it_runs_under_ddp(process_group):
+    _, model, _ = handed_over(FCN)
+    wrapped = DistributedDataParallel(model)
+    images, targets = batch()
+    for _ in range(2):
+        losses = wrapped(images, targets, mode="loss")
+        model.parse_losses(losses)[0].backward()
+    assert model.decode_head.calibration.margin.grad.abs().sum() > 0
+
+
+def test_bf16_autocast_is_close_to_fp32():
+    _, model, _ = handed_over(FCN)
+    torch.nn.init.normal_(model.decode_head.calibration.margin, std=0.1)
+    images, targets = batch()
+    figures = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.parse_losses(model.loss(images, targets))[0]
+        loss.backward()
+        gradient = model.decode_head.calibration.margin.grad.clone()
+        assert gradient.dtype == loss.dtype == torch.float32
+        figures.append((loss.detach(), gradient))
+    torch.testing.assert_close(figures[1][0], figures[0][0], rtol=0.03, atol=0)
+    torch.testing.assert_close(figures[1][1], figures[0][1], rtol=0.1, atol=0.003)
+
+
+@pytest.mark.parametrize("options", [{}, dict(sampled_pixels=50), dict(reduction="mean", avg_non_ignore=False)])
+def test_ignored_images_teach_nothing(options):
+    _, model, _ = handed_over(FCN, **options)
+    torch.nn.init.normal_(model.decode_head.calibration.margin, std=0.1)
+    images, _ = batch()
+    labels = torch.full((2, 32, 40), 255)
+    loss = model.parse_losses(model.loss(images, samples(labels)))[0]
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad.any() for p in model.decode_head.calibration.parameters())
+    # One of two images.
+    labels[0] = 3
+    assert model.parse_losses(model.loss(images, samples(labels)))[0] > 0
+
+
+def test_the_weights_are_those_of_the_counts():
+    _, model, _ = handed_over(FCN, rho=1.0)
+    expected = 1 / torch.tensor(COUNTS, dtype=torch.float64)
+    torch.testing.assert_close(model.decode_head.loss_decode.weight.double(), expected * 5 / expected.sum())
