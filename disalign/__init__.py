@@ -13,6 +13,7 @@ from .modules import (
     CalibratedCosineClassifier,
     CalibratedLinear,
     CosineClassifier,
+    at_identity,
     calibrate_classifier,
     wrap_classifier,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "HandOver",
     "InputError",
     "assert_frozen",
+    "at_identity",
     "calibrate",
     "calibrate_classifier",
     "freeze_except",

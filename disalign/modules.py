@@ -1,5 +1,7 @@
 """The trainable parts of stage two, and how any classifier gets them."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,6 +103,24 @@ class AdaptiveCalibration(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, passthrough={self.passthrough}"
+
+
+@contextmanager
+def at_identity(model: nn.Module):
+    """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
+    modules = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
+    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
+    with torch.no_grad():
+        for module in modules:
+            module.magnitude.fill_(1)
+            module.margin.zero_()
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, magnitude, margin in saved:
+                module.magnitude.copy_(magnitude)
+                module.margin.copy_(margin)
 
 
 class CosineClassifier(nn.Module):

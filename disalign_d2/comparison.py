@@ -4,39 +4,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
 
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from torch import nn
 
-from disalign import AdaptiveCalibration
 from disalign.checkpoints import write_json
 from disalign.freezing import fingerprints, frozen_tensors
 
 from .freezing import calibrations
 
 FIGURES = ("AP", "AP50", "AP75", "APr", "APc", "APf")
-
-
-@contextmanager
-def at_identity(model: nn.Module):
-    """Within it the model gives stage one's scores: magnitude 1, margin 0, whatever the confidence."""
-    modules = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
-    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
-    with torch.no_grad():
-        for module in modules:
-            module.magnitude.fill_(1)
-            module.margin.zero_()
-    try:
-        yield model
-    finally:
-        with torch.no_grad():
-            for module, magnitude, margin in saved:
-                module.magnitude.copy_(magnitude)
-                module.margin.copy_(margin)
 
 
 def stage_one_key(cfg, model: nn.Module) -> str:

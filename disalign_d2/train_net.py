@@ -24,7 +24,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from disalign import InputError, load_file
+from disalign import InputError, at_identity, load_file
 from disalign.checkpoints import state_dict_of
 from disalign.cli import command, find_config, sentence_of
 
@@ -138,7 +138,7 @@ class Trainer(DefaultTrainer):
         if stage_one is None:
             logger.info("Evaluating stage one (the calibration at its identity) for comparison")
             evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-            with comparison.at_identity(model):
+            with at_identity(model):
                 stage_one = super().test(cfg, model, evaluators)
             if comm.is_main_process():
                 comparison.save_stage_one_results(path, key, stage_one)

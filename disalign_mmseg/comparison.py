@@ -13,7 +13,7 @@ from mmseg.registry import HOOKS
 from prettytable import PrettyTable
 from torch import nn
 
-from disalign import AdaptiveCalibration
+from disalign import AdaptiveCalibration, at_identity
 from disalign.checkpoints import write_json
 
 from .metrics import GROUPS, LongTailIoUMetric, shown
@@ -24,25 +24,6 @@ COLUMNS = ("mIoU", "mAcc", "aAcc", *(f"{mean}.{group}" for mean in ("mIoU", "mAc
 def calibrations(model: nn.Module) -> list[AdaptiveCalibration]:
     """All below ``model``, wrappers (DDP, test-time augmentation) included."""
     return [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
-
-
-@contextmanager
-def at_identity(model: nn.Module):
-    """Within it the model gives stage one's scores: magnitude 1, margin 0, whatever the confidence."""
-    saved = [
-        (module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in calibrations(model)
-    ]
-    try:
-        with torch.no_grad():
-            for module, _, _ in saved:
-                module.magnitude.fill_(1)
-                module.margin.zero_()
-        yield model
-    finally:
-        with torch.no_grad():
-            for module, magnitude, margin in saved:
-                module.magnitude.copy_(magnitude)
-                module.margin.copy_(margin)
 
 
 @contextmanager

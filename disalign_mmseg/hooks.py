@@ -87,7 +87,8 @@ class ClassCountsHook(Hook):
             counts = load_class_counts(self._kept["class_counts"])
         for metric in loop.evaluator.metrics:
             if counts is not None and getattr(metric, "class_counts", 0) is None:
-                metric.total_pixels = self._total_pixels
+                if metric.total_pixels is None:
+                    metric.total_pixels = self._total_pixels
                 metric.class_counts = counts
 
 

@@ -2,9 +2,9 @@
 
 import os
 
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmseg.models import SegTTAModel
-from mmseg.registry import RUNNERS
 
 from disalign import InputError, load_stage_one
 from disalign.checkpoints import require_tensors, state_dict_of

@@ -23,6 +23,7 @@ PUBLIC = [
     "HandOver",
     "InputError",
     "assert_frozen",
+    "at_identity",
     "calibrate",
     "calibrate_classifier",
     "freeze_except",

@@ -20,6 +20,7 @@ from disalign import (
     GRWCrossEntropyLoss,
     InputError,
     assert_frozen,
+    at_identity,
     calibrate,
     calibrate_classifier,
     wrap_classifier,
@@ -413,3 +414,18 @@ def test_a_classifier_of_ones_own_is_calibrated_once_it_is_registered(monkeypatc
 def test_a_cosine_classifiers_rows_start_at_norm_1():
     norms = CosineClassifier(4096, 50).weight.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(50), rtol=0.1, atol=0)
+
+
+def test_at_the_identity_a_model_is_stage_one_and_comes_back():
+    model = SmallCNN()
+    images = torch.randn(4, 1, 8, 8)
+    before = model.eval()(images)
+    wrap_classifier(model, [4, 3, 2, 1, 1], margin=False)
+    torch.nn.init.constant_(model.fc.calibration.magnitude, 2)
+    calibrated = model(images)
+    with pytest.raises(KeyboardInterrupt), at_identity(model) as inside:  # noqa: PT012
+        assert inside is model
+        assert torch.equal(model(images), before)
+        raise KeyboardInterrupt
+    assert torch.equal(model(images), calibrated)
+    assert not torch.equal(calibrated, before)

@@ -10,6 +10,7 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.data import MetadataCatalog
 
+from disalign import at_identity
 from disalign_d2 import comparison
 
 from .models import batch, detections, identical, random_calibration, stages, tiny_cfg
@@ -30,7 +31,7 @@ def test_at_the_identity_it_is_stage_one(cascade):
     one, two = stages(cascade=cascade)
     before, inputs = bits(random_calibration(two)), batch()
     after = detections(two, inputs)
-    with comparison.at_identity(two) as model:
+    with at_identity(two) as model:
         assert model is two
         assert identical(detections(two, inputs), detections(one, inputs))
     assert identical(bits(two), before)
@@ -41,7 +42,7 @@ def test_at_the_identity_it_is_stage_one(cascade):
 def test_the_calibration_comes_back_after_an_exception():
     two = random_calibration(stages()[1])
     before = bits(two)
-    with pytest.raises(KeyboardInterrupt), comparison.at_identity(two):
+    with pytest.raises(KeyboardInterrupt), at_identity(two):
         raise KeyboardInterrupt
     assert identical(bits(two), before)
 
@@ -50,7 +51,7 @@ def test_a_part_that_is_left_out_needs_no_restoring():
     one, two = stages("MODEL.DISALIGN.MARGIN", False, "MODEL.DISALIGN.CONFIDENCE", "one")
     torch.nn.init.constant_(two.roi_heads.box_predictor.cls_score.calibration.magnitude, 0.5)
     before, inputs = bits(two), batch()
-    with comparison.at_identity(two):
+    with at_identity(two):
         assert identical(detections(two, inputs), detections(one, inputs))
     assert identical(bits(two), before)
 

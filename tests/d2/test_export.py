@@ -11,7 +11,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from disalign_d2.comparison import at_identity
+from disalign import at_identity
 
 from .models import batch, detections, identical, random_calibration, stages, tiny_cfg
 

@@ -25,8 +25,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from disalign import AdaptiveCalibration
-from disalign_mmseg.comparison import ComparisonHook, at_identity, evaluate, table
+from disalign import AdaptiveCalibration, at_identity
+from disalign_mmseg.comparison import ComparisonHook, evaluate, table
 from disalign_mmseg.metrics import LongTailIoUMetric
 
 K = 4
