@@ -1,6 +1,5 @@
 """What stage two adds to a segmentation run: checked data and class counts."""
 
-from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
@@ -11,7 +10,7 @@ from disalign_mmengine.hooks import unwrapped
 from .data_check import check_dataset
 from .decode_heads import DisAlignHead
 from .losses import GRWCrossEntropyLoss
-from .pixel_counts import class_counts_of
+from .pixel_counts import class_counts_of, on_main_process
 
 
 @HOOKS.register_module()
@@ -40,7 +39,7 @@ class ClassCountsHook(Hook):
         if runner.val_loop is not None:
             datasets.append(runner.val_dataloader.dataset)
         for dataset in datasets:
-            _on_main_process(check_dataset, dataset, head.num_classes, head.ignore_index)
+            on_main_process(check_dataset, dataset, head.num_classes, head.ignore_index)
         loss = head.loss_decode
         if isinstance(loss, GRWCrossEntropyLoss):
             self._resolve(runner, head, loss)
@@ -102,16 +101,3 @@ def calibrated_head(model) -> DisAlignHead:
         if isinstance(module, DisAlignHead):
             return module
     raise InputError(f"expected a segmentor with a calibrated head, got {type(unwrapped(model)).__name__}")
-
-
-def _on_main_process(check, *args) -> None:
-    """Run a check on the main process; all processes raise what it finds."""
-    found = [None]
-    if is_main_process():
-        try:
-            check(*args)
-        except InputError as error:
-            found[0] = str(error)
-    broadcast_object_list(found)
-    if found[0]:
-        raise InputError(found[0])

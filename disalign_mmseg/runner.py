@@ -43,7 +43,8 @@ class DisAlignRunner(Runner):
         """mmengine's, over a dataset whose broken files and wrong labels are said in one sentence."""
         if isinstance(dataloader, dict):
             dataset = build_dataset(dataloader["dataset"])
-            guard(dataset, len(dataset.metainfo["classes"]), getattr(dataset, "ignore_index", 255))
+            if classes := dataset.metainfo.get("classes"):
+                guard(dataset, len(classes), getattr(dataset, "ignore_index", 255))
             dataloader = dict(dataloader, dataset=dataset)
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
