@@ -8,6 +8,8 @@ from mmengine.registry import HOOKS
 from disalign import AdaptiveCalibration, InputError
 from disalign.freezing import fingerprints, frozen_tensors, refuse_changes
 
+from .checkpoints import metadata
+
 
 def unwrapped(model):
     """The model itself, not DDP's wrapper."""
@@ -21,6 +23,10 @@ class PlainCheckpointHook(Hook):
     mmengine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
     only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
     """
+
+    def after_load_checkpoint(self, runner, checkpoint) -> None:
+        # On resuming mmengine would run the config in it, which is Python.
+        metadata(checkpoint).pop("config", None)
 
     def before_save_checkpoint(self, runner, checkpoint) -> None:
         hub = checkpoint["message_hub"]

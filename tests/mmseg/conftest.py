@@ -1,6 +1,17 @@
 """A tiny set and a short stage one and two over it, made once for all tests."""
 
+from importlib.util import find_spec
+
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unformatted():
+    """MMEngine has a run's config formatted three times over, which takes longer than a tiny run itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("yapf"):
+            patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -89,22 +89,17 @@ def stock(name):
     return Config.fromfile(STOCK / stock_name(name))
 
 
-def build(cfg):
-    """A model on the meta device, shapes without memory; transformers read numbers while they are built."""
-    convolutional = "ResN" in cfg["backbone"]["type"]
-    with torch.device("meta" if convolutional else "cpu"):
-        return MODELS.build(cfg)
-
-
 @cache
 def model(name):
-    return build(config(name).model)
+    return MODELS.build(config(name).model)
 
 
 @cache
 def stock_shapes(name):
-    """Shapes of the tensors of the stock model, which stage one is."""
-    return {key: value.shape for key, value in build({**stock(name).model, "pretrained": None}).state_dict().items()}
+    """Shapes of the tensors of the stock model, which stage one is; without memory, except for transformers."""
+    cfg = {**stock(name).model, "pretrained": None}
+    with torch.device("meta" if "ResN" in cfg["backbone"]["type"] else "cpu"):
+        return {key: value.shape for key, value in MODELS.build(cfg).state_dict().items()}
 
 
 def row_of(name):
