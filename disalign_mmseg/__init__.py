@@ -4,7 +4,7 @@ try:
     import disalign_mmengine  # noqa: F401  (importing registers)
 
     from . import comparison, hooks, metrics  # noqa: F401
-    from .bases import mmseg_config
+    from .bases import disalign_config, mmseg_config
     from .decode_heads import DisAlignHead, calibrated
     from .losses import GRWCrossEntropyLoss
     from .runner import DisAlignRunner
@@ -23,5 +23,6 @@ __all__ = [
     "DisAlignRunner",
     "GRWCrossEntropyLoss",
     "calibrated",
+    "disalign_config",
     "mmseg_config",
 ]

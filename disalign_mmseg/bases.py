@@ -1,10 +1,11 @@
-"""Where MMSegmentation keeps its own configs: the one place that knows."""
+"""Where MMSegmentation keeps its configs, and we ours: the one place that knows."""
 
 from pathlib import Path
 
 import mmseg
 
 from disalign import InputError
+from disalign.cli import shipped_configs
 
 
 def mmseg_config(name: str) -> str:
@@ -27,4 +28,19 @@ def mmseg_config(name: str) -> str:
     path = folder / name
     if not path.is_file():
         raise InputError(f"expected {name!r} among MMSegmentation's configs, but there is no file {str(path)!r}")
+    return str(path)
+
+
+def disalign_config(name: str) -> str:
+    """The path of one of ours, for ``_base_`` in a config that lies anywhere.
+
+    Args:
+        name: below ``configs/mmseg``: ``"_base_/disalign_4k.py"``.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    path = shipped_configs() / "mmseg" / name
+    if not path.is_file():
+        raise InputError(f"expected {name!r} among the shipped configs, but {str(path)!r} is no file")
     return str(path)

@@ -1,6 +1,5 @@
 """The calibration on MMSegmentation's decode heads."""
 
-import inspect
 from importlib.util import find_spec
 
 from mmseg.models import decode_heads
@@ -72,12 +71,17 @@ class DisAlignHead:
             )
         if self.sampler is not None or not isinstance(self.loss_decode, GRWCrossEntropyLoss):
             return super().loss_by_feat(seg_logits, batch_data_samples) | self.calibration.statistics()
-        loss = self.loss_decode.upsampled(scores, self._stack_batch_gt(batch_data_samples), self.align_corners)
+        labels = self._stack_batch_gt(batch_data_samples)
+        loss = self.loss_decode.upsampled(scores, labels, self.align_corners, self.ignore_index)
         return {self.loss_decode.loss_name: loss} | self.calibration.statistics()
 
 
-def calibrated(head: type) -> type:
+def calibrated(head: type, module: str | None = None) -> type:
     """Register ``DisAlign<head>``, the head's stage two, and return it.
+
+    Args:
+        head: a decode head that classifies by ``cls_seg``.
+        module: where the new class is kept under its name, for pickle; default: beside ``head``.
 
     Raises:
         InputError: no decode head, or one whose scores can't be calibrated.
@@ -86,10 +90,11 @@ def calibrated(head: type) -> type:
         raise InputError(f"expected a head that classifies pixels, got {head.__name__}: {REFUSED[head.__name__]}")
     if not issubclass(head, BaseDecodeHead):
         raise InputError(f"expected a decode head of mmseg's, got {head.__name__}")
-    doc = f"{head.__name__} with a calibration on its scores; see :class:`DisAlignHead`."
-    module = inspect.currentframe().f_back.f_globals["__name__"]
-    name = f"DisAlign{head.__name__}"
-    return MODELS.register_module(module=type(name, (DisAlignHead, head), {"__doc__": doc, "__module__": module}))
+    members = {
+        "__doc__": f"{head.__name__} with a calibration on its scores; see :class:`DisAlignHead`.",
+        "__module__": module or head.__module__,
+    }
+    return MODELS.register_module(module=type(f"DisAlign{head.__name__}", (DisAlignHead, head), members))
 
 
 def _refusing(name: str) -> type:
@@ -113,5 +118,5 @@ for _name in sorted(set(decode_heads.__all__)):
     if _name in REFUSED:
         _refusing(_name)
     elif issubclass(_head, BaseDecodeHead):
-        HEADS[f"DisAlign{_name}"] = calibrated(_head)
+        HEADS[f"DisAlign{_name}"] = calibrated(_head, __name__)
 globals().update(HEADS)

@@ -7,10 +7,12 @@ from disalign import InputError, load_class_counts
 from disalign_mmengine.checkpoints import metadata
 from disalign_mmengine.hooks import unwrapped
 
+from .annotations import guard
 from .data_check import check_dataset
 from .decode_heads import DisAlignHead
 from .losses import GRWCrossEntropyLoss
 from .pixel_counts import class_counts_of, on_main_process
+from .runner import DisAlignRunner, segmentor, whole
 
 
 @HOOKS.register_module()
@@ -50,9 +52,13 @@ class ClassCountsHook(Hook):
         self._tell(runner, runner.val_loop)
 
     def before_test(self, runner) -> None:
+        head = calibrated_head(runner.model)
+        guard(runner.test_dataloader.dataset, head.num_classes, head.ignore_index)
         self._tell(runner, runner.test_loop)
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
+        if not isinstance(runner, DisAlignRunner):  # mim test: MMEngine's own, which only warns
+            whole(segmentor(runner.model), checkpoint)
         self._kept = metadata(checkpoint).get("disalign") or {}
         self._total_pixels = self._kept.get("total_pixels")
 

@@ -61,19 +61,12 @@ class DisAlignRunner(Runner):
 
     def load_checkpoint(self, filename, map_location="cpu", strict=True, revise_keys=()) -> dict:
         """Load a checkpoint completely or not at all; tensors are read on the CPU whatever ``map_location`` says."""
-        model = unwrapped(self.model)
-        model = model.module if isinstance(model, SegTTAModel) else model
+        model = segmentor(self.model)
         checkpoint = load_checkpoint(filename)
         if self._trains and not self._resume and isinstance(model, FrozenSegmentor):
             self._hand_over(model, checkpoint, os.fspath(filename))
         else:
-            tensors, known = state_dict_of(checkpoint), model.state_dict()
-            try:
-                require_tensors(tensors, known, "tensors of the config's model", where=f" in {os.fspath(filename)!r}")
-            except InputError as error:
-                hint = "stage one is tested with a config of its own, and a run resumes in a work_dir of its own"
-                raise InputError(f"{error} ({hint})") from None
-            model.load_state_dict(tensors)
+            model.load_state_dict(whole(model, checkpoint, where=f" in {os.fspath(filename)!r}"))
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         self._has_loaded = True
         return checkpoint
@@ -93,3 +86,24 @@ class DisAlignRunner(Runner):
             )
         report = load_stage_one(model, checkpoint, new=model.freeze_report.trainable, name=filename)
         self.logger.info(f"{os.path.basename(filename)}: {report}")
+
+
+def segmentor(model):
+    """The segmentor itself, without DDP's and test-time augmentation's wrappers."""
+    model = unwrapped(model)
+    return model.module if isinstance(model, SegTTAModel) else model
+
+
+def whole(model, checkpoint, where: str = "") -> dict:
+    """The tensors of a checkpoint that holds exactly the model's.
+
+    Raises:
+        InputError: it does not; ``where`` names it in the sentence.
+    """
+    tensors = state_dict_of(checkpoint)
+    try:
+        require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=where)
+    except InputError as error:
+        hint = "stage one is tested with a config of its own, and a run resumes in a work_dir of its own"
+        raise InputError(f"{error} ({hint})") from None
+    return tensors

@@ -21,7 +21,7 @@ def main(argv=None):
     config = load_config(args.config, args.cfg_options)
     config.load_from = args.checkpoint
     if args.tta:
-        if "tta_model" not in config or "tta_pipeline" not in config:
+        if not (config.get("tta_model") and config.get("tta_pipeline")):
             raise InputError("expected tta_model and tta_pipeline in the config for --tta, got none; test without it")
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = dict(config.tta_model, module=config.model)

@@ -1,6 +1,7 @@
 """Every decode head that can be calibrated, and those that can't."""
 
 import copy
+import pickle
 from importlib.util import find_spec
 
 import pytest
@@ -185,6 +186,12 @@ def test_the_loss_is_that_of_the_upsampled_scores():
     torch.testing.assert_close(losses["loss_grw"], expected)
 
 
+def test_a_loss_that_ignores_another_label_is_refused():
+    head = fcn(ignore_index=254)
+    with pytest.raises(InputError, match="expected the head's ignore_index in its loss too, got 254 and 255"):
+        head.loss([torch.randn(1, 6, 8, 8)], [sample_of(torch.zeros(8, 8, dtype=torch.long))], {})
+
+
 def test_options_of_the_calibration():
     head = fcn(calibration=dict(confidence="one", margin=False))
     assert [name for name, _ in head.calibration.named_parameters()] == ["magnitude"]
@@ -247,6 +254,6 @@ def test_a_head_that_bypasses_cls_seg_is_told():
         head.loss([torch.randn(1, 6, 8, 8)], [sample_of(torch.randint(5, (8, 8)))], {})
 
 
-def test_heads_survive_a_deep_copy():
+def test_heads_survive_a_pickle():
     head = fcn()
-    assert copy.deepcopy(head).state_dict().keys() == head.state_dict().keys()
+    assert pickle.loads(pickle.dumps(head)).state_dict().keys() == head.state_dict().keys()
