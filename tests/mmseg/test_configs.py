@@ -25,7 +25,7 @@ from PIL import Image
 import disalign_mmseg
 from disalign import InputError, load_class_counts
 from disalign.cli import find_config
-from disalign_mmseg.bases import mmseg_config
+from disalign_mmseg.bases import disalign_config, mmseg_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "mmseg"
 STOCK = Path(mmseg.__path__[0], ".mim", "configs")
@@ -400,3 +400,9 @@ def test_the_place_of_mmsegmentations_configs_is_said_once():
     package = Path(disalign_mmseg.__file__).parent
     said = [path for path in (*package.rglob("*.py"), *FOLDER.rglob("*.py")) if ".mim" in path.read_text()]
     assert said == [package / "bases.py"]
+
+
+def test_our_bases_are_found_from_anywhere():
+    assert Path(disalign_config("_base_/disalign_4k.py")).samefile(FOLDER / "_base_" / "disalign_4k.py")
+    with pytest.raises(InputError, match="expected 'none.py' among the shipped configs, but"):
+        disalign_config("none.py")

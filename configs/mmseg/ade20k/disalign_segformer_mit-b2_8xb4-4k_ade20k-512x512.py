@@ -4,7 +4,7 @@
 # Stage one, in MMSegmentation's zoo: segformer_mit-b2_512x512_160k_ade20k_20210726_112103-cbd414ac.pth, mIoU 45.58, multi-scale and flip 47.03
 # Not in the paper: an example of today. Ours: not measured yet.
 _base_ = [
-    __import__("disalign_mmseg.bases").bases.mmseg_config("segformer/segformer_mit-b2_8xb2-160k_ade20k-512x512.py"),
+    __import__("disalign_mmseg").mmseg_config("segformer/segformer_mit-b2_8xb2-160k_ade20k-512x512.py"),
     "../_base_/disalign_4k_ade20k.py",
 ]
 _base_.merge(_base_.pop("stage_two"))
