@@ -4,7 +4,7 @@ from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
 from disalign import InputError, load_class_counts
-from disalign_mmengine.checkpoints import metadata
+from disalign_mmengine.checkpoints import load_checkpoint, metadata
 from disalign_mmengine.hooks import unwrapped
 
 from .annotations import guard
@@ -35,6 +35,12 @@ class ClassCountsHook(Hook):
         self._kept: dict = {}
         self._total_pixels: int | None = None
 
+    def before_run(self, runner) -> None:
+        path = runner.cfg.get("load_from")
+        if path and not isinstance(runner, DisAlignRunner):
+            # mim test takes MMEngine's own Runner, which would unpickle whatever the file holds, and only warn.
+            whole(segmentor(runner.model), load_checkpoint(path), where=f" in {path!r}")
+
     def before_train(self, runner) -> None:
         head = calibrated_head(runner.model)
         datasets = [runner.train_dataloader.dataset]
@@ -57,8 +63,6 @@ class ClassCountsHook(Hook):
         self._tell(runner, runner.test_loop)
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
-        if not isinstance(runner, DisAlignRunner):  # mim test: MMEngine's own, which only warns
-            whole(segmentor(runner.model), checkpoint)
         self._kept = metadata(checkpoint).get("disalign") or {}
         self._total_pixels = self._kept.get("total_pixels")
 

@@ -20,6 +20,7 @@ def main(argv=None):
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     config.load_from = args.checkpoint
+    config.setdefault("runner_type", "DisAlignRunner")  # reads stage one's own checkpoints safely too
     if args.tta:
         if not (config.get("tta_model") and config.get("tta_pipeline")):
             raise InputError("expected tta_model and tta_pipeline in the config for --tta, got none; test without it")

@@ -275,8 +275,7 @@ def rank(number, port, errors, config, folder, stage_one):
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
     options = [f"load_from={stage_one}", "train_dataloader.batch_size=2", "experiment_name=two_ranks"]
-    with open(errors, "w") as file:
-        os.dup2(file.fileno(), 2)
+    with open(errors, "w") as sys.stderr:
         sys.exit(train(config, folder, *options, flags=["--launcher", "pytorch"]))
 
 
