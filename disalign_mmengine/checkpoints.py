@@ -3,6 +3,7 @@
 import os
 
 import torch
+from mmengine.dist import barrier, is_main_process
 
 from disalign import InputError, load_file
 from disalign.errors import first_line
@@ -56,7 +57,12 @@ def load_checkpoint(source) -> dict:
         if not source.startswith(("http://", "https://")):
             return load_file(source)
         try:
-            return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+            if not is_main_process():
+                barrier()  # the main process downloads, the others find the file
+            checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+            if is_main_process():
+                barrier()
+            return checkpoint
         except Exception as error:  # network, disk or content
             raise InputError(
                 f"expected a checkpoint at {source!r}, but it can't be had ({first_line(error)}); download it and give "

@@ -18,7 +18,7 @@ class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module):
         model = model.module if is_model_wrapper(model) else model
         for module in model.modules():
-            if isinstance(module, AdaptiveCalibration):
+            if isinstance(module, AdaptiveCalibration) and any(one.requires_grad for one in module.parameters()):
                 model = nn.ModuleDict({"calibration": module})
                 break
         return super().__call__(model)

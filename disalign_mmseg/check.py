@@ -51,7 +51,10 @@ def main(argv=None):
             for label, pixels in enumerate(record["train_counts"])
             if not pixels
         ]
-        groups = head_body_tail(record["train_counts"], total=record["total_pixels"]).items()
+        evaluator = config.get("val_evaluator")
+        groups = evaluator.get("groups") if isinstance(evaluator, dict) else None
+        thresholds = groups if isinstance(groups, dict) else {}
+        groups = head_body_tail(record["train_counts"], total=record["total_pixels"], **thresholds).items()
         print(
             f"{args.counts}: {record['total_pixels']} pixels in {record['files']} annotations; "
             f"{', '.join(f'{group} {int(members.sum())}' for group, members in groups)} classes"
@@ -75,6 +78,9 @@ def check(config, name: str, num_classes: int, ignore_index: int, args) -> bool:
     """Print one line on a dataloader's dataset, or on what is wrong with it; return whether it is whole."""
     try:
         if config.get(name) is None:
+            if name != "train_dataloader":
+                print(f"{name}: none")
+                return True
             raise InputError(f"expected {name} in the config, got none")
         dataset = build_dataset(config[name].dataset)
         labels = SAMPLE if args.quick else None

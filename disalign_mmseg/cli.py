@@ -14,6 +14,6 @@ def build_runner(config: Config, args) -> Runner:
         InputError: see :func:`disalign_mmengine.cli.prepare`; or a checkpoint that can't be read.
     """
     cli.prepare(config, args)
-    if config.get("load_from"):
+    if config.get("load_from") and "://" not in config.load_from:
         load_checkpoint(config.load_from)  # said before the Runner opens its log folder
     return cli.build_runner(config)

@@ -9,12 +9,14 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import TestLoop, autocast
+from mmseg.models import SegTTAModel
 from mmseg.registry import HOOKS
 from prettytable import PrettyTable
 from torch import nn
 
 from disalign import AdaptiveCalibration, at_identity
 from disalign.checkpoints import write_json
+from disalign_mmengine.hooks import unwrapped
 
 from .metrics import GROUPS, LongTailIoUMetric, shown
 
@@ -93,9 +95,9 @@ class ComparisonHook(Hook):
     """Prints stage one's figures beside stage two's after training and after testing, and writes both.
 
     Stage two at the identity is stage one bit for bit, so the same model is evaluated with magnitude 1 and margin 0 on
-    the same images. ``results_val.json`` (``results_test.json``) in the work folder is then the report of
-    :class:`LongTailIoUMetric` with stage one's figures beside it. A stage-one model gets its own figures alone, and
-    without such a metric nothing is done.
+    the same images. ``results_val.json`` in the work folder (``results_test.json``, ``results_test_tta.json``) is then
+    the report of :class:`LongTailIoUMetric` with stage one's figures beside it. A stage-one model gets its own figures
+    alone, and without such a metric nothing is done.
 
     Args:
         stage_one: evaluate stage one too, which takes a second pass over the images.
@@ -131,10 +133,17 @@ class ComparisonHook(Hook):
                 before = evaluate(runner, loop)
         if not is_main_process():
             return
-        results = {"dataset": type(loop.dataloader.dataset).__name__, "split": split, **after}
+        augmented = isinstance(unwrapped(runner.model), SegTTAModel)
+        results = {
+            "dataset": type(loop.dataloader.dataset).__name__,
+            "split": split,
+            "tta": augmented,
+            "checkpoint": runner.cfg.get("load_from") if split == "test" else None,
+            **after,
+        }
         if before is not None:
             results["stage_one"] = {name: before[name] for name in ("figures", "per_class")}
             runner.logger.info(f"{split}, {after['images']} images, before and after\n{table(before, after)}")
-        path = os.path.join(runner.work_dir, f"results_{split}.json")
+        path = os.path.join(runner.work_dir, f"results_{split}{'_tta' if augmented else ''}.json")
         write_json(path, results)
         runner.logger.info(f"all figures, per class too, are in {path}")

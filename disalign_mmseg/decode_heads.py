@@ -2,12 +2,14 @@
 
 from importlib.util import find_spec
 
+import torch
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from disalign import AdaptiveCalibration, InputError
+from disalign.errors import some
 
 from .losses import GRWCrossEntropyLoss
 
@@ -54,6 +56,7 @@ class DisAlignHead:
                 f"expected one output of {name} for each of {self.num_classes} classes, got {self.out_channels}; a "
                 "single sigmoid output has no margin between classes"
             )
+        self.loss_decode = _single(self.loss_decode)
         self.calibration = AdaptiveCalibration(
             self.num_classes, self.conv_seg.in_channels, spatial=True, **(calibration or {})
         )
@@ -64,7 +67,7 @@ class DisAlignHead:
     def loss_by_feat(self, seg_logits, batch_data_samples) -> dict:
         """The head's loss, on calibrated scores; other outputs of the head (DAHead, EncHead) have nothing to learn."""
         scores = seg_logits[0] if isinstance(seg_logits, tuple) else seg_logits
-        if not scores.requires_grad:
+        if torch.is_grad_enabled() and not scores.requires_grad:
             raise InputError(
                 f"expected {type(self).__name__} to classify by cls_seg, but its scores do not come from there; "
                 "calibrate another head"
@@ -74,6 +77,18 @@ class DisAlignHead:
         labels = self._stack_batch_gt(batch_data_samples)
         loss = self.loss_decode.upsampled(scores, labels, self.align_corners, self.ignore_index)
         return {self.loss_decode.loss_name: loss} | self.calibration.statistics()
+
+
+def _single(loss: nn.Module) -> nn.Module:
+    """The loss itself, if a list holds one; a list of several is mmseg's to add up, unless ours is among them."""
+    if not isinstance(loss, nn.ModuleList):
+        return loss
+    if len(loss) > 1 and any(isinstance(one, GRWCrossEntropyLoss) for one in loss):
+        raise InputError(
+            f"expected GRWCrossEntropyLoss alone in loss_decode, got {some(type(one).__name__ for one in loss)}; "
+            "other losses do not know the class weights"
+        )
+    return loss[0] if len(loss) == 1 else loss
 
 
 def calibrated(head: type, module: str | None = None) -> type:

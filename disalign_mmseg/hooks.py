@@ -5,7 +5,6 @@ from mmseg.registry import HOOKS
 
 from disalign import InputError, load_class_counts
 from disalign_mmengine.checkpoints import load_checkpoint, metadata
-from disalign_mmengine.hooks import unwrapped
 
 from .annotations import guard
 from .data_check import check_dataset
@@ -13,6 +12,7 @@ from .decode_heads import DisAlignHead
 from .losses import GRWCrossEntropyLoss
 from .pixel_counts import class_counts_of, on_main_process
 from .runner import DisAlignRunner, segmentor, whole
+from .segmentors import FrozenSegmentor
 
 
 @HOOKS.register_module()
@@ -74,7 +74,9 @@ class ClassCountsHook(Hook):
     def _resolve(self, runner, head: DisAlignHead, loss: GRWCrossEntropyLoss) -> None:
         if loss.class_counts is None:
             dataset = runner.train_dataloader.dataset
-            record = class_counts_of(dataset, head.num_classes, head.ignore_index, folder=runner.work_dir)
+            record = class_counts_of(
+                dataset, head.num_classes, head.ignore_index, runner.work_dir, accept=loss.set_class_counts
+            )
             self._total_pixels = record["total_pixels"]
             loss.set_class_counts(record["train_counts"])
         counts = loss.class_counts.tolist()
@@ -107,7 +109,7 @@ def calibrated_head(model) -> DisAlignHead:
     Raises:
         InputError: none is calibrated.
     """
-    for module in unwrapped(model).modules():
-        if isinstance(module, DisAlignHead):
-            return module
-    raise InputError(f"expected a segmentor with a calibrated head, got {type(unwrapped(model)).__name__}")
+    model = segmentor(model)
+    if not isinstance(model, FrozenSegmentor):
+        raise InputError(f"expected a segmentor with a calibrated head, got {type(model).__name__}")
+    return model.calibrated_head

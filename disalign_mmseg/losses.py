@@ -29,7 +29,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         upsample: how :meth:`upsampled` goes from the head's logits to the label map's size: ``"fused"`` with the loss
             (:func:`.upsampling.upsampled_cross_entropy`), ``"plain"`` before it; the same in value and gradient.
         sampled_pixels: estimate the loss without bias from so many pixels of every image (official: all); see
-            :func:`.upsampling.sampled_cross_entropy`.
+            :func:`.upsampling.sampled_cross_entropy`. Torch has no deterministic form of its gradient on a GPU.
         loss_name: its name in the log.
 
     Raises:

@@ -48,6 +48,7 @@ class LongTailIoUMetric(IoUMetric):
         output_dir: folder for the predictions as PNG.
         format_only: only write these, for a set without ground truth.
         collect_device, collect_dir, prefix: see :class:`mmengine.evaluator.BaseMetric`.
+        keep_results: set by ``mim test --out``; predictions in ``output_dir`` are always kept.
 
     Raises:
         InputError: an unknown argument or figure; thresholds out of order; counts of another number of classes than the
@@ -68,6 +69,7 @@ class LongTailIoUMetric(IoUMetric):
         collect_device: str = "cpu",
         collect_dir: str | None = None,
         prefix: str | None = None,
+        keep_results: bool = False,
         **unknown,
     ) -> None:
         if unknown:

@@ -22,7 +22,7 @@ CACHE = "class_counts.json"
 
 
 def class_counts_of(
-    dataset, num_classes: int, ignore_index: int = 255, folder=None, workers: int | None = None
+    dataset, num_classes: int, ignore_index: int = 255, folder=None, workers: int | None = None, accept=None
 ) -> dict:
     """:func:`count_pixels` for a run: the main process counts, all get the result, and ``folder`` keeps it.
 
@@ -31,14 +31,15 @@ def class_counts_of(
     Args:
         dataset, num_classes, ignore_index, workers: :func:`count_pixels`'s.
         folder: where ``class_counts.json`` lies or is written; it is used again only for the same data.
+        accept: called with the K counts; what it refuses is not kept.
 
     Returns:
         :func:`count_pixels`'s record.
 
     Raises:
-        InputError: :func:`count_pixels`'s, in all processes.
+        InputError: :func:`count_pixels`'s or ``accept``'s, in all processes.
     """
-    return on_main_process(_kept_or_counted, dataset, num_classes, ignore_index, folder, workers)
+    return on_main_process(_kept_or_counted, dataset, num_classes, ignore_index, folder, workers, accept)
 
 
 def on_main_process(function, *args):
@@ -55,10 +56,12 @@ def on_main_process(function, *args):
     return outcome[0]
 
 
-def _kept_or_counted(dataset, num_classes, ignore_index, folder, workers):
+def _kept_or_counted(dataset, num_classes, ignore_index, folder, workers, accept):
     record = _kept(dataset, num_classes, ignore_index, folder)
     if record is None:
         record = count_pixels(dataset, num_classes, ignore_index, workers)
+        if accept is not None:
+            accept(record["train_counts"])
         if folder is not None:
             write_json(os.path.join(folder, CACHE), record)
     return record

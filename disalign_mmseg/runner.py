@@ -42,8 +42,9 @@ class DisAlignRunner(Runner):
     def build_dataloader(dataloader, seed=None, diff_rank_seed=False):
         """mmengine's, over a dataset whose broken files and wrong labels are said in one sentence."""
         if isinstance(dataloader, dict):
-            dataset = build_dataset(dataloader["dataset"])
-            if classes := dataset.metainfo.get("classes"):
+            dataset = dataloader["dataset"]
+            dataset = build_dataset(dataset) if isinstance(dataset, dict) else dataset
+            if classes := getattr(dataset, "metainfo", {}).get("classes"):
                 guard(dataset, len(classes), getattr(dataset, "ignore_index", 255))
             dataloader = dict(dataloader, dataset=dataset)
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)

@@ -56,6 +56,14 @@ class DisAlignEncoderDecoder(FrozenSegmentor, EncoderDecoder):
 class DisAlignCascadeEncoderDecoder(FrozenSegmentor, CascadeEncoderDecoder):
     """``CascadeEncoderDecoder`` as stage two of its last head; the earlier heads are stage one's, without a loss."""
 
+    def __init__(self, *args, decode_head, **options) -> None:
+        if not isinstance(decode_head, (list, tuple)):
+            raise InputError(
+                "expected decode_head as the list of all heads, got one; restate the list in the config, with DisAlign "
+                "before the type of its last"
+            )
+        super().__init__(*args, decode_head=decode_head, **options)
+
     @property
     def _last_head(self) -> str:
         return f"decode_head.{self.num_stages - 1}"

@@ -5,7 +5,10 @@
 stage_two = dict(
     custom_imports=dict(imports=["disalign_mmseg"], allow_failed_imports=False),
     runner_type="DisAlignRunner",
-    # All weights come from stage one: --cfg-options load_from=FILE.
+    # All weights come from stage one: --cfg-options load_from=FILE. Stage one's own start is not stage two's.
+    load_from=None,
+    resume=False,
+    work_dir=None,
     model=dict(
         type="DisAlignEncoderDecoder",
         pretrained=None,
@@ -31,6 +34,7 @@ stage_two = dict(
         paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)}),
     ),
     param_scheduler=[dict(type="PolyLR", power=0.9, eta_min=1e-4, begin=0, end=4000, by_epoch=False)],
+    log_processor=dict(by_epoch=False),
     # The learning rate follows the batch, whatever the number of GPUs.
     auto_scale_lr=dict(enable=True, base_batch_size=32),
     default_hooks=dict(

@@ -6,11 +6,10 @@ import re
 
 import pytest
 
-pytest.importorskip("mmseg.registry", reason="mmsegmentation is not installed")
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 import numpy as np
 import torch
-from annotated import CLASSES, dataset, put, write
 from mmcv.transforms import LoadAnnotations as BaseLoadAnnotations
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
@@ -20,6 +19,8 @@ from disalign import InputError, load_class_counts
 from disalign_mmseg import pixel_counts
 from disalign_mmseg.annotations import guard
 from disalign_mmseg.pixel_counts import CACHE, checksum, class_counts_of, count_pixels, on_main_process
+
+from .annotated import CLASSES, dataset, put, write
 
 K = len(CLASSES)
 LABELS = (0, 1, 1, 1, 3, 255)  # never 2

@@ -378,7 +378,9 @@ def test_with_augmentation_both_stages_are_augmented(tmp_path):
     toy = Toy()
     runner = run_of(tmp_path, SegTTAModel(toy), flipped=True)
     runner.test()
-    results = written(tmp_path, "test")
+    results = written(tmp_path, "test_tta")
+    assert results["tta"] is True
+    assert written(tmp_path, "test") is None
     for calibrated, stage in ((True, results), (False, results["stage_one"])):
         assert stage["figures"] == pytest.approx(by_hand(toy, calibrated, flipped=True))
     assert by_hand(toy, True, flipped=True) != by_hand(toy, True)

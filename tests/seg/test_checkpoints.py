@@ -7,9 +7,10 @@ import pytest
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 import torch
-from runs import CALIBRATION, load, train
 
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
+
+from .runs import CALIBRATION, load, train
 
 NO_VALIDATION = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
 

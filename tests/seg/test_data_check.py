@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mmseg.registry", reason="mmsegmentation is not installed")
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 import numpy as np
-from annotated import CLASSES, PIPELINE, config, dataset, put, write
 from mmengine.dataset import Compose, ConcatDataset, RepeatDataset
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -19,6 +18,8 @@ from disalign.cli import sentence_of
 from disalign_mmseg import check
 from disalign_mmseg.annotations import Guarded, guard
 from disalign_mmseg.data_check import build_dataset, check_dataset, dataset_problems
+
+from .annotated import CLASSES, PIPELINE, config, dataset, put, write
 
 K = len(CLASSES)
 AUGMENTED = (
@@ -401,6 +402,11 @@ def test_a_cascades_last_head_counts(written, tmp_path):
     assert check.main([str(cascade)]) == 0
 
 
+def test_other_sets_than_the_training_set_may_be_missing(written, capsys):
+    assert check.main([written, "--cfg-options", "val_dataloader=None", "test_dataloader=None"]) == 0
+    assert "val_dataloader: none\ntest_dataloader: none\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -408,7 +414,7 @@ def test_a_cascades_last_head_counts(written, tmp_path):
         (["--counts", "counts.txt"], "expected the name of a .json file as --counts, got 'counts.txt'"),
         (["--cfg-options", "nonsense.key=1"], "expected --cfg-options of keys that the config has, got nonsense"),
         (["--cfg-options", "model.decode_head=None"], "expected a config that can be built"),
-        (["--cfg-options", "val_dataloader=None"], "expected whole data, but 1 of its sets"),
+        (["--cfg-options", "train_dataloader=None"], "expected whole data, but 1 of its sets"),
     ],
 )
 def test_refused_arguments(written, capsys, options, sentence):

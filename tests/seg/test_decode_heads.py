@@ -192,6 +192,13 @@ def test_a_loss_that_ignores_another_label_is_refused():
         head.loss([torch.randn(1, 6, 8, 8)], [sample_of(torch.zeros(8, 8, dtype=torch.long))], {})
 
 
+def test_a_list_of_one_loss_is_that_loss():
+    ours = dict(type="GRWCrossEntropyLoss", class_counts=[5, 4, 3, 2, 1], sampled_pixels=7)
+    assert fcn(loss_decode=[ours]).loss_decode.sampled_pixels == 7
+    with pytest.raises(InputError, match="expected GRWCrossEntropyLoss alone in loss_decode, got GRWCross"):
+        fcn(loss_decode=[ours, dict(type="DiceLoss")])
+
+
 def test_options_of_the_calibration():
     head = fcn(calibration=dict(confidence="one", margin=False))
     assert [name for name, _ in head.calibration.named_parameters()] == ["magnitude"]

@@ -17,7 +17,7 @@ def unformatted():
 @pytest.fixture(scope="session")
 def ade(tmp_path_factory):
     """The folder of a generated set of 150 classes."""
-    from runs import make_ade
+    from .runs import make_ade
 
     folder = tmp_path_factory.mktemp("ade") / "data"
     make_ade(folder)
@@ -27,7 +27,7 @@ def ade(tmp_path_factory):
 @pytest.fixture(scope="session")
 def configs(ade, tmp_path_factory):
     """Configs over it, see :func:`runs.write_configs`."""
-    from runs import write_configs
+    from .runs import write_configs
 
     return write_configs(tmp_path_factory.mktemp("configs"), ade)
 
@@ -35,7 +35,7 @@ def configs(ade, tmp_path_factory):
 @pytest.fixture(scope="session")
 def stage_one(configs, tmp_path_factory):
     """The checkpoint of a short stage one, as stock MMEngine saves it."""
-    from runs import train
+    from .runs import train
 
     folder = tmp_path_factory.mktemp("stage_one")
     assert train(configs.one, folder) == 0
@@ -45,7 +45,7 @@ def stage_one(configs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def stage_two(configs, stage_one, tmp_path_factory):
     """The checkpoint of a short stage two, validated twice on its way."""
-    from runs import train
+    from .runs import train
 
     folder = tmp_path_factory.mktemp("stage_two")
     assert train(configs.two, folder, f"load_from={stage_one}") == 0

@@ -9,10 +9,11 @@ import torch
 from mmengine.config import ConfigDict
 from mmseg.registry import MODELS
 from torch.nn.parallel import DistributedDataParallel
-from toy_models import COUNTS, FCN, OCR, samples, stage_one, stage_two, stage_two_config
 
 import disalign_mmseg  # noqa: F401
 from disalign import InputError, load_stage_one
+
+from .toy_models import COUNTS, FCN, OCR, samples, stage_one, stage_two, stage_two_config
 
 KINDS = pytest.mark.parametrize("config", [FCN, OCR], ids=["FCN", "OCR"])
 HEADS = {"EncoderDecoder": "decode_head", "CascadeEncoderDecoder": "decode_head.1"}
@@ -106,6 +107,19 @@ def test_a_stock_head_is_refused():
         InputError, match="expected a decode head with a calibration, got FCNHead; set its type to DisAlign"
     ):
         MODELS.build(ConfigDict(config))
+
+
+def test_a_cascade_wants_the_list_of_its_heads():
+    config = stage_two_config(OCR)
+    config["decode_head"] = config["decode_head"][-1]
+    with pytest.raises(InputError, match="expected decode_head as the list of all heads, got one; restate the list"):
+        MODELS.build(ConfigDict(config))
+
+
+def test_a_loss_can_be_computed_without_gradients():
+    _, model, _ = handed_over(FCN)
+    with torch.no_grad():
+        assert model.loss(*batch())["decode.loss_grw"] > 0
 
 
 def test_it_runs_under_ddp(process_group):

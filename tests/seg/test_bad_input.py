@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from core.malicious import Malicious
 from PIL import Image
-from runs import left_behind, load, quick, train
 
 import disalign_mmseg.hooks
 from disalign_mmseg import test as test_command
 from disalign_mmseg import train as train_command
+
+from .runs import left_behind, load, quick, train
 
 COMMANDS = {"train": train_command.main, "test": test_command.main}
 

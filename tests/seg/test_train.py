@@ -18,12 +18,13 @@ import torch
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATASETS, MODELS
 from PIL import Image
-from runs import CALIBRATION, evaluate, load, log, train
 
 import disalign_mmengine.hooks
 from disalign import load_class_counts
 from disalign.freezing import fingerprints
 from disalign_mmengine.cli import load_config
+
+from .runs import CALIBRATION, evaluate, load, log, train
 
 LAST = "iter_4.pth"
 MAGNITUDE, MARGIN = "decode_head.calibration.magnitude", "decode_head.calibration.margin"
@@ -138,15 +139,20 @@ def test_mim_train_does_what_our_command_does(configs, stage_one, stage_two, tmp
 @pytest.mark.parametrize("flags", [[], ["--tta"]], ids=["plain", "tta"])
 def test_mim_test_does_what_our_command_does(flags, configs, stage_two, tmp_path):
     theirs, ours = tmp_path / "mim", tmp_path / "ours"
-    done = mim("test", "mmseg", configs.two, "-C", stage_two, "--work-dir", theirs, *flags)
+    png = tmp_path / "png"
+    done = mim("test", "mmseg", configs.two, "-C", stage_two, "--work-dir", theirs, "--out", png, *flags)
     assert done.returncode == 0, done.stdout
+    assert len(list(png.iterdir())) == 8
     assert evaluate(configs.two, stage_two, ours, flags=flags) == 0
-    assert report(theirs, "test") == report(ours, "test")
+    split = "test_tta" if flags else "test"
+    assert report(theirs, split) == report(ours, split)
+    assert report(ours, split)["tta"] is bool(flags)
 
 
 def test_testing_repeats_the_last_validation(configs, stage_two, tmp_path):
     assert evaluate(configs.two, stage_two, tmp_path) == 0
-    assert report(tmp_path, "test") == report(stage_two.parent) | {"split": "test"}
+    expected = report(stage_two.parent) | {"split": "test", "checkpoint": str(stage_two)}
+    assert report(tmp_path, "test") == expected
 
 
 def test_test_time_augmentation_evaluates_the_checkpoints_calibration(configs, stage_two, tmp_path, monkeypatch):
@@ -161,7 +167,7 @@ def test_test_time_augmentation_evaluates_the_checkpoints_calibration(configs, s
     assert evaluate(configs.two, stage_two, tmp_path, flags=["--tta"]) == 0
     assert seen["type"] == "SegTTAModel"
     assert same(dict(seen["state_dict"]), dict(load(stage_two)["state_dict"]))
-    views, plain = report(tmp_path, "test"), report(stage_two.parent)
+    views, plain = report(tmp_path, "test_tta"), report(stage_two.parent)
     # Both stages see the views; neither is the plain test's.
     assert views["per_class"] != views["stage_one"]["per_class"]
     assert views["per_class"] != plain["per_class"]
@@ -341,7 +347,7 @@ def test_counts_of_the_dataset_reach_the_loss_the_metric_and_the_checkpoint(conf
     options = [*options[1:], "train_dataloader=None", "train_cfg=None", "optim_wrapper=None"]
     options += ["param_scheduler=None", "auto_scale_lr=None"]
     assert evaluate(configs.two, tmp_path / "iter_2.pth", tmp_path / "test", *options) == 0
-    assert report(tmp_path / "test", "test") == results | {"split": "test"}
+    assert report(tmp_path / "test", "test") == results | {"split": "test", "checkpoint": str(tmp_path / "iter_2.pth")}
 
 
 # -------------------------------------------------------------------------------------- losses of the segmentor

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from disalign.cli import find_config
 from disalign_mmseg.bases import disalign_config, mmseg_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "mmseg"
+README = Path(__file__).parents[2] / "README.md"
 STOCK = Path(mmseg.__path__[0], ".mim", "configs")
 ADE20K = sorted(str(path.relative_to(FOLDER)) for path in (FOLDER / "ade20k").glob("*.py"))
 
@@ -380,6 +382,34 @@ def test_stage_two_lies_over_any_config_of_ones_own(tmp_path):
     assert "stage_two" not in cfg
 
 
+def test_stage_ones_own_start_is_not_stage_twos(tmp_path):
+    start = 'load_from = "pretrained.pth"\nresume = True\nwork_dir = "one"\nlog_processor = dict(by_epoch=True)\n'
+    (tmp_path / "own.py").write_text(OWN + start)
+    (tmp_path / "two.py").write_text(
+        f'_base_ = ["own.py", r"{FOLDER / "_base_" / "disalign_4k.py"}"]\n_base_.merge(_base_.pop("stage_two"))\n'
+    )
+    cfg = Config.fromfile(tmp_path / "two.py")
+    assert (cfg.load_from, cfg.resume, cfg.work_dir) == (None, False, None)
+    assert cfg.log_processor.by_epoch is False
+
+
+def test_the_readmes_recipe_for_heads_in_a_row_builds(tmp_path):
+    (recipe,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+        if "DisAlignCascadeEncoderDecoder" in block
+    )
+    (tmp_path / "two.py").write_text(textwrap.dedent(recipe))
+    cfg = Config.fromfile(tmp_path / "two.py")
+    assert "heads" not in cfg
+    model = MODELS.build(cfg.model)
+    assert type(model.decode_head[0]).__name__ == "FCNHead"
+    assert type(model.calibrated_head).__name__ == "DisAlignOCRHead"
+    assert model.freeze_report.num_trainable == 2 * 150 + model.calibrated_head.conv_seg.in_channels + 1
+    loss = model.calibrated_head.loss_decode
+    assert (loss.rho, loss.reduction, loss.avg_non_ignore, len(loss.class_counts)) == (0.2, "mean", False, 150)
+
+
 def test_mmsegmentations_configs_are_found():
     assert Path(mmseg_config("fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py")).samefile(
         STOCK / "fcn" / "fcn_r50-d8_4xb4-160k_ade20k-512x512.py"
@@ -404,5 +434,5 @@ def test_the_place_of_mmsegmentations_configs_is_said_once():
 
 def test_our_bases_are_found_from_anywhere():
     assert Path(disalign_config("_base_/disalign_4k.py")).samefile(FOLDER / "_base_" / "disalign_4k.py")
-    with pytest.raises(InputError, match="expected 'none.py' among the shipped configs, but"):
+    with pytest.raises(InputError, match=r"expected 'none\.py' among the shipped configs, but"):
         disalign_config("none.py")
