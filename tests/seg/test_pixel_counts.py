@@ -195,6 +195,16 @@ def counted(monkeypatch):
     return calls
 
 
+@pytest.mark.usefixtures("masks")
+def test_counts_that_are_refused_are_not_kept(tmp_path):
+    def refuse(counts):
+        raise InputError(f"expected a pixel of every class, got {counts}")
+
+    with pytest.raises(InputError, match="expected a pixel of every class"):
+        class_counts_of(dataset(tmp_path), K, folder=tmp_path / "run", accept=refuse)
+    assert not (tmp_path / "run").exists()
+
+
 def test_counts_are_kept_and_used_again(masks, tmp_path, counted):
     run = tmp_path / "run"
     first = class_counts_of(dataset(tmp_path), K, folder=run)
