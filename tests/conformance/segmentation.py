@@ -2,6 +2,7 @@
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -40,7 +41,8 @@ def segmentor(head, calibrated):
     if calibrated:
         stage, loss = "DisAlign", dict(type="GRWCrossEntropyLoss")
         head = dict(head, type=f"DisAlign{head['type']}", loss_decode=loss)
-    return MODELS.build(ConfigDict(type=f"{stage}EncoderDecoder", backbone=BACKBONE, decode_head=head))
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return MODELS.build(ConfigDict(type=f"{stage}EncoderDecoder", backbone=BACKBONE, decode_head=head))
 
 
 def scores(model, images):

@@ -5,7 +5,7 @@ from mmseg.registry import DATASETS
 from mmseg.utils import register_all_modules
 from PIL import Image
 
-register_all_modules(init_default_scope=True)
+register_all_modules(init_default_scope=False)
 
 CLASSES = ("sky", "road", "car", "bird")
 PIPELINE = (dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs"))

@@ -14,6 +14,18 @@ def unformatted():
         yield
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    """Names are looked up as within a segmentation run, whatever ran before in this process."""
+    if find_spec("mmseg") is None:
+        yield
+        return
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def ade(tmp_path_factory):
     """The folder of a generated set of 150 classes."""

@@ -19,7 +19,6 @@ import yaml
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.optim import PolyLR, build_optim_wrapper
-from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, METRICS, MODELS
 from PIL import Image
 
@@ -57,13 +56,6 @@ CHANGED = {
     *("default_hooks.checkpoint.interval", "default_hooks.checkpoint.max_keep_ckpts"),
     *(f"default_hooks.{name}" for name in ("plain_checkpoint", "class_counts", "frozen", "confidence", "comparison")),
 }
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """As within a Runner of these configs."""
-    with DefaultScope.overwrite_default_scope("mmseg"):
-        yield
 
 
 @cache
