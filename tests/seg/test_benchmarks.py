@@ -14,26 +14,26 @@ STOCK = "fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def segmentation_step(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module("segmentation_step")
 
 
 @pytest.fixture
-def cfg(benchmark):
-    cfg = benchmark.settings(argparse.Namespace(config=STOCK, crop=[32, 32], classes=5))
+def cfg(segmentation_step):
+    cfg = segmentation_step.settings(argparse.Namespace(config=STOCK, crop=[32, 32], classes=5))
     cfg.backbone.update(depth=18, base_channels=8, stem_channels=8)
     cfg.decode_head.update(in_channels=64, channels=8)
     cfg.auxiliary_head.update(in_channels=32, channels=8)
     return cfg
 
 
-def test_each_step_computes_the_losses_that_it_says(benchmark, cfg):
-    batch = benchmark.inputs(cfg, 2)
+def test_each_step_computes_the_losses_that_it_says(segmentation_step, cfg):
+    batch = segmentation_step.inputs(cfg, 2)
     logged, trained = {}, {}
-    for name in benchmark.STEPS:
-        model, optimizer = benchmark.build(name, cfg, 50)
-        logged[name] = benchmark.step(model, optimizer, batch)[1]
+    for name in segmentation_step.STEPS:
+        model, optimizer = segmentation_step.build(name, cfg, 50)
+        logged[name] = segmentation_step.step(model, optimizer, batch)[1]
         trained[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     both = {"decode.loss_ce", "decode.acc_seg", "aux.loss_ce", "aux.acc_seg"}
     assert both <= set(logged["full"])
@@ -47,11 +47,13 @@ def test_each_step_computes_the_losses_that_it_says(benchmark, cfg):
     assert [trained[name] for name in ("official", "plain", "exact", "sampled")] == [calibration] * 4
 
 
-def test_the_table_has_a_row_for_each_step(benchmark, monkeypatch, capsys):
-    names = dict.fromkeys(benchmark.STEPS)
+def test_the_table_has_a_row_for_each_step(segmentation_step, monkeypatch, capsys):
+    names = dict.fromkeys(segmentation_step.STEPS)
     monkeypatch.setattr(
-        benchmark, "measure", lambda *_: (dict.fromkeys(names, 100.0), {name: [1.0, 2.0, 3.0] for name in names})
+        segmentation_step,
+        "measure",
+        lambda *_: (dict.fromkeys(names, 100.0), {name: [1.0, 2.0, 3.0] for name in names}),
     )
-    assert benchmark.main(["--crop", "32", "32", "--classes", "5"]) == 0
+    assert segmentation_step.main(["--crop", "32", "32", "--classes", "5"]) == 0
     rows = re.findall(r"^\| .* \| 2\.000 \| 1\.00 \(1\.00-1\.00\) \| 100 \| 1\.00 \|$", capsys.readouterr().out, re.M)
     assert len(rows) == len(names)

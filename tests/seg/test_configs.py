@@ -374,6 +374,26 @@ def test_stage_two_lies_over_any_config_of_ones_own(tmp_path):
     assert "stage_two" not in cfg
 
 
+CAMVID = sorted(str(path.relative_to(FOLDER)) for path in (FOLDER / "camvid").glob("*.py"))
+
+
+def test_camvid_has_both_stages_of_one_model():
+    one, two = CAMVID
+    shapes = [{key: value.shape for key, value in model(name).state_dict().items()} for name in CAMVID]
+    added = {key for key in shapes[1] if key.startswith("decode_head.calibration.")}
+    assert {key: shape for key, shape in shapes[1].items() if key not in added} == shapes[0]
+    assert len(added) == 4
+    assert [type(model(name)).__name__ for name in CAMVID] == ["EncoderDecoder", "DisAlignEncoderDecoder"]
+    for name in CAMVID:
+        assert f"mim train mmseg configs/mmseg/{name}" in header(name)
+        assert f"python -m disalign_mmseg.train mmseg/{name}" in header(name)
+        assert METRICS.build(config(name).test_evaluator).groups == dict(head=0.05, tail=0.01)
+        assert config(name).param_scheduler[-1].end == config(name).train_cfg.max_iters
+    assert config(one).train_dataloader == config(two).train_dataloader
+    assert (config(two).model.decode_head.loss_decode.rho, config(two).optim_wrapper.optimizer.lr) == (0.5, 0.1)
+    assert f"iter_{config(one).train_cfg.max_iters}.pth" in header(two)
+
+
 def test_stage_ones_own_start_is_not_stage_twos(tmp_path):
     start = 'load_from = "pretrained.pth"\nresume = True\nwork_dir = "one"\nlog_processor = dict(by_epoch=True)\n'
     (tmp_path / "own.py").write_text(OWN + start)
