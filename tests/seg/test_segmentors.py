@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 import torch
 from mmengine.config import ConfigDict
+from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,6 +74,15 @@ def test_only_the_calibration_trains(config):
     after = dict([*model.named_parameters(), *model.named_buffers()])
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(trainable)
+
+
+@KINDS
+def test_the_optimizer_sees_the_calibration_alone(config):
+    model = stage_two(config)
+    options = dict(optimizer=dict(type="SGD", lr=0.1), constructor="CalibrationOptimWrapperConstructor")
+    groups = build_optim_wrapper(model, options).optimizer.param_groups
+    seen = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(seen) == sorted(id(parameter) for parameter in model.calibrated_head.calibration.parameters())
 
 
 @KINDS
