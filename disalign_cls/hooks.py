@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 from disalign import InputError, load_class_counts, load_file, load_stage_one
 from disalign.checkpoints import require_tensors, state_dict_of, write_json
 from disalign.errors import some
+from disalign_mmengine.checkpoints import metadata
 from disalign_mmengine.hooks import FrozenHook, unwrapped
 
 from .classifiers import DisAlignClassifier
@@ -71,7 +72,7 @@ class ClassCountsHook(Hook):
                 )
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
-        meta = _meta(checkpoint)
+        meta = metadata(checkpoint)
         counts = (meta.get("disalign") or {}).get("class_counts")
         if counts is not None:
             unwrapped(runner.model).set_class_counts(load_class_counts(counts))
@@ -121,7 +122,7 @@ class StageOneHook(FrozenHook):
             )
         if not stage_one:
             raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")
-        meta = _meta(load_file(stage_one))
+        meta = metadata(load_file(stage_one))
         theirs, ours = (meta.get("dataset_meta") or {}), runner.train_dataloader.dataset
         if theirs.get("classes") and ours.metainfo["classes"] and theirs["classes"] != ours.metainfo["classes"]:
             raise InputError(
@@ -166,10 +167,6 @@ class ResultsHook(Hook):
             report = getattr(metric, "report", None)
             if report:
                 write_json(os.path.join(runner.work_dir, f"results_{report['split']}.json"), report)
-
-
-def _meta(checkpoint) -> dict:
-    return (checkpoint.get("meta") or {}) if isinstance(checkpoint, dict) else {}
 
 
 def _sha256(path: str) -> str:

@@ -32,7 +32,7 @@ class KeyValue(DictAction):
 def parser(doc: str, **names: str) -> argparse.ArgumentParser:
     """The arguments that all commands have; ``names`` are further positional ones with their help."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("config", help="a config file, or the name of a shipped one below configs/ ")
+    result.add_argument("config", help="a config file, or the name of a shipped one below configs/")
     for name, text in names.items():
         result.add_argument(name, help=text)
     result.add_argument("--cfg-options", nargs="+", action=KeyValue, default={}, help="KEY=VALUE, over the config's")

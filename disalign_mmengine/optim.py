@@ -1,11 +1,12 @@
 """The optimizer sees what trains, and nothing else."""
 
-from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from disalign import AdaptiveCalibration
+
+from .hooks import unwrapped
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -16,7 +17,7 @@ class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def __call__(self, model: nn.Module):
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(model)
         for module in model.modules():
             if isinstance(module, AdaptiveCalibration) and any(one.requires_grad for one in module.parameters()):
                 model = nn.ModuleDict({"calibration": module})
