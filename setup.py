@@ -16,7 +16,9 @@ MMSEG = ["onedl-mmengine>=0.10.10", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=
 # Beside detectron2 itself, which is on no registry. fvcore: configs with several bases. setuptools: detectron2's model
 # zoo imports pkg_resources, which 82 removed.
 D2 = ["faster-coco-eval>=1.8", "lvis>=0.5.3", "fvcore>=0.1.5.post20221221", "setuptools>=80,<82"]
-TEST = [*CLS, *MMSEG, "pytest>=8"]
+# For disalign_cls.export to ONNX, and to check what it wrote.
+EXPORT = ["onnx>=1.18", "onnxscript>=0.4", "onnxruntime>=1.20"]
+TEST = [*CLS, *MMSEG, *EXPORT, "pytest>=8"]
 
 setup(
     name="disalign",
@@ -43,7 +45,8 @@ setup(
         "cls": CLS,
         "mmseg": MMSEG,
         "d2": D2,
+        "export": EXPORT,
         "test": TEST,
-        "all": sorted({*CLS, *MMSEG, *D2, *TEST}),
+        "all": sorted({*CLS, *MMSEG, *D2, *EXPORT, *TEST}),
     },
 )

@@ -25,18 +25,31 @@ _REFUSED = "re-save it with torch.save(model.state_dict(), ...), or convert it, 
 
 @contextmanager
 def atomic_file(path, mode: str = "wb"):
-    """Open a file that appears under ``path`` only once it is whole: written beside it, then renamed."""
+    """Open a file that appears under ``path`` only once it is whole: written beside it, then renamed.
+
+    Raises:
+        InputError: it can't be written (no such place, read-only, disk full); what was at ``path`` is still there.
+    """
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    temporary = None
     try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
         with os.fdopen(descriptor, mode) as file:
             yield file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        # torch.save wraps it in a RuntimeError.
+        reason = error.__context__ if type(error) is RuntimeError else error
+        if isinstance(reason, OSError):
+            raise InputError(
+                f"expected a place to write {path!r}, but: {reason.strerror or first_line(reason)}; free it, or give "
+                "another"
+            ) from error
         raise
 
 

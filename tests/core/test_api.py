@@ -43,7 +43,7 @@ IMPORTS = """
 import json, sys
 import numpy, torch
 before = set(sys.modules)
-import disalign
+from disalign import *
 print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
 """
 
@@ -61,6 +61,18 @@ def imported():
 def test_importing_disalign_imports_no_framework(imported, framework):
     before, added = imported
     assert framework not in before | added
+
+
+def test_importing_disalign_imports_not_even_torch():
+    # so that disalign.doctor can say what is wrong with it
+    lone = "import sys, disalign; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": str(Path(disalign.__file__).parents[1])}
+    assert subprocess.check_output([sys.executable, "-c", lone], env=environment, text=True) == "[]\n"
+
+
+def test_a_name_that_is_none_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'disalign' has no attribute 'calibrated'"):
+        _ = disalign.calibrated
 
 
 def test_importing_disalign_adds_only_torch_numpy_and_the_standard_library(imported):

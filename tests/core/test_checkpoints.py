@@ -4,6 +4,8 @@ import collections
 import json
 import os
 import pickle
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -383,7 +385,7 @@ def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_pa
     assert (tmp_path / "result.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, error):
     path = tmp_path / "result.bin"
     path.write_bytes(b"old")
@@ -397,6 +399,39 @@ def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, error
         write()
     assert os.listdir(tmp_path) == ["result.bin"]
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "write", [lambda file: file.write(bytes(10**6)), lambda file: torch.save(torch.rand(10**6), file)]
+)
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, write):
+    path = tmp_path / "result.bin"
+    path.write_bytes(b"old")
+
+    def fill():
+        with atomic_file(path) as file:
+            write(file)
+
+    # A limit on the size of files is as near to a full disk as a test gets.
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"^expected a place to write '.*result\.bin', but: File too large; "):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["result.bin"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_place_that_is_none_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(InputError, match=r"^expected a place to write '.*result\.json', but: File exists; "):
+        write_json(tmp_path / "file" / "result.json", {})
+    with pytest.raises(InputError, match=r"^expected a place to write '.*', but: Is a directory; "):
+        write_json(tmp_path, {})
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_file_appears_only_once_it_is_whole(tmp_path):

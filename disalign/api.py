@@ -1,0 +1,48 @@
+"""The public names of ``disalign``, each from the module that holds it."""
+
+from .checkpoints import HandOver, load_file, load_stage_one
+from .counts import load_class_counts
+from .errors import InputError
+from .freezing import FreezeReport, assert_frozen, freeze_except
+from .functional import calibrate, generalized_reweight, grw_cross_entropy
+from .losses import GRWCrossEntropyLoss
+from .modules import (
+    CALIBRATED,
+    AdaptiveCalibration,
+    Calibrated,
+    CalibratedCosineClassifier,
+    CalibratedLinear,
+    CosineClassifier,
+    at_identity,
+    calibrate_classifier,
+    wrap_classifier,
+)
+from .splits import frequent_common_rare, group_means, head_body_tail, many_medium_few
+
+__all__ = [
+    "CALIBRATED",
+    "AdaptiveCalibration",
+    "Calibrated",
+    "CalibratedCosineClassifier",
+    "CalibratedLinear",
+    "CosineClassifier",
+    "FreezeReport",
+    "GRWCrossEntropyLoss",
+    "HandOver",
+    "InputError",
+    "assert_frozen",
+    "at_identity",
+    "calibrate",
+    "calibrate_classifier",
+    "freeze_except",
+    "frequent_common_rare",
+    "generalized_reweight",
+    "group_means",
+    "grw_cross_entropy",
+    "head_body_tail",
+    "load_class_counts",
+    "load_file",
+    "load_stage_one",
+    "many_medium_few",
+    "wrap_classifier",
+]
