@@ -16,9 +16,10 @@ MMSEG = ["onedl-mmengine>=0.10.10", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=
 # Beside detectron2 itself, which is on no registry. fvcore: configs with several bases. setuptools: detectron2's model
 # zoo imports pkg_resources, which 82 removed.
 D2 = ["faster-coco-eval>=1.8", "lvis>=0.5.3", "fvcore>=0.1.5.post20221221", "setuptools>=80,<82"]
+TOOLS = ["pillow>=10", "tqdm>=4.60"]  # to count classes
 # For disalign_cls.export to ONNX, and to check what it wrote.
 EXPORT = ["onnx>=1.18", "onnxscript>=0.4", "onnxruntime>=1.20"]
-TEST = [*CLS, *MMSEG, *EXPORT, "pytest>=8"]
+TEST = [*CLS, *MMSEG, *TOOLS, *EXPORT, "pytest>=8"]
 
 setup(
     name="disalign",
@@ -45,8 +46,9 @@ setup(
         "cls": CLS,
         "mmseg": MMSEG,
         "d2": D2,
+        "tools": TOOLS,
         "export": EXPORT,
         "test": TEST,
-        "all": sorted({*CLS, *MMSEG, *D2, *EXPORT, *TEST}),
+        "all": sorted({*CLS, *MMSEG, *D2, *TEST}),
     },
 )

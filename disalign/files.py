@@ -1,8 +1,10 @@
-"""Reading files, and finding those that are missing."""
+"""Reading files, finding those that are missing, and places to write that are none."""
 
+import errno
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 
 from .errors import InputError
 
@@ -38,3 +40,40 @@ def missing_files(paths: Sequence[str]) -> list[str]:
         if name not in folders[folder]:
             absent.append(path)
     return absent
+
+
+def require_folder(path) -> None:
+    """Refuse, before the work, a folder that its results could not be written to. Nothing is made, nothing left.
+
+    Raises:
+        InputError: a file stands there or above, it is read-only, or the disk is full.
+    """
+    _require_room(os.fspath(path), os.path.abspath(path))
+
+
+def _require_room(path, place):
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:
+        if not os.path.isdir(place):
+            raise OSError(errno.ENOTDIR, f"{place!r} is not a folder")
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))  # a full disk still takes a file without content
+    except OSError as error:
+        raise InputError(
+            f"expected a place to write {path!r}, but: {error.strerror or error}; free it, or give another"
+        ) from None
+
+
+def require_place(path, reads: Iterable = (), option: str = "--out") -> None:
+    """Refuse, before the work, a file that its result could not be written to, or that the work itself reads.
+
+    Raises:
+        InputError: see :func:`require_folder`; or a folder, or one of ``reads``, in the place of the file.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise InputError(f"expected the name of a file as {option}, got the folder {path!r}; add a name")
+    if os.path.realpath(path) in map(os.path.realpath, reads):
+        raise InputError(f"expected a file of its own as {option}, got {path!r}, which is read; name another")
+    _require_room(path, os.path.dirname(os.path.abspath(path)))

@@ -90,7 +90,8 @@ class DisAlignClassifier(ImageClassifier):
 
     Args:
         calibration: options of :class:`disalign.AdaptiveCalibration`.
-        loss: options of :class:`disalign.GRWCrossEntropyLoss`; the class counts come from the training set.
+        loss: options of :class:`disalign.GRWCrossEntropyLoss`; the class counts come from the training set. Those given
+            here must be the same.
         options: :class:`ImageClassifier`'s.
     """
 
@@ -100,10 +101,18 @@ class DisAlignClassifier(ImageClassifier):
         super().__init__(*args, **options)
         calibrate_classifier(self.classifier, **(calibration or {}))
         self.loss = GRWCrossEntropyLoss(**(loss or {}))
+        self._given_counts = self.loss.class_counts
         self.freeze_report = freeze_except(self, self.trained)
 
     def set_class_counts(self, class_counts: Tensor) -> None:
         super().set_class_counts(class_counts)
+        given = self._given_counts
+        if given is not None and given.tolist() != class_counts.tolist():
+            raise InputError(
+                f"expected the counts of the training set ({int(class_counts.sum())} images of {len(class_counts)} "
+                f"classes) as model.loss.class_counts, got others ({int(given.sum())} of {len(given)}); leave it out, "
+                "and they are taken from there"
+            )
         self.loss.set_class_counts(class_counts)
 
     def metadata(self) -> dict:

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from disalign.annotations import image_files, read_list
 from disalign.errors import InputError, some
 from disalign.files import missing_files
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def build_transforms(steps: Sequence[dict]) -> v2.Compose:
@@ -123,35 +122,8 @@ class FileDataset(LongTailDataset):
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files of all formats
             raise InputError(f"expected a whole image at {path!r}, but: {error}; fetch the file again") from None
-
-
-def read_list(ann_file: str) -> tuple[list[str], list[int]]:
-    """The paths and labels of a ``path label`` list file, one image a line.
-
-    Raises:
-        InputError: a missing, empty or malformed file, with the first offending lines.
-    """
-    try:
-        with open(ann_file, encoding="utf-8") as file:
-            lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"expected a list file of 'path label' lines at {ann_file!r}, but: {error}") from None
-    # The label is the last word: paths may hold spaces.
-    split = [(number, line, line.rsplit(maxsplit=1)) for number, line in lines]
-    malformed = [
-        f"line {number}: {line[:60]!r}"
-        for number, line, words in split
-        if len(words) != 2 or not re.fullmatch(r"-?\d+", words[1])
-    ]
-    if malformed:
-        raise InputError(
-            f"expected 'path label' on every line of {ann_file!r}, but {len(malformed)} differ: {some(malformed, 3)}"
-        )
-    if not split:
-        raise InputError(f"expected 'path label' lines in {ann_file!r}, but it is empty")
-    return [words[0] for _, _, words in split], [int(words[1]) for _, _, words in split]
 
 
 @DATASETS.register_module()
@@ -204,11 +176,9 @@ class FolderDataset(FileDataset):
         if unknown:
             raise InputError(f"expected only folders named in classes in {data_root!r}, got {some(unknown)}")
         found = [
-            (os.path.join(folder, name), label)
+            (path, label)
             for label, class_name in enumerate(classes)
-            for folder, _, names in sorted(os.walk(os.path.join(data_root, class_name)))
-            for name in sorted(names)
-            if name.lower().endswith(IMAGE_SUFFIXES)
+            for path in image_files(os.path.join(data_root, class_name))
         ]
         paths, labels = zip(*found, strict=True) if found else ((), ())
         super().__init__(paths, labels, where=repr(data_root), classes=classes, **options)
@@ -233,7 +203,9 @@ class ArrayDataset(LongTailDataset):
                     options.setdefault("classes", [str(name) for name in arrays["class_names"]])
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             reason = str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]
-            raise InputError(f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}") from None
+            raise InputError(
+                f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}; make it again"
+            ) from None
         self._set_images(images, labels, where=repr(file))
         super().__init__(labels, split=split, where=repr(file), **options)
 

@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections import Counter
-from math import isfinite
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
@@ -11,16 +9,10 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
+from disalign.annotations import category_names, read_annotations
 from disalign.errors import InputError, first_line, some
-from disalign.files import read_json
 
 logger = logging.getLogger(__name__)
-
-_KEYS = {
-    "categories": ("id", "name"),
-    "images": ("id", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-}
 
 
 def register_from_config(cfg: CfgNode) -> None:
@@ -88,9 +80,8 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
         InputError: a missing or broken file, an entry without a needed key, ids that repeat, an annotation of an
             unknown category or image, or a box that is not four finite numbers.
     """
-    content = _read(json_file)
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    class_of = {category["id"]: index for index, category in enumerate(categories)}
+    content = read_annotations(json_file)
+    class_of = {category["id"]: index for index, category in enumerate(content["categories"])}
     records = {
         image["id"]: {
             "file_name": _path_of(image, json_file, image_root),
@@ -104,7 +95,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
         for image in sorted(content["images"], key=lambda image: image["id"])
     }
     left_out = 0
-    for annotation in _checked(content["annotations"], class_of, records, json_file):
+    for annotation in content["annotations"]:
         instance = {
             "bbox": annotation["bbox"],
             "bbox_mode": BoxMode.XYWH_ABS,
@@ -120,8 +111,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
     if left_out:
         logger.warning("Leaving out %d annotations of %s: no polygon has three points", left_out, json_file)
     if name is not None:
-        # The first synonym, where there is one, is what Detectron2 calls LVIS's classes.
-        classes = [(category.get("synonyms") or [category["name"]])[0] for category in categories]
+        classes = category_names(content["categories"])
         MetadataCatalog.get(name).set(thing_classes=classes, thing_dataset_id_to_contiguous_id=class_of)
     return list(records.values())
 
@@ -180,30 +170,6 @@ def unreadable(record: dict, error: Exception) -> InputError:
     )
 
 
-def _read(json_file):
-    content = read_json(json_file, "annotations")
-    for part, keys in _KEYS.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise InputError(
-                f"expected lists 'images', 'annotations' and 'categories' in {json_file!r}, got no {part!r}; is it in "
-                "LVIS or COCO format?"
-            )
-        for number, entry in enumerate(entries):
-            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if lacking or not isinstance(entry["id"], int):
-                raise InputError(
-                    f"expected {some(keys)} (ids whole numbers) in each of the {part} in {json_file!r}, got none or "
-                    f"another {some(lacking or ['id'])} in entry {number}"
-                )
-        repeated = [id_ for id_, times in Counter(entry["id"] for entry in entries).items() if times > 1]
-        if repeated:
-            raise InputError(f"expected each id once among the {part} in {json_file!r}, got {some(repeated)} again")
-    if not content["categories"] or not content["images"]:
-        raise InputError(f"expected images and categories in {json_file!r}, got none")
-    return content
-
-
 def _path_of(image, json_file, image_root):
     """LVIS v0.5 has a ``file_name`` of 2014, while its images lie where the ``coco_url`` says."""
     paths = [image["file_name"]] if image.get("file_name") else []
@@ -213,28 +179,6 @@ def _path_of(image, json_file, image_root):
         raise InputError(f"expected a file_name or coco_url of image {image['id']} in {json_file!r}, got neither")
     paths = [os.path.join(image_root, path) for path in paths]
     return next((path for path in paths if len(paths) > 1 and os.path.isfile(path)), paths[0])
-
-
-def _checked(annotations, class_of, records, json_file):
-    for key, known, what in (("category_id", class_of, "categories"), ("image_id", records, "images")):
-        wrong = [annotation for annotation in annotations if annotation[key] not in known]
-        if wrong:
-            named = some(f"{annotation[key]!r} of annotation {annotation['id']}" for annotation in wrong)
-            raise InputError(
-                f"expected only annotations of the {what} in {json_file!r}, but {len(wrong)} have another {key}: "
-                f"{named}; drop them or add to the {what}"
-            )
-    for annotation in annotations:
-        if not _is_box(annotation["bbox"]):
-            raise InputError(
-                f"expected boxes [x, y, width, height] in {json_file!r}, got {annotation['bbox']!r} in annotation "
-                f"{annotation['id']}"
-            )
-    return annotations
-
-
-def _is_box(box):
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and isfinite(x) for x in box)
 
 
 def _mask_of(annotation, json_file):

@@ -1,0 +1,237 @@
+"""Count training examples per class: python scripts/count_classes.py SOURCE [SOURCE ...] --out counts.json
+
+A SOURCE is a list file of 'path label' lines, a folder with one folder per class, an LVIS or COCO JSON, or a folder of
+label images (masks); several of one kind add up. The JSON is what load_class_counts and every config takes, with where
+it comes from: source, date (UTC), files, SHA-256.
+
+Files that can't be read stop the command (exit status 2), unless --skip-corrupt leaves them out. Classes without any
+example are counted as 0 and named: stage two refuses them by default.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from disalign.annotations import IMAGE_SUFFIXES, image_files
+from disalign.checkpoints import write_json
+from disalign.cli import command
+from disalign.errors import InputError, some
+from disalign.files import require_place
+from disalign.splits import frequent_common_rare, head_body_tail, many_medium_few
+
+from .count_files import MOST_CLASSES
+from .count_images import count_folders, count_lists
+from .count_instances import count_json
+from .count_pixels import count_masks
+
+#: Each kind of source: how it is counted, and the options beside ``num_classes`` that it has.
+KINDS = {
+    "list": (count_lists, ()),
+    "folder": (count_folders, ("workers", "verify", "skip_corrupt")),
+    "coco": (count_json, ()),
+    "masks": (count_masks, ("workers", "ignore_index", "reduce_zero_label", "suffix", "skip_corrupt")),
+}
+
+
+def main(argv=None) -> int:
+    """The exit status: 0, 2 for bad input, 130 for Ctrl-C; nothing is written but with 0."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
+
+
+@command
+def _main(argv):
+    args = _parser().parse_args(argv)
+    if args.out is not None:
+        _require_out(args.out, args.sources, args.force)
+    kind = args.kind or kind_of(args.sources)
+    record = count(args.sources, kind, args.num_classes, args.workers, **_options(args, kind))
+    if args.out is None:
+        print(json.dumps(record, indent=2))
+    else:
+        try:
+            write_json(args.out, record)
+        except OSError as error:
+            raise InputError(f"expected a place to write {args.out!r}, but: {error}") from None
+    say = sys.stderr if args.out is None else sys.stdout
+    print(f"{args.out or 'counted'}: {summary(record)}", file=say)
+    for warning in warnings(record):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a file or a folder")
+    parser.add_argument("--out", metavar="FILE.json", help="default: the screen")
+    parser.add_argument("--force", action="store_true", help="replace an existing --out")
+    parser.add_argument("--kind", choices=KINDS, help="of the sources; default: what their content looks like")
+    parser.add_argument("--num-classes", type=int, metavar="K", help="list, masks: default: the largest label + 1")
+    parser.add_argument("--workers", type=int, help="folder, masks: threads; default: one per CPU, 8 at most; 0: none")
+    parser.add_argument("--verify", action="store_true", default=None, help="folder: decode each image to its end")
+    parser.add_argument("--ignore-index", type=int, metavar="LABEL", help="masks: is left out; default: 255")
+    parser.add_argument(
+        "--reduce-zero-label",
+        action="store_true",
+        default=None,
+        help="masks: 0 is left out and 1, 2, ... are the classes 0, 1, ..., as in MMSegmentation's option",
+    )
+    parser.add_argument(
+        "--suffix", help="masks: the end of their names, MMSegmentation's seg_map_suffix; default: .png"
+    )
+    parser.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        default=None,
+        help="folder, masks: leave out files that are missing, empty or can't be decoded, and name them in the JSON",
+    )
+    return parser
+
+
+def _require_out(out, sources, force):
+    if not out.endswith(".json"):
+        raise InputError(f"expected the name of a .json file as --out, got {out!r}")
+    require_place(out, sources)
+    if os.path.lexists(out) and not force:
+        raise InputError(f"expected a new file as --out, but {out!r} exists; give --force to replace it")
+
+
+def _options(args, kind):
+    """Those of ``kind`` that are given; others are refused, not ignored."""
+    known = {option for _, options in KINDS.values() for option in options} - {"workers"}
+    given = {name: getattr(args, name) for name in sorted(known) if getattr(args, name) is not None}
+    for name in given:
+        kinds = [one for one, (_, options) in KINDS.items() if name in options]
+        if kind not in kinds:
+            raise InputError(
+                f"expected --{name.replace('_', '-')} only for --kind {' or '.join(kinds)}, got {args.sources[0]!r} of "
+                f"kind {kind}; leave it out, or name the --kind"
+            )
+    return given
+
+
+def count(
+    sources: Sequence[str], kind: str, num_classes: int | None = None, workers: int | None = None, **options
+) -> dict:
+    """Count the classes of one or several sources.
+
+    Args:
+        sources: files or folders, as a user names them.
+        kind: one of :data:`KINDS`.
+        num_classes: K; default: what the sources say.
+        workers: threads that read; default: one per CPU that this process may use, 8 at most. 0: none of its own.
+        options: those of the kind, see :func:`.count_images.count_lists`, :func:`.count_images.count_folders`,
+            :func:`.count_instances.count_json` and :func:`.count_pixels.count_masks`.
+
+    Returns:
+        A record for JSON, readable by :func:`disalign.load_class_counts`: ``dataset``, ``kind``, ``source``, ``date``
+        (ISO 8601, UTC), and what the kind's function returns.
+
+    Raises:
+        InputError: see there; or a source that is given twice, or options out of range.
+    """
+    if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
+        raise InputError(f"expected 1 to {MOST_CLASSES} as --num-classes, got {num_classes}")
+    if workers is not None and workers < 0:
+        raise InputError(f"expected 0 or more as --workers, got {workers}")
+    if len({os.path.realpath(source) for source in sources}) < len(sources):
+        raise InputError(f"expected each source once, or it counts twice, got {some(map(repr, sources))}")
+    function, known = KINDS[kind]
+    if "workers" in known:
+        options["workers"] = _cpus() if workers is None else workers
+    names = [os.path.basename(os.path.normpath(source)) for source in sources]
+    return {
+        "dataset": " + ".join(names),
+        "kind": kind,
+        "source": " + ".join(map(str, sources)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **function(sources, num_classes, **options),
+    }
+
+
+def _cpus():
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def kind_of(sources: Sequence[str]) -> str:
+    """What sources look like: a file that begins like JSON is ``"coco"``, any other a ``"list"``; a folder of folders
+    of images is a ``"folder"``, one of images alone ``"masks"``.
+
+    Raises:
+        InputError: sources of different kinds, a missing one, or a folder that may be either or is neither.
+    """
+    kinds = [_kind_of(source) for source in sources]
+    if len(set(kinds)) > 1:
+        named = some(f"{source!r} ({kind})" for source, kind in zip(sources, kinds, strict=True))
+        raise InputError(f"expected sources of one kind, got {named}; count them one by one, or name the --kind")
+    return kinds[0]
+
+
+def _kind_of(source):
+    if not os.path.isdir(source):
+        try:
+            with open(source, "rb") as file:
+                start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        except OSError as error:
+            raise InputError(
+                f"expected a list file, an annotation file or a folder at {source!r}, but: {error.strerror or error}"
+            ) from None
+        return "coco" if start in (b"{", b"[") else "list"
+    entries = list(os.scandir(source))
+    directly = any(entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
+    within = any(image_files(entry.path) for entry in entries if entry.is_dir())
+    if directly and within:
+        raise InputError(f"expected images or folders of images in {source!r}, got both; name the --kind")
+    if not (directly or within):
+        raise InputError(f"expected images, one folder per class or all of them masks, in {source!r}, got none")
+    return "folder" if within else "masks"
+
+
+def summary(record: dict) -> str:
+    """A record's size, its largest and smallest class, and the groups that fit its kind, on one line."""
+    counts, names, unit = record["train_counts"], record["class_names"], record["unit"]
+    if unit == "pixels":
+        ignored = record["total_pixels"] - sum(counts)
+        size = f"{sum(counts)} pixels ({ignored} more ignored) in {record['files']} masks"
+        groups = head_body_tail(counts, total=record["total_pixels"])
+    elif unit == "instances":
+        size = f"{sum(counts)} instances ({record['left_out']} more left out) in {record['images']} images"
+        groups = frequent_common_rare(record["image_counts"])
+    else:
+        size = f"{sum(counts)} images"
+        groups = many_medium_few(counts)
+    largest, smallest = counts.index(max(counts)), counts.index(min(counts))
+    sizes = ", ".join(f"{group} {int(members.sum())}" for group, members in groups.items())
+    return (
+        f"{size} of {len(counts)} classes, from {counts[largest]} ({name_of(largest, names)}) down to "
+        f"{counts[smallest]} ({name_of(smallest, names)}); {sizes} classes"
+    )
+
+
+def name_of(label: int, names: Sequence[str]) -> str:
+    return str(names[label]) if names else f"class {label}"
+
+
+def warnings(record: dict) -> list[str]:
+    """What a user should know of a record: classes without examples, files left out."""
+    found = []
+    empty = [name_of(label, record["class_names"]) for label, count in enumerate(record["train_counts"]) if not count]
+    if empty:
+        found.append(
+            f"no {record['unit']} of {len(empty)} of the {len(record['train_counts'])} classes: {some(empty)}; stage "
+            "two refuses them by default: leave these classes out, or add examples"
+        )
+    skipped = record.get("skipped")
+    if skipped:
+        named = some((f"{one['file']} ({one['reason']})" for one in skipped), 3)
+        found.append(f"left out {len(skipped)} files that can't be read: {named}; all are named in the JSON")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

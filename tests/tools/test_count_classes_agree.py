@@ -1,0 +1,209 @@
+"""The three packages count the same, and take the file."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL", reason="Pillow is not installed")
+pytest.importorskip("tqdm", reason="tqdm is not installed")
+
+from PIL import Image
+
+from disalign import InputError
+from disalign_tools.count_classes import count, main
+
+CLASSES = ("sky", "road", "car", "bird")
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The function that counts by the command and returns the file and its content."""
+
+    def counted(*argv):
+        path = tmp_path / "counts.json"
+        assert main([*map(str, argv), "--out", str(path), "--force"]) == 0
+        return str(path), json.loads(path.read_text())
+
+    return counted
+
+
+# --------------------------------------------------------------------------------------------------- classification
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("dog/1.png", "dog/b/2.PNG", "dog/a/3.tif", "cat/1.png", "Zebra/1.webp", ".hidden/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / name, format="PNG")
+    (folder / "ant").mkdir()
+    (folder / "dog/notes.gif").write_text("no image for FolderDataset")
+    return folder
+
+
+def test_the_image_datasets_count_the_same(photos, tmp_path, out):
+    pytest.importorskip("mmengine", reason="mmengine is not installed")
+    datasets = pytest.importorskip("disalign_cls.datasets")
+    dataset = datasets.FolderDataset(str(photos))
+    _, record = out(photos)
+    assert record["train_counts"] == dataset.class_counts.tolist()
+    assert record["class_names"] == dataset.metainfo["classes"]
+
+    lines = [f"{path} {label}\n" for path, label in zip(dataset.paths, dataset.labels.tolist(), strict=True)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    _, record = out(tmp_path / "list.txt", "--num-classes", 7)
+    assert (
+        record["train_counts"] == datasets.ListDataset(str(tmp_path / "list.txt"), num_classes=7).class_counts.tolist()
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- detection
+
+
+def entries(categories, images, seed=0):
+    """Random annotations: crowds, ignored ones, polygons with and without an area, RLE, boxes alone."""
+    rng = np.random.default_rng(seed)
+    masks = [None, [], [[1, 1, 5, 1, 5, 5]], [[1, 2, 3, 4]], [[1, 2, 3], [1, 1, 5, 1, 5, 5]], [[1, 2, 3, 4, 5, 6, 7]]]
+    masks.append({"size": [9, 9], "counts": [3, 78]})
+    for id_ in range(400):
+        entry = {
+            "id": id_,
+            "image_id": int(rng.choice(images)),
+            "category_id": int(rng.choice(categories)),
+            "bbox": [1, 1, 4, 4],
+            "area": 16,
+        }
+        flags = {"iscrowd": int(rng.random() < 0.2), "ignore": int(rng.random() < 0.1)}
+        entry |= {key: value for key, value in flags.items() if rng.random() < 0.7}
+        mask = masks[rng.integers(len(masks))]
+        yield entry if mask is None else entry | {"segmentation": mask}
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    ids = [90, 3, 17, 4, 1, 55]
+    images = list(range(30, 0, -1))
+    content = {
+        "categories": [{"id": id_, "name": f"name {id_}", "synonyms": [f"class {id_}"]} for id_ in ids],
+        "images": [{"id": id_, "file_name": f"{id_}.png", "width": 9, "height": 9} for id_ in images],
+        "annotations": list(entries(ids[:5], images)),  # none of 55
+    }
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_detector_counts_the_same(annotations, out):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.data import MetadataCatalog
+
+    from disalign_d2.class_counts import UNITS, count_annotations
+    from disalign_d2.datasets import load_instances
+
+    records = load_instances(str(annotations), "", name="counted_by_the_tool")
+    instances, images = (count_annotations(records, 6, unit).tolist() for unit in UNITS)
+    _, record = out(annotations)
+    assert record["train_counts"] == instances
+    assert record["image_counts"] == images
+    assert record["class_names"] == MetadataCatalog.get("counted_by_the_tool").thing_classes
+    assert instances[4] == 0  # id 55
+    assert instances != images
+    assert record["left_out"] + sum(instances) == 400
+
+
+def test_the_detectors_config_takes_the_file_in_both_units(annotations, out, tmp_path):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import get_cfg
+
+    from disalign_d2 import add_disalign_config
+    from disalign_d2.class_counts import class_counts_from_config
+
+    content = json.loads(annotations.read_text())
+    content["categories"] = [one for one in content["categories"] if one["id"] != 55]
+    annotations.write_text(json.dumps(content))
+    path, record = out(annotations)
+    cfg = get_cfg()
+    add_disalign_config(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 5
+    cfg.MODEL.DISALIGN.CLASS_COUNTS = path
+    for unit, key in (("instances", "train_counts"), ("images", "image_counts")):
+        cfg.MODEL.DISALIGN.COUNT_UNIT = unit
+        assert class_counts_from_config(cfg).tolist() == record[key]
+
+    # Counts of zero are written, and refused where they would be used.
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] != 17]
+    annotations.write_text(json.dumps(content))
+    out(annotations)
+    with pytest.raises(InputError, match="got none of 1 classes"):
+        class_counts_from_config(cfg)
+
+
+# ----------------------------------------------------------------------------------------------------- segmentation
+
+
+@pytest.fixture
+def masks(tmp_path):
+    """The folder of a data set: grey-scale, palette and two-colour PNGs, ignored pixels among them."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(60):
+        folder = tmp_path / "masks" / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / folder.name).mkdir(exist_ok=True)
+        labels = rng.choice((0, 1, 1, 2, 4, 255), rng.integers(2, 20, 2)).astype(np.uint8)
+        image = Image.fromarray(labels)
+        if number % 4 == 1:
+            image = image.convert("P")
+            image.putpalette(rng.integers(0, 256, 768).tolist())
+        elif number % 4 == 2:
+            image = Image.fromarray(labels < 2)
+        image.save(folder / f"{number}.png")
+        Image.new("RGB", image.size).save(tmp_path / "images" / folder.name / f"{number}.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("reduce_zero_label", [False, True])
+def test_segmentation_counts_the_same(masks, reduce_zero_label, out):
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+    from mmseg.datasets import BaseSegDataset
+
+    from disalign_mmseg.pixel_counts import count_pixels
+
+    num_classes = 4 if reduce_zero_label else 5
+    dataset = BaseSegDataset(
+        data_root=str(masks),
+        data_prefix=dict(img_path="images", seg_map_path="masks"),
+        metainfo=dict(classes=[f"class {label}" for label in range(num_classes)]),
+        reduce_zero_label=reduce_zero_label,
+        pipeline=[dict(type="mmseg.LoadImageFromFile"), dict(type="mmseg.LoadAnnotations")],
+        serialize_data=False,
+    )
+    expected = count_pixels(dataset, num_classes, workers=0)
+    options = ["--reduce-zero-label"] if reduce_zero_label else []
+    _, record = out(masks / "masks", "--kind", "masks", *options)
+    same = ("train_counts", "image_counts", "total_pixels", "files", "unit")
+    assert {key: record[key] for key in same} == {key: expected[key] for key in same}
+    assert set(expected) <= set(record)
+
+
+def test_segmentations_loss_and_metric_take_the_file(masks, out):
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+    from disalign_mmseg.losses import GRWCrossEntropyLoss
+    from disalign_mmseg.metrics import LongTailIoUMetric
+
+    path, record = out(masks / "masks", "--kind", "masks", "--reduce-zero-label")
+    assert 0 in record["train_counts"]  # label 3 is nowhere
+    with pytest.raises(InputError, match="count"):
+        GRWCrossEntropyLoss(class_counts=path)
+    counts = GRWCrossEntropyLoss(class_counts=path, zero_count="exclude").class_counts
+    assert counts.tolist() == record["train_counts"]
+    metric = LongTailIoUMetric(class_counts=path)
+    assert metric.class_counts.tolist() == record["train_counts"]
+    assert metric.total_pixels == record["total_pixels"] > sum(record["train_counts"])
+
+
+def test_the_record_of_python_is_the_files(masks, out):
+    _, record = out(masks / "masks", "--kind", "masks")
+    again = count([str(masks / "masks")], "masks")
+    assert {**again, "date": ""} == {**record, "date": ""}
