@@ -66,4 +66,7 @@ def build_backbone(name: str, pretrained: bool = False, **options) -> nn.Module:
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, [*OWN, *timm.list_models()])
         raise InputError(f"expected the name of a timm model or one of {some(OWN)}, got {name!r}; close: {some(close)}")
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    # What the classifier sees, where a layer stands between it and the trunk's own features (MobileNetV3).
+    trunk.num_features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    return trunk

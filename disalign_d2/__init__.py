@@ -16,11 +16,13 @@ from .checkpoint import DisAlignCheckpointer
 from .config import add_disalign_config
 from .fast_rcnn import DisAlignOutputLayers
 from .freezing import build_model, freeze
+from .rcnn import DisAlignGeneralizedRCNN
 from .roi_heads import DisAlignCascadeROIHeads, DisAlignROIHeads
 
 __all__ = [
     "DisAlignCascadeROIHeads",
     "DisAlignCheckpointer",
+    "DisAlignGeneralizedRCNN",
     "DisAlignOutputLayers",
     "DisAlignROIHeads",
     "add_disalign_config",

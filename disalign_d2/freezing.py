@@ -47,12 +47,19 @@ def freeze(model: nn.Module) -> FreezeReport:
         What trains.
 
     Raises:
-        InputError: the model has no calibration.
+        InputError: the model has no calibration, or ROI heads that would train the frozen masks or keypoints.
     """
     if not calibrations(model):
         raise InputError(
             "expected a model with a calibrated box predictor, got none; build DisAlignOutputLayers with "
             "calibrate=True, or set MODEL.DISALIGN.CALIBRATE True and MODEL.ROI_HEADS.NAME DisAlignROIHeads"
+        )
+    heads = model.roi_heads
+    branches = any(getattr(heads, switch, False) for switch in ("mask_on", "keypoint_on"))
+    if branches and not isinstance(heads, LeanTraining):
+        raise InputError(
+            "expected DisAlignROIHeads or DisAlignCascadeROIHeads for a model with masks or keypoints, got "
+            f"{type(heads).__name__}, which would train them; change the ROI heads"
         )
     model = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
     generator = model.proposal_generator

@@ -11,8 +11,14 @@ from .fast_rcnn import DisAlignOutputLayers
 class LeanTraining:
     """Mixin before ROI heads: in stage two, training skips the mask and keypoint branches, which are frozen.
 
-    The heads in front of it build :class:`DisAlignOutputLayers`; with calibration off nothing is skipped.
+    The heads in front of it build ``output_layers``; with calibration off nothing is skipped.
+
+    Attributes:
+        output_layers: class of the box predictors; a subclass of the heads may name a subclass of
+            :class:`DisAlignOutputLayers`.
     """
+
+    output_layers = DisAlignOutputLayers
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -37,7 +43,7 @@ class DisAlignROIHeads(LeanTraining, StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictor"] = DisAlignOutputLayers(cfg, ret["box_head"].output_shape)
+        ret["box_predictor"] = cls.output_layers(cfg, ret["box_head"].output_shape)
         return ret
 
 
@@ -49,7 +55,7 @@ class DisAlignCascadeROIHeads(LeanTraining, CascadeROIHeads):
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictors"] = [
-            DisAlignOutputLayers(cfg, head.output_shape, box2box_transform=stock.box2box_transform)
+            cls.output_layers(cfg, head.output_shape, box2box_transform=stock.box2box_transform)
             for head, stock in zip(ret["box_heads"], ret["box_predictors"], strict=True)
         ]
         return ret

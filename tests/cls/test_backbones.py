@@ -73,6 +73,7 @@ def test_cifar_backbones_have_6n_plus_2_layers(name, depth):
         ("small_cnn", 1, 8, {"in_chans": 1}),
         ("small_cnn", 3, 8, {"in_chans": 3}),
         ("resnet18", 3, 64, {}),
+        ("mobilenetv3_small_050", 3, 32, {}),  # a layer before its classifier: 288 features become 1,024
         ("resnext152_32x4d", 3, 32, {}),
     ],
 )

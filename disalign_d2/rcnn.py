@@ -1,0 +1,41 @@
+"""The meta-architecture of stage two for LazyConfig, whose train loop neither freezes nor loads strictly."""
+
+import logging
+
+from detectron2.modeling import GeneralizedRCNN
+
+from disalign.checkpoints import IGNORABLE, require_tensors
+
+from .freezing import calibrations, freeze
+
+logger = logging.getLogger(__name__)
+
+
+class DisAlignGeneralizedRCNN(GeneralizedRCNN):
+    """``GeneralizedRCNN``, frozen from its constructor on but for its calibrations (:func:`disalign_d2.freeze`).
+
+    It is the ``model._target_`` of a LazyConfig (under yacs :func:`disalign_d2.build_model` freezes). Whoever loads a
+    state dict into it, all of the frozen model's tensors must be in it, and all of the calibration's or none.
+
+    Args:
+        parts: the arguments of ``GeneralizedRCNN``.
+
+    Raises:
+        InputError: no box predictor is calibrated; on loading, a tensor is missing, mis-shaped, not finite or unknown.
+    """
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        logger.info(str(freeze(self)))
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in torch; the missing and unknown tensors that ``strict=False`` (Detectron2's) lets pass are refused too.
+
+        Only a whole calibration may be missing then: the state dict is stage one's.
+        """
+        required = self.state_dict()
+        new = [name for name in required if name.startswith(tuple(calibrations(self)))]
+        if not any(name in state_dict for name in new):
+            required = {name: tensor for name, tensor in required.items() if name not in new}
+        require_tensors(state_dict, required, "tensors of the frozen model", IGNORABLE)
+        return super().load_state_dict(state_dict, strict, assign)
