@@ -3,6 +3,7 @@
 from .checkpoints import HandOver, load_file, load_stage_one
 from .counts import load_class_counts
 from .errors import InputError
+from .folding import fold_classifier, fold_model, fold_tensors
 from .freezing import FreezeReport, assert_frozen, freeze_except
 from .functional import calibrate, generalized_reweight, grw_cross_entropy
 from .losses import GRWCrossEntropyLoss
@@ -34,6 +35,9 @@ __all__ = [
     "at_identity",
     "calibrate",
     "calibrate_classifier",
+    "fold_classifier",
+    "fold_model",
+    "fold_tensors",
     "freeze_except",
     "frequent_common_rare",
     "generalized_reweight",

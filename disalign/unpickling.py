@@ -2,6 +2,8 @@
 
 The names that such a pickle asks for get stand-ins below; any other name is refused. numpy's own are not safe: its
 dtype takes flags from the file that make it follow numbers as pointers.
+
+:func:`records_left_out` does the like for what training loops leave beside the tensors in torch's files.
 """
 
 import pickle
@@ -97,3 +99,45 @@ def _as_tensors(value):
     if isinstance(value, (list, tuple)):
         return type(value)(map(_as_tensors, value))
     return value
+
+
+class _Dropped:
+    """Stands in for an object that nobody needs: built from anything, it keeps nothing."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+# The real getattr and the real numpy would let a file do harm; a stand-in under their names can't.
+_RECORDS = [
+    (_Dropped, name)
+    for name in (
+        # mmengine's log buffers (meta and message_hub), pickled with getattr and numpy.
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "builtins.getattr",
+        "__builtin__.getattr",
+        # The command line that torchvision's and timm's scripts save.
+        "argparse.Namespace",
+        # A best accuracy and the like; where numpy 1 and 2 keep it.
+        "_codecs.encode",
+        "numpy.ndarray",
+        "numpy.dtype",
+        *(
+            f"{multiarray}.{function}"
+            for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray")
+            for function in ("_reconstruct", "scalar")
+        ),
+        *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int64")),
+    )
+]
+
+
+def records_left_out():
+    """Within it ``torch.load(weights_only=True)`` takes files with such records, and leaves the records out."""
+    return torch.serialization.safe_globals(_RECORDS)

@@ -7,40 +7,7 @@ from mmengine.dist import barrier, is_main_process
 
 from disalign import InputError, load_file
 from disalign.errors import first_line
-
-
-class _Dropped:
-    """Stands in for everything that a log buffer is made of: built from anything, it keeps nothing."""
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-
-# What mmengine's log buffers (meta and message_hub) are pickled with, and where numpy 1 and 2 keep it. The real getattr
-# and the real numpy would let a file do harm; a stand-in under their names can't.
-_LOG_BUFFERS = [
-    (_Dropped, name)
-    for name in (
-        "mmengine.logging.history_buffer.HistoryBuffer",
-        "builtins.getattr",
-        "__builtin__.getattr",
-        "_codecs.encode",
-        "numpy.ndarray",
-        "numpy.dtype",
-        *(
-            f"{multiarray}.{function}"
-            for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray")
-            for function in ("_reconstruct", "scalar")
-        ),
-        *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int64")),
-    )
-]
+from disalign.unpickling import records_left_out
 
 
 def load_checkpoint(source) -> dict:
@@ -53,7 +20,7 @@ def load_checkpoint(source) -> dict:
         InputError: see :func:`disalign.load_file`; or a download that fails.
     """
     source = os.fspath(source)
-    with torch.serialization.safe_globals(_LOG_BUFFERS):
+    with records_left_out():
         if not source.startswith(("http://", "https://")):
             return load_file(source)
         try:

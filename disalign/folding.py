@@ -1,0 +1,139 @@
+"""A calibrated classifier as a stock one, where the confidence is one: it then runs without this package.
+
+With confidence one, eq. 4 is magnitude_j * z_j + margin_j, linear in z, and a linear classifier absorbs it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError
+from .functional import calibrate
+from .modules import AdaptiveCalibration, Calibrated, CalibratedCosineClassifier, CalibratedLinear, CosineClassifier
+
+
+def fold_tensors(
+    weight: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    margin: Tensor,
+    passthrough: int = 0,
+    scale: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Absorb magnitude and margin of a calibration with confidence one (eq. 4) into a classifier's weight and bias.
+
+    Computed in float64 and rounded once, to the weight's dtype.
+
+    Args:
+        weight: (K + passthrough, d) of a linear layer, or (K + passthrough, d, 1, 1) of a 1x1 convolution.
+        bias: (K + passthrough,), or None.
+        magnitude, margin: (K,).
+        passthrough: trailing rows that are not calibrated (1 for a detector's background); theirs stay as they are.
+        scale: of a cosine classifier (eq. 3), whose rows are then normalised; the result takes features of norm 1.
+
+    Returns:
+        Weight and bias, in the weight's shape and dtype.
+
+    Raises:
+        InputError: shapes that do not fit, or numbers that are or become infinite or NaN.
+    """
+    outputs = len(weight)
+    k = outputs - passthrough
+    if magnitude.shape != (k,) or margin.shape != (k,):
+        raise InputError(
+            f"expected magnitude and margin of length {k} for a classifier of {outputs} outputs ({passthrough} not "
+            f"calibrated), got {tuple(magnitude.shape)} and {tuple(margin.shape)}; do they belong together?"
+        )
+    precise = weight.detach().double()
+    if scale is not None:
+        precise = torch.as_tensor(scale).detach().double() * F.normalize(precise, dim=1, eps=CosineClassifier.eps)
+    offset = precise.new_zeros(outputs) if bias is None else bias.detach().double()
+    magnitude, margin = magnitude.detach().double(), margin.detach().double()
+
+    def fold(columns, added):
+        # The d weights of each class are d samples' scores of it; a weight takes no margin, the bias does.
+        return calibrate(columns, columns.new_ones(len(columns), 1), magnitude, added, k)
+
+    rows = fold(precise.reshape(outputs, -1).T, torch.zeros_like(margin)).T.reshape(weight.shape)
+    folded = rows.to(weight.dtype).contiguous(), fold(offset[None], margin)[0].to(weight.dtype)
+    if not all(tensor.isfinite().all() for tensor in folded):
+        raise InputError(
+            f"expected a classifier whose folded weight and bias are finite in {weight.dtype}, got infinity or NaN; "
+            "fold it in a wider type, or look for the fault in the checkpoint"
+        )
+    return folded
+
+
+def fold_classifier(classifier: nn.Module) -> nn.Module:
+    """A calibrated classifier with confidence one as stock torch modules, in the dtype of its weight.
+
+    A linear one becomes an ``nn.Linear``. A cosine one becomes ``nn.RMSNorm``, which without parameters takes a feature
+    to the norm sqrt(d), which the weight absorbs, and an ``nn.Linear``. It gives the same scores but
+    for features of a norm below 1e-3, which RMSNorm still takes to norm 1, while :class:`disalign.CosineClassifier`
+    lets their scores fade; zero features give the margin in both. It does not turn half-precision features to fp32.
+
+    Args:
+        classifier: a :class:`disalign.CalibratedLinear` or :class:`disalign.CalibratedCosineClassifier`.
+
+    Returns:
+        ``nn.Linear``, or ``nn.Sequential(nn.RMSNorm, nn.Linear)``; features (N, d) -> scores (N, K).
+
+    Raises:
+        InputError: a learnt confidence, or a classifier of another type.
+    """
+    if not isinstance(classifier, CalibratedLinear | CalibratedCosineClassifier):
+        raise InputError(
+            "expected a CalibratedLinear or CalibratedCosineClassifier to fold, got "
+            f"{type(classifier).__name__}; export the model instead"
+        )
+    calibration = classifier.calibration
+    if calibration.confidence is not None:
+        raise InputError(
+            "expected a calibration with confidence 'one' to fold, got a learnt one, which blends by the input as no "
+            "stock layer does; export the model instead (TorchScript, ONNX)"
+        )
+    cosine = isinstance(classifier, CalibratedCosineClassifier)
+    width = classifier.in_features
+    weight, bias = fold_tensors(
+        classifier.weight,
+        None if cosine else classifier.bias,
+        calibration.magnitude,
+        calibration.margin,
+        calibration.passthrough,
+        scale=classifier.scale.detach().double() / width**0.5 if cosine else None,
+    )
+    linear = nn.utils.skip_init(nn.Linear, width, len(weight), device=weight.device, dtype=weight.dtype)
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    linear.train(classifier.training)
+    if not cosine:
+        return linear
+    # x / sqrt(mean(x^2) + eps), with an eps lost in rounding from the norm on that the cosine classifier divides by.
+    eps = classifier.eps**2 * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps / 2 / width
+    return nn.Sequential(nn.RMSNorm(width, eps=eps, elementwise_affine=False), linear).train(classifier.training)
+
+
+def fold_model(model: nn.Module) -> nn.Module:
+    """Replace a model's calibrated classifiers by stock ones, in place, all or none; nothing begins to train.
+
+    Args:
+        model: after :func:`disalign.wrap_classifier` with ``confidence="one"``, for example.
+
+    Returns:
+        The same model (or the stock classifier, if the model is but one), whose state dict the stock model takes.
+
+    Raises:
+        InputError: nothing to fold, or something that can't be folded; see :func:`fold_classifier`.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, Calibrated)]
+    calibrations = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
+    if not names or len(calibrations) != len(names):
+        raise InputError(
+            f"expected calibrated classifiers to fold, got {len(names)} of them for {len(calibrations)} calibrations; "
+            "fold tensors with fold_tensors, or export the model instead"
+        )
+    folded = {name: fold_classifier(model.get_submodule(name)) for name in names}
+    for name, classifier in folded.items():
+        if not name:
+            return classifier
+        model.set_submodule(name, classifier)
+    return model

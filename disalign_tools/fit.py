@@ -1,0 +1,112 @@
+"""Does a converted checkpoint fit a config? Builds the config's model with its package, imported only here."""
+
+import os
+from importlib import import_module
+
+from torch import Tensor, nn
+
+from disalign import InputError, load_stage_one
+from disalign.checkpoints import IGNORABLE, require_tensors
+from disalign.errors import first_line
+
+PACKAGES = {"cls": "disalign_cls", "d2": "disalign_d2", "mmseg": "disalign_mmseg", "timm": "timm"}
+
+
+def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
+    """Load the tensors into the config's model, strictly.
+
+    Args:
+        to: the target.
+        config: a config file, or the name of a shipped one; for timm a model's name.
+        tensors: the result.
+
+    Returns:
+        A sentence that says what fits.
+
+    Raises:
+        InputError: the package is missing, the config can't be built, or the tensors do not fit.
+    """
+    try:
+        import_module(PACKAGES[to])
+    except ImportError as error:
+        raise InputError(
+            f"expected {PACKAGES[to]} to build the model of --config, but it can't be imported "
+            f"({first_line(error)}); install what it needs, or leave out --config"
+        ) from None
+    model = BUILDERS[to](config, tensors)
+    backbone = [name for name in tensors if name.startswith("backbone.")]
+    if to == "d2" and len(backbone) == len(tensors):
+        target = model.state_dict()
+        of_backbone = {name: target[name] for name in target if name.startswith("backbone.bottom_up.")}
+        require_tensors(tensors, of_backbone, "tensors of the config's backbone", IGNORABLE)
+        return f"fits {config}: all {len(of_backbone)} tensors of its backbone; the rest starts as Detectron2 starts it"
+    new = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".calibration." in name]
+    if new and not any(".calibration." in name for name in tensors):
+        return f"fits {config}: {load_stage_one(model, tensors, new)}"
+    ignorable = IGNORABLE if to == "d2" else ()
+    require_tensors(tensors, model.state_dict(), "tensors of the config's model", ignorable)
+    return f"fits {config}: all {len(model.state_dict())} tensors of its model"
+
+
+def _cls(config: str, tensors: dict) -> nn.Module:
+    from mmengine.registry import MODELS
+
+    from disalign_cls.cli import without_pretrained
+    from disalign_mmengine.cli import config_errors, load_config
+
+    config = load_config(config, {})
+    with config_errors(config.filename):
+        without_pretrained(config)
+        return MODELS.build(config.model)
+
+
+def _mmseg(config: str, tensors: dict) -> nn.Module:
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    from disalign_mmengine.cli import config_errors, load_config
+
+    register_all_modules(init_default_scope=False)
+    config = load_config(config, {})
+    with config_errors(config.filename), DefaultScope.overwrite_default_scope("mmseg"):
+        if config.model.get("pretrained"):
+            config.model.pretrained = None
+        return MODELS.build(config.model)
+
+
+def _d2(config: str, tensors: dict) -> nn.Module:
+    from detectron2.config import get_cfg
+
+    from disalign.cli import find_config
+    from disalign_d2 import add_disalign_config, build_model
+
+    cfg = get_cfg()
+    add_disalign_config(cfg)
+    try:
+        cfg.merge_from_file(find_config(config))
+        cfg.MODEL.DEVICE = "cpu"
+        return build_model(cfg)
+    except InputError:
+        raise
+    except Exception as error:  # whatever building from a config raises is the config's fault
+        raise InputError(f"expected a config that can be built in {config!r}, but: {first_line(error)}") from error
+
+
+def _timm(name: str, tensors: dict) -> nn.Module:
+    import timm
+
+    if os.path.isfile(name) or not timm.is_model(name.split(".")[0]):
+        raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
+    model = timm.create_model(name)
+    classifier = model.default_cfg["classifier"]
+    classes = next((len(tensors[key]) for key in tensors if key == f"{classifier}.weight"), None)
+    if classes is None:
+        raise InputError(
+            f"expected a stock classifier named {classifier!r} for timm's {name}, got none; name it with --classifier"
+        )
+    model.reset_classifier(classes)
+    return model
+
+
+BUILDERS = {"cls": _cls, "d2": _d2, "mmseg": _mmseg, "timm": _timm}

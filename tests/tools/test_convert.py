@@ -1,0 +1,463 @@
+"""The command itself: wrappings, averaged weights, what is left out, the table, every refusal with its sentence."""
+
+import argparse
+import collections
+import errno
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from core.malicious import Malicious
+
+from disalign import CosineClassifier, calibrate_classifier
+from disalign.cli import find_config
+from disalign_tools import classifiers, content, convert, formats, formulas, resnet_names, targets
+
+from .convert_sources import assert_scores, calibration, cosine_by_hand, cvpods_names, refused, run, saved, small_resnet
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(**more):
+    """A classifier in timm's names, a few numbers large."""
+    return {"conv1.weight": torch.randn(4, 3, 1, 1), "fc.weight": torch.randn(5, 4), "fc.bias": torch.randn(5), **more}
+
+
+def converted(path, folder, *options, to="timm"):
+    out = folder / "out.pth"
+    assert run(path, out, "--to", to, "--force", *options) == 0
+    return torch.load(out, weights_only=True)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3, "optimizer": {}},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)},
+        lambda state: {"state_dict": {"model": state}},
+        lambda state: collections.OrderedDict((f"module.{name}", tensor) for name, tensor in state.items()),
+        lambda state: {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"state_dict": state, "best_acc": np.float64(0.7)},
+    ],
+    ids=["flat", "state_dict", "model", "both", "DDP", "compiled in DDP", "numpy scalar"],
+)
+def test_wrappings_are_opened(wrap, tmp_path):
+    state = tiny()
+    path = saved(tmp_path, wrap(state))
+    before = path.read_bytes()
+    assert same(converted(path, tmp_path), state)
+    assert path.read_bytes() == before
+
+
+def averaged(kind, plain, mean):
+    """As each loop saves them."""
+    module = {f"module.{name}": tensor for name, tensor in mean.items()}
+    if kind == "torchvision":
+        return {"model": plain, "model_ema": {"n_averaged": torch.tensor(9), **module}}
+    if kind == "timm":
+        return {"state_dict": plain, "state_dict_ema": mean}
+    # mmengine's EMAHook swaps them on saving.
+    raw = {f"module.{name}": tensor for name, tensor in plain.items()}
+    return {"state_dict": mean, "ema_state_dict": {"steps": torch.tensor(9), **raw}}
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "mmengine"])
+def test_averaged_weights_are_taken_with_ema_alone(kind, tmp_path, capsys):
+    plain, mean = tiny(), tiny()
+    path = saved(tmp_path, averaged(kind, plain, mean))
+    assert same(converted(path, tmp_path), plain)
+    assert "--ema takes them" in capsys.readouterr().out
+    assert same(converted(path, tmp_path, "--ema"), mean)
+    assert "--ema takes them" not in capsys.readouterr().out
+
+
+def test_mmengines_hook_saves_the_two_as_this_reads_them(tmp_path):
+    hooks = pytest.importorskip("mmengine.hooks")
+    checkpoint = {"state_dict": {"fc.weight": torch.tensor(1.0)}}  # what trains
+    hook = hooks.EMAHook()
+    hook.ema_model = torch.nn.Module()
+    hook.ema_model.register_buffer("steps", torch.tensor(3))
+    hook.ema_model.module = torch.nn.ParameterDict({"fc_weight": torch.tensor(2.0)})  # its average
+    hook.ema_model.state_dict = lambda: {"steps": torch.tensor(3), "module.fc.weight": torch.tensor(2.0)}
+    hook.before_save_checkpoint(None, checkpoint)
+    assert checkpoint["state_dict"]["fc.weight"] == 2
+    assert checkpoint["ema_state_dict"]["module.fc.weight"] == 1
+
+
+def test_ema_where_there_is_none(tmp_path, capsys):
+    path = saved(tmp_path, tiny())
+    assert "leave out --ema" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm", "--ema")
+
+
+def test_safetensors(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path, state = tmp_path / "model.safetensors", tiny()
+    safetensors.save_file(state, path)
+    assert same(converted(path, tmp_path), state)
+    path.write_bytes(b"nothing")
+    out = tmp_path / "new.pth"
+    assert "whole .safetensors" in refused(capsys, tmp_path, path, out, "--to", "timm")
+    assert "no such file" in refused(capsys, tmp_path, tmp_path / "none.safetensors", out, "--to", "timm")
+
+
+class Unknown:
+    """Neither tensors nor plain values, and nothing bad either."""
+
+
+def test_more_than_tensors_needs_trust(tmp_path, capsys):
+    state = tiny()
+    path, out = saved(tmp_path, {"state_dict": state, "hook": Unknown()}), tmp_path / "new.pth"
+    sentence = refused(capsys, tmp_path, path, out, "--to", "timm")
+    assert "Unknown" in sentence
+    assert "--trust-checkpoint" in sentence
+    assert same(converted(path, tmp_path, "--trust-checkpoint"), state)
+    assert "was unpickled in full" in capsys.readouterr().out
+    pickled = tmp_path / "source.pkl"
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    pickled.write_bytes(pickle.dumps({"model": arrays, "hook": Unknown()}))
+    assert "--trust-checkpoint" in refused(capsys, tmp_path, pickled, out, "--to", "timm")
+    assert same(converted(pickled, tmp_path, "--trust-checkpoint"), state)
+
+
+def test_a_model_saved_whole_needs_trust(tmp_path, capsys):
+    model = torch.nn.Sequential(collections.OrderedDict(conv1=torch.nn.Conv2d(3, 4, 1), fc=torch.nn.Linear(4, 5)))
+    path = saved(tmp_path, model)
+    assert "Sequential" in refused(capsys, tmp_path, path, tmp_path / "new.pth", "--to", "timm")
+    assert same(converted(path, tmp_path, "--trust-checkpoint"), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["source.pth", "source.pkl"])
+def test_a_malicious_pickle_executes_nothing(name, tmp_path, capsys):
+    path, folder = tmp_path / name, tmp_path / "made"
+    content = {"model": tiny(), "payload": Malicious(str(folder))}
+    if name.endswith(".pkl"):
+        path.write_bytes(pickle.dumps({"payload": content["payload"]}))
+    else:
+        torch.save(content, path)
+    refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
+    assert not folder.exists()
+
+
+class Getattr:
+    """Pickled as a call of ``getattr``, which the stand-ins take the place of."""
+
+    def __reduce__(self):
+        return getattr, ("abc", "upper")
+
+
+def test_the_stand_ins_keep_nothing_and_call_nothing(tmp_path):
+    path = saved(tmp_path, {"state_dict": tiny(), "records": [argparse.Namespace(a=1), Getattr(), np.float64(3)]})
+    assert same(converted(path, tmp_path), torch.load(path, weights_only=False)["state_dict"])
+    with pytest.raises(pickle.UnpicklingError):  # what made it readable is gone again
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "truncated or of another format"),
+        (b"PK\x03\x04 not a zip", "truncated or of another format"),
+        ([1, 2], "got a list"),
+        ({}, "expected tensors"),
+        ({"state_dict": {}}, "expected tensors"),
+        ({"epoch": 3}, "expected tensors"),
+        ({"something.weight": torch.ones(2)}, "are of none"),
+        ({"state_dict": 3, "state_dict_ema": tiny()}, "is the file whole"),
+    ],
+    ids=["missing", "empty", "truncated", "a list", "nothing", "no weights", "an epoch", "another model", "half"],
+)
+def test_what_can_not_be_read(content, said, tmp_path, capsys):
+    path = tmp_path / "source.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    assert said in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
+
+
+# ------------------------------------------------------------------------------------------------- formats, targets
+
+
+def test_from_overrides_and_a_wrong_one_is_refused(tmp_path, capsys):
+    path, out = saved(tmp_path, tiny()), tmp_path / "new.pth"
+    assert same(converted(path, tmp_path, "--from", "timm"), tiny_of(path))
+    sentence = refused(capsys, tmp_path, path, out, "--to", "cls", "--from", "cvpods")
+    assert "network.linear.weight" in sentence
+    assert "it looks like timm" in sentence
+
+
+def tiny_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_target_that_does_not_fit_names_the_one_that_does(tmp_path, capsys):
+    path, out = saved(tmp_path, tiny()), tmp_path / "out.pth"
+    sentence = refused(capsys, tmp_path, path, out, "--to", "mmseg")
+    assert "--to cls or --to timm or --to d2" in sentence
+    assert "init_cfg" in sentence
+
+
+def test_the_documented_table_is_the_codes():
+    page = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    header = next(row for row in rows if "`--from`" in row)
+    columns = {name.strip("`"): index for index, name in enumerate(header)}
+    documented = {}
+    for row in rows:
+        names = row[columns["--from"]].strip("`") if len(row) == len(header) else ""
+        if names in formats.FORMATS:
+            documented[names] = {name for name in targets.TARGETS if row[columns[f"--to {name}"]] != "-"}
+    task = dict.fromkeys(formats.FORMATS, content.IMAGES) | {"detectron2": content.BOXES, "mmseg": content.PIXELS}
+    assert documented == {name: set(targets.FITTING[task[name]]) for name in formats.FORMATS}
+
+
+def test_the_two_names_of_a_resnet():
+    state = small_resnet(name="resnet26", layers=(1, 1, 1, 1)).state_dict()
+    by_hand = cvpods_names(state)
+    for (name, tensor), theirs in zip(state.items(), by_hand, strict=True):
+        if name.startswith("fc."):
+            assert resnet_names.to_detectron2(name) is None
+            continue
+        assert resnet_names.to_detectron2(name) == theirs.removeprefix("network.")
+        assert resnet_names.to_torchvision(theirs.removeprefix("network.")) == name
+        assert by_hand[theirs] is tensor
+    assert resnet_names.to_torchvision("res2.x.conv1.weight") is None
+    assert resnet_names.to_torchvision("res6.0.conv1.weight") is None
+
+
+def test_every_documented_command_can_be_given():
+    page = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in page.splitlines() if line.startswith("python scripts/convert_checkpoint.py ")]
+    assert len(lines) > 10
+    for line in lines[1:]:  # the first one is the pattern
+        args = convert._arguments(shlex.split(line)[2:])
+        if args.config and args.to != "timm":
+            find_config(args.config)
+
+
+# -------------------------------------------------------------------------------------------- mapped, new and dropped
+
+
+def test_a_tensor_without_a_place_is_an_error_until_it_is_dropped(tmp_path, capsys):
+    state = {"network.linear.weight": torch.randn(5, 4), "network.linear.bias": torch.randn(5)}
+    state |= {"network.se.weight": torch.ones(4), "network.stem.conv1.weight": torch.ones(4, 3, 1, 1)}
+    path = saved(tmp_path, {"model": state})
+    sentence = refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls")
+    assert "1 have none: network.se.weight" in sentence
+    assert "--drop PATTERN" in sentence
+    result = converted(path, tmp_path, "--drop", "*.se.*", to="cls")["state_dict"]
+    assert result.keys() == {"backbone.conv1.weight", "classifier.weight", "classifier.bias"}
+    out = capsys.readouterr().out
+    assert [line.split()[2] for line in out.splitlines() if line.split()[0] == "dropped"] == ["network.se.weight"]
+
+
+def test_a_drop_that_drops_nothing_is_refused(tmp_path, capsys):
+    path = saved(tmp_path, tiny())
+    assert "'nothing*'" in refused(capsys, tmp_path, path, tmp_path / "o.pth", "--to", "timm", "--drop", "nothing*")
+
+
+def test_what_no_model_needs_is_dropped_by_name(tmp_path, capsys):
+    state = tiny()
+    path = saved(tmp_path, state | {"pixel_mean": torch.ones(3), "layers.0.attn_mask": torch.ones(2, 2)})
+    assert same(converted(path, tmp_path), state)
+    dropped = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "dropped"]
+    assert len(dropped) == 2
+
+
+def test_many_tensors_of_a_module_are_one_line_unless_verbose(tmp_path, capsys):
+    state = small_resnet(layers=(3, 3, 3, 3)).state_dict()
+    path = saved(tmp_path, state)
+    converted(path, tmp_path, to="cls")
+    short = capsys.readouterr().out.splitlines()
+    assert len(short) < 13
+    assert any(line.split() == ["mapped", "1", "fc.bias", "->", "classifier.bias"] for line in short)
+    assert any(line.split() == ["mapped", "42", "layer2.*", "->", "backbone.layer2.*"] for line in short)
+    converted(path, tmp_path, "--verbose", to="cls")
+    long = capsys.readouterr().out
+    assert all(f"backbone.{name}\n" in long for name in state if not name.startswith("fc."))
+
+
+# ------------------------------------------------------------------------------------------- the file that is written
+
+
+def test_an_existing_file_stays_without_force(tmp_path, capsys):
+    path, out = saved(tmp_path, tiny()), tmp_path / "out.pth"
+    out.write_bytes(b"mine")
+    assert "--force" in refused(capsys, tmp_path, path, out, "--to", "timm")
+    assert run(path, out, "--to", "timm", "--force") == 0
+
+
+def test_the_source_is_never_the_destination(tmp_path, capsys):
+    path = saved(tmp_path, tiny())
+    link = tmp_path / "link.pth"
+    link.symlink_to(path)
+    for dest in (path, link, tmp_path / "." / "source.pth"):
+        sentence = refused(capsys, tmp_path, path, dest, "--to", "timm", "--force")
+        assert "which is read" in sentence
+
+
+def test_a_destination_that_is_none(tmp_path, capsys):
+    path = saved(tmp_path, tiny())
+    assert "folder" in refused(capsys, tmp_path, path, tmp_path, "--to", "timm")
+    assert "place to write" in refused(capsys, tmp_path, path, path / "below.pth", "--to", "timm")
+    assert ".pkl" in refused(capsys, tmp_path, path, tmp_path / "out.pkl", "--to", "timm")
+
+
+def test_nan_is_refused(tmp_path, capsys):
+    state = tiny()
+    state["fc.bias"][2] = float("nan")
+    path = saved(tmp_path, state)
+    assert "NaN or infinity in fc.bias" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
+    path = saved(tmp_path, tiny())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
+
+
+@pytest.mark.parametrize("fault", ["crash", "changed tensor", "lost tensor"])
+def test_a_fault_of_ours_leaves_nothing(fault, tmp_path, monkeypatch):
+    path, before = saved(tmp_path, tiny()), os.listdir(tmp_path)
+    stock = targets.load
+
+    def faulty(file, arrays):
+        tensors = stock(file, arrays)
+        if fault == "crash":
+            raise KeyboardInterrupt
+        if fault == "changed tensor":
+            tensors["conv1.weight"][0, 0, 0, 0] += 1e-3
+        else:
+            del tensors["conv1.weight"]
+        return tensors
+
+    monkeypatch.setattr(targets, "load", faulty)
+    with pytest.raises((KeyboardInterrupt, RuntimeError, KeyError)):
+        run(path, tmp_path / "out.pth", "--to", "timm")
+    assert sorted([*before]) == sorted(os.listdir(tmp_path))
+
+
+def test_scores_that_differ_are_refused(tmp_path, capsys, monkeypatch):
+    state = cvpods_names(small_resnet().state_dict()) | {
+        "network.linear.logit_scale": torch.ones(1, 5),
+        "network.linear.logit_bias": torch.ones(1, 5),
+        "network.linear.confidence_layer.weight": torch.ones(1, 32) / 32,
+        "network.linear.confidence_layer.bias": torch.zeros(1),
+    }
+    path = saved(tmp_path, {"model": state})
+    stock = formulas.rescaled
+    # As if the official formula were another one: s instead of 1 + s.
+    monkeypatch.setattr(formulas, "rescaled", lambda z, c, scale, bias: stock(z, c, scale - 1, bias))
+    assert "they differ by" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls")
+
+
+def test_the_difference_of_scores_is_printed(tmp_path, capsys):
+    converted(saved(tmp_path, tiny()), tmp_path)
+    assert "largest difference of scores from the source's own formula 0.0e+00" in capsys.readouterr().out
+
+
+def test_a_scale_for_a_linear_classifier_is_refused(tmp_path, capsys):
+    path = saved(tmp_path, tiny())
+    assert "leave out --scale" in refused(capsys, tmp_path, path, tmp_path / "o.pth", "--to", "cls", "--scale", "20")
+
+
+# --------------------------------------------------------------------------------------------------------- fit, fold
+
+
+def test_a_missing_framework_is_one_sentence(tmp_path, capsys, monkeypatch):
+    path = saved(tmp_path, tiny())
+    for module in ("timm", "disalign_cls"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for to, config in (("timm", "resnet18"), ("cls", "x.py")):
+        sentence = refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", to, "--config", config)
+        assert "leave out --config" in sentence
+
+
+def test_the_script_is_the_command_and_imports_no_framework(tmp_path):
+    path, out = saved(tmp_path, tiny()), tmp_path / "out.pth"
+    script = (
+        "import runpy, sys\n"
+        "try: runpy.run_path('scripts/convert_checkpoint.py', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print([name for name in ('mmengine', 'timm', 'detectron2', 'mmseg', 'torchvision') if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", script, str(path), str(out), "--to", "cls"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.splitlines()[-2:] == ["0", "[]"]
+    assert out.exists()
+
+
+def test_a_cosine_classifier_that_is_not_calibrated_folds_too(tmp_path, capsys):
+    layer = CosineClassifier(4, 5, scale=7.0)
+    state = {f"classifier.{name}": tensor for name, tensor in layer.state_dict().items()}
+    path = saved(tmp_path, {"state_dict": {"backbone.conv1.weight": torch.ones(4, 3, 1, 1)} | state})
+    converted(path, tmp_path, "--fold", "--classifier", "fc")
+    x = torch.randn(6, 4, dtype=torch.float64)
+    stock = classifiers.stock_cosine(4, 5)
+    tensors = torch.load(tmp_path / "out.pth", weights_only=True)
+    stock.load_state_dict({name.removeprefix("fc."): t for name, t in tensors.items() if name.startswith("fc.")})
+    assert_scores(stock, x, cosine_by_hand(x, layer.weight, 7.0))
+
+
+def test_half_a_calibration_is_refused(tmp_path, capsys):
+    layer = calibrate_classifier(torch.nn.Linear(4, 5))
+    state = {f"classifier.{name}": tensor for name, tensor in layer.state_dict().items()}
+    state["backbone.conv1.weight"] = torch.ones(4, 3, 1, 1)
+    path, out = saved(tmp_path, {"state_dict": state}), tmp_path / "out.pth"
+    for pattern in ("*.confidence.bias", "*.ma*"):
+        sentence = refused(capsys, tmp_path, path, out, "--to", "cls", "--drop", pattern)
+        assert "a whole calibration" in sentence
+    state["classifier.calibration.margin"] = torch.zeros(6)
+    path = saved(tmp_path, {"state_dict": state})
+    assert "expected 5 numbers in classifier.calibration.margin" in refused(capsys, tmp_path, path, out, "--to", "cls")
+
+
+@pytest.mark.parametrize("scale", ["0", "-3", "nan", "inf"])
+def test_a_scale_that_is_none(scale, tmp_path, capsys):
+    path = saved(tmp_path, {"network.linear.weight": torch.ones(5, 4)})
+    assert "positive number as --scale" in refused(
+        capsys, tmp_path, path, tmp_path / "o.pth", "--to", "cls", f"--scale={scale}"
+    )
+
+
+def test_tensors_that_do_not_belong_together(tmp_path, capsys):
+    out = tmp_path / "out.pth"
+    state = {f"network.linear.{name}": tensor for name, tensor in calibration(5, 4).items()}
+    state |= {"network.linear.weight": torch.randn(5, 4), "network.linear.bias": torch.randn(5)}
+    for name in ("bias", "logit_scale", "logit_bias", "confidence_layer.weight", "confidence_layer.bias"):
+        path = saved(tmp_path, state | {f"network.linear.{name}": torch.ones(1, 7)})
+        assert f"network.linear.{name}" in refused(capsys, tmp_path, path, out, "--to", "cls")
+        path = saved(tmp_path, {key: tensor for key, tensor in state.items() if key != f"network.linear.{name}"})
+        refused(capsys, tmp_path, path, out, "--to", "cls")
+    path = saved(tmp_path, {"network.linear.weight": torch.ones(5, 4), "network.linear.scale": torch.ones(2)})
+    assert "one number" in refused(capsys, tmp_path, path, out, "--to", "cls")
+    path = saved(tmp_path, {"decode_head.conv_seg.weight": torch.ones(5, 4, 3, 3)})
+    assert "(5, 4, 3, 3)" in refused(capsys, tmp_path, path, out, "--to", "mmseg")
+
+
+def test_wrong_arguments_are_argparses(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        convert.main(["a", "b", "--to", "c"])
+    assert exit_status.value.code == 2
