@@ -66,7 +66,8 @@ def _read(source, unit):
             record = None if is_table else json.loads(text)
         except FileNotFoundError:
             raise InputError(
-                f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {os.fspath(source)!r}"
+                f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {os.fspath(source)!r}, and "
+                "there is no such file"
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"expected class counts as JSON in {os.fspath(source)!r}, but: {error}") from None

@@ -32,6 +32,7 @@ def check(config, name: str, list_all: bool) -> bool:
             if config.get(name) is None:
                 raise InputError(f"expected {name} in the config, got none")
             dataset = DATASETS.build(config[name].dataset)
+            _require_classes(config, dataset, name)
     except InputError as error:
         print(f"{name}: {error}")
         if list_all and isinstance(error, MissingFilesError):
@@ -48,6 +49,16 @@ def check(config, name: str, list_all: bool) -> bool:
         f"per class{groups}"
     )
     return True
+
+
+def _require_classes(config, dataset, name) -> None:
+    classes, found = config.get("model", {}).get("num_classes", 0), dataset.num_classes
+    # An evaluated list may lack the last classes.
+    if found > classes or (found < classes and name.startswith("train")):
+        raise InputError(
+            f"expected a dataset of as many classes as the model, whose num_classes is {classes}, got {found}; correct "
+            "the one or the other"
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ KINDS = {
     "coco": (count_json, ()),
     "masks": (count_masks, ("workers", "ignore_index", "reduce_zero_label", "suffix", "skip_corrupt")),
 }
+#: Folders of these names alone are no classes.
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def main(argv=None) -> int:
@@ -189,6 +191,12 @@ def _kind_of(source):
         raise InputError(f"expected images or folders of images in {source!r}, got both; name the --kind")
     if not (directly or within):
         raise InputError(f"expected images, one folder per class or all of them masks, in {source!r}, got none")
+    splits = sorted({entry.name.lower() for entry in entries if entry.is_dir()})
+    if within and SPLITS.issuperset(splits):
+        raise InputError(
+            f"expected one folder per class in {source!r}, got {some(splits)}, which look like splits; count the one "
+            "that trains, or name the --kind"
+        )
     return "folder" if within else "masks"
 
 

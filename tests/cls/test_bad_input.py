@@ -313,6 +313,13 @@ BAD = {
     ),
     "corrupt image": ("train", [ONE], ann_file("corrupt_list"), "expected a whole image at '.*corrupt.png', but: "),
     "missing image, check": ("check", [ONE], ann_file("missing_list"), "but 1 of its sets can't be read, see above"),
+    "other number of classes, check": (
+        "check",
+        [ONE],
+        ["model.num_classes=11"],
+        "but 1 of its sets can't be read, see above",
+    ),
+    "too few classes, check": ("check", [ONE], ["model.num_classes=9"], "but 3 of its sets can't be read, see above"),
     "arrays of floats": (
         "train",
         [ONE],
@@ -391,6 +398,13 @@ def test_check_lists_every_missing_file(files, capsys):
     options = [option.format(**vars(files)) for option in ann_file("missing_list")]
     assert check.main([ONE, "--all", "--cfg-options", *options]) == 2
     assert f"  missing: {files.images / 'gone.png'}\n" in capsys.readouterr().out
+
+
+def test_check_says_which_classes_differ(capsys):
+    assert check.main([ONE, "--cfg-options", "model.num_classes=11"]) == 2
+    train, val, _ = capsys.readouterr().out.splitlines()
+    assert "expected a dataset of as many classes as the model, whose num_classes is 11, got 10; correct" in train
+    assert val.startswith("val_dataloader: 500 images of 10 classes")
 
 
 def test_check_says_what_is_there(capsys):

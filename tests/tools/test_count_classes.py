@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -585,6 +586,17 @@ def test_a_negative_label_a_real_number_and_nothing_but_ignored_pixels(tmp_path,
 
 
 # ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path, photos, capsys):
+    splits = tmp_path / "flowers"
+    for split in ("train", "val"):
+        shutil.copytree(photos, splits / split)
+    assert main([str(splits)]) == 2
+    assert "expected one folder per class in" in (error := capsys.readouterr().err)
+    assert "got train, val, which look like splits; count the one that trains" in error
+    assert kind_of([str(splits / "train")]) == "folder"
+    assert main([str(splits), "--kind", "folder"]) == 0
 
 
 def test_the_kind_is_found_in_the_content(tmp_path, photos, capsys):
