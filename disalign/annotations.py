@@ -119,4 +119,8 @@ def _is_box(box):
 
 def category_names(categories) -> list[str]:
     """What Detectron2 calls LVIS's and COCO's categories: the first synonym, where there is one, or else the name."""
-    return [(category.get("synonyms") or [category["name"]])[0] for category in categories]
+    synonyms = (category.get("synonyms") for category in categories)
+    return [
+        names[0] if names and isinstance(names, list) else category["name"]
+        for names, category in zip(synonyms, categories, strict=True)
+    ]

@@ -112,6 +112,15 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
     return nn.Sequential(nn.RMSNorm(width, eps=eps, elementwise_affine=False), linear).train(classifier.training)
 
 
+#: Of the RMSNorm below: nothing beside the square of a norm that a cosine classifier divides by; zero stays zero.
+EPS = 1e-20
+
+
+def stock_cosine(width: int, outputs: int) -> nn.Module:
+    """Where a folded cosine classifier's weight and bias belong: stock torch, features (N, d) -> scores (N, K)."""
+    return nn.Sequential(nn.RMSNorm(width, eps=EPS, elementwise_affine=False), nn.Linear(width, outputs))
+
+
 def fold_model(model: nn.Module) -> nn.Module:
     """Replace a model's calibrated classifiers by stock ones, in place, all or none; nothing begins to train.
 

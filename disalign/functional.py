@@ -43,7 +43,7 @@ def calibrate(
         InputError: shapes that do not fit.
     """
     k = logits.shape[1] if num_calibrated is None else num_calibrated
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing():
         _check_shapes(logits, confidence, magnitude, margin, k)
     result = torch.promote_types(torch.promote_types(logits.dtype, magnitude.dtype), confidence.dtype)
     precise = torch.promote_types(result, torch.float32)
@@ -52,7 +52,7 @@ def calibrate(
     # a - (0 - b) is a + b, and leaves a negative zero as it is.
     shift = (magnitude.to(precise) - 1).view(per_class) * z - (0 - margin.to(precise)).view(per_class)
     calibrated = (z + confidence.to(precise) * shift).to(result)
-    if k == logits.shape[1]:
+    if num_calibrated is None:
         return calibrated
     return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
 

@@ -76,10 +76,12 @@ class AdaptiveCalibration(nn.Module):
 
     def forward(self, logits: Tensor, features: Tensor) -> Tensor:
         confidence = self.confidence_score(features)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():  # an exported model has nobody to tell
             self._check_columns(logits)
-            self._last_confidence = confidence.detach()
-        return calibrate(logits, confidence, self.magnitude, self.margin, self.num_classes)
+            if self.training or not torch.compiler.is_compiling():  # torch.export refuses to keep anything
+                self._last_confidence = confidence.detach()
+        num_calibrated = self.num_classes if self.passthrough else None
+        return calibrate(logits, confidence, self.magnitude, self.margin, num_calibrated)
 
     def _check_columns(self, logits: Tensor) -> None:
         expected = self.num_classes + self.passthrough

@@ -1,9 +1,11 @@
-"""What the commands share: the Runner of a classifier."""
+"""What the commands share: the Runner of a classifier, and the classifier alone."""
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from disalign import load_file
+from disalign.checkpoints import require_tensors, state_dict_of
 from disalign_mmengine import cli
 
 
@@ -24,3 +26,19 @@ def without_pretrained(config: Config) -> None:
     """A checkpoint follows: nothing to download first."""
     if config.model.backbone.get("pretrained"):
         config.model.backbone.pretrained = False
+
+
+def load_model(config: Config, path: str):
+    """The config's model with a checkpoint's tensors, all of them and no others, in eval mode; and the checkpoint.
+
+    Raises:
+        InputError: a config that can't be built, or no checkpoint of its model.
+    """
+    checkpoint = load_file(path)
+    with cli.config_errors(config.filename):
+        without_pretrained(config)
+        model = MODELS.build(config.model)
+    tensors = state_dict_of(checkpoint)
+    require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {path!r}")
+    model.load_state_dict(tensors)
+    return model.eval(), checkpoint

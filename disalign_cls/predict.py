@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 from mmengine.device import get_device
-from mmengine.registry import MODELS
 from PIL import Image
 from tqdm import tqdm
 
-from disalign import InputError, load_file
-from disalign.checkpoints import require_tensors, state_dict_of, write_json
+from disalign import InputError
+from disalign.annotations import IMAGE_SUFFIXES
+from disalign.checkpoints import write_json
 from disalign.cli import command
+from disalign.files import require_place
 from disalign_mmengine.cli import config_errors, load_config, parser
 
-from .cli import without_pretrained
-from .datasets import IMAGE_SUFFIXES, build_transforms
+from .cli import load_model
+from .datasets import build_transforms
 
 
 @command
@@ -30,15 +31,10 @@ def main(argv=None):
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     paths = find_images(args.images)
-    checkpoint = load_file(args.checkpoint)
-    with config_errors(config.filename):
-        without_pretrained(config)
-        model = MODELS.build(config.model)
-    tensors = state_dict_of(checkpoint)
-    require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {args.checkpoint!r}")
-    model.load_state_dict(tensors)
-    model.to(get_device()).eval()
-    predictions = predict(model, paths, config, class_names(checkpoint))
+    if args.out:
+        require_place(args.out, [config.filename, args.checkpoint, *paths])
+    model, checkpoint = load_model(config, args.checkpoint)
+    predictions = predict(model.to(get_device()), paths, config, class_names(checkpoint))
     if args.out:
         write_json(args.out, predictions)
     else:
@@ -74,10 +70,13 @@ def predict(model, paths: list[str], config, classes: list[str] | None) -> list[
     predictions = []
     for path in tqdm(paths, unit="image", disable=not sys.stderr.isatty()):
         try:
-            with Image.open(path) as image:
-                pixels = transforms(image.convert(mode))
-        except OSError as error:
-            raise InputError(f"expected a whole image at {path!r}, but: {error}") from None
+            with Image.open(path) as opened:
+                image = opened.convert(mode)
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files of all formats
+            raise InputError(
+                f"expected a whole image at {path!r}, but: {error}; fetch it again, or leave it out"
+            ) from None
+        pixels = transforms(image)
         inputs = model.data_preprocessor({"inputs": pixels[None], "data_samples": None})["inputs"]
         scores, labels = model(inputs).softmax(1)[0].topk(min(5, model.num_classes))
         top = [

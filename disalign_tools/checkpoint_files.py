@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from disalign import InputError, load_file
-from disalign.errors import first_line
+from disalign.errors import first_line, some
 from disalign.unpickling import records_left_out
 
 #: Entry with the weights -> entry with their moving average: torchvision's references, timm.
@@ -72,6 +72,9 @@ def open_checkpoint(path, ema: bool = False, trust: bool = False) -> Checkpoint:
             left_out.append(str(name))
     if not tensors:
         raise InputError(f"expected tensors in {path!r}, got none; is it a model's checkpoint?")
+    odd = [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
+    if odd:
+        raise InputError(f"expected dense tensors in {path!r}, got sparse or empty ones: {some(odd)}; save them dense")
     return Checkpoint(_stripped(tensors), _metadata(content), left_out, notes)
 
 

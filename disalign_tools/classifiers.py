@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from disalign import CosineClassifier, InputError, calibrate_classifier
-from disalign.folding import fold_tensors
+from disalign.folding import EPS, fold_tensors, stock_cosine
 
 #: Our names of a calibration's tensors, below the classifier's.
 CALIBRATION = ("magnitude", "margin", "confidence.weight", "confidence.bias")
@@ -120,7 +120,7 @@ def require_shapes(layer: ScoreLayer) -> None:
         InputError: they do not.
     """
     weight = layer.parts["weight"].tensor
-    if weight.dim() not in (2, 4) or weight[0, 0].numel() != 1:
+    if weight.dim() not in (2, 4) or not weight.numel() or weight[0, 0].numel() != 1:
         raise InputError(
             f"expected a weight of shape (C, d) or (C, d, 1, 1) in {layer.name!r}, got {tuple(weight.shape)}; is it a "
             "classifier?"
@@ -170,12 +170,3 @@ def fold(layer: ScoreLayer) -> None:
     layer.parts = {
         word: Part(tensor, sources, "folded") for word, tensor in zip(("weight", "bias"), folded, strict=True)
     }
-
-
-#: Of RMSNorm: far below the square of any norm that CosineClassifier does not treat as zero.
-EPS = 1e-20
-
-
-def stock_cosine(width: int, outputs: int) -> nn.Module:
-    """Where a folded cosine classifier's weight and bias belong."""
-    return nn.Sequential(nn.RMSNorm(width, eps=EPS, elementwise_affine=False), nn.Linear(width, outputs))

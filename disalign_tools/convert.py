@@ -117,6 +117,8 @@ def _check_arguments(args):
     require_place(args.dest, [args.source], option="DEST")
     if os.path.lexists(args.dest) and not args.force:
         raise InputError(f"expected a new file as DEST, but {args.dest!r} exists; add --force to replace it")
+    if args.dest.endswith(".safetensors"):
+        raise InputError(f"expected a DEST in .pth, got {args.dest!r}; it would be torch's format under that name")
     if args.dest.endswith(".pkl") and args.to != "d2":
         raise InputError(f"expected a DEST in .pth for --to {args.to}, got {args.dest!r}; only Detectron2 reads .pkl")
     if args.scale is not None and not 0 < args.scale < math.inf:
