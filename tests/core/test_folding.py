@@ -221,9 +221,7 @@ def test_the_mode_stays():
 
 @pytest.mark.parametrize("kind", [nn.Linear, CosineClassifier])
 def test_a_learnt_confidence_is_refused(kind):
-    with pytest.raises(
-        InputError, match=r"confidence 'one' to fold, got a learnt one, which blends .*; export"
-    ):
+    with pytest.raises(InputError, match=r"confidence 'one' to fold, got a learnt one, which blends .*; export"):
         fold_classifier(calibrated(kind, confidence="learnt"))
 
 
