@@ -91,7 +91,7 @@ def load_file(path) -> dict:
         ) from None
     except Exception as error:  # a broken file can break a reader anywhere
         raise InputError(
-            f"expected a checkpoint at {path!r}, but it can't be read ({first_line(error)}); is it "
+            f"expected a checkpoint at {path!r}, but it can't be read ({first_line(error).split('. ')[0]}); is it "
             "truncated or of another format?"
         ) from None
 
@@ -101,7 +101,10 @@ def _what_else(path, error):
         return f"it also holds {some(torch.serialization.get_unsafe_globals_in_checkpoint(path))}"
     # torch's own words advise to switch weights_only off; ours keep the name it found.
     found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it also holds {found[1]}" if found else str(error).splitlines()[0]
+    if found:
+        return f"it also holds {found[1]}"
+    said = first_line(error)
+    return "torch's safe reader can't read it" if said.startswith("Weights only load failed") else said
 
 
 def state_dict_of(checkpoint) -> dict[str, Tensor]:

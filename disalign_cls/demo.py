@@ -18,8 +18,10 @@ import torch
 from mmengine.runner import Runner
 from tqdm import tqdm
 
+from disalign import InputError
 from disalign.checkpoints import write_json
 from disalign.cli import command
+from disalign.files import require_folder
 from disalign.splits import percent
 from disalign_mmengine.cli import load_config
 
@@ -37,6 +39,11 @@ def main(argv=None):
     arguments.add_argument("--out", default="demo_results", help="folder for results.json and the pictures")
     arguments.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = arguments.parse_args(argv)
+    if len(set(args.seeds)) < len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
+        raise InputError(
+            f"expected --seeds from 0 to {2**32 - 1}, each once, got {' '.join(map(str, args.seeds))}; give others"
+        )
+    require_folder(args.out)
 
     tasks = [(seed, classifier) for seed in args.seeds for classifier in METHODS]
     print(

@@ -122,6 +122,12 @@ class StageOneHook(FrozenHook):
             )
         if not stage_one:
             raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")
+        folder, name = os.path.split(os.path.realpath(stage_one))
+        if folder == os.path.realpath(runner.work_dir) and name.startswith(("epoch_", "iter_", "best_")):
+            raise InputError(
+                f"expected a work folder of stage two's own, got stage one's, {runner.work_dir!r}, whose checkpoints "
+                "have the same names; give another --work-dir"
+            )
         meta = metadata(load_file(stage_one))
         theirs, ours = (meta.get("dataset_meta") or {}), runner.train_dataloader.dataset
         if theirs.get("classes") and ours.metainfo["classes"] and theirs["classes"] != ours.metainfo["classes"]:

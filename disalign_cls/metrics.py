@@ -37,6 +37,7 @@ class LongTailAccuracy(BaseMetric):
     def __init__(self, class_counts=None, many: float = 100, few: float = 20, stage_one: bool = True, **options):
         super().__init__(**options)
         self.class_counts = None if class_counts is None else load_class_counts(class_counts)
+        many_medium_few([0], many, few)  # refuses thresholds before the first evaluation does
         self.many, self.few = many, few
         self.stage_one = stage_one
         #: The last evaluation in full, ready for JSON.

@@ -7,10 +7,25 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
 from disalign import InputError, load_file, load_stage_one
-from disalign.checkpoints import IGNORABLE, require_tensors, state_dict_of
+from disalign.checkpoints import IGNORABLE, atomic_file, require_tensors, state_dict_of
 from disalign.errors import first_line
 
 from .freezing import calibrations
+
+
+class _AtomicWrites:
+    """Detectron2's path manager, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
+
+    def __init__(self, manager):
+        self._manager = manager
+
+    def __getattr__(self, name):
+        return getattr(self._manager, name)
+
+    def open(self, path, mode="r", **options):
+        if mode in ("w", "wb") and "://" not in path:
+            return atomic_file(path, mode)
+        return self._manager.open(path, mode, **options)
 
 
 class DisAlignCheckpointer(DetectionCheckpointer):
@@ -30,6 +45,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def __init__(self, model, save_dir="", *, training: bool = False, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
+        self.path_manager = _AtomicWrites(self.path_manager)
         self.training = training
         self._calibrations = calibrations(self.model)
         self._fresh = False

@@ -5,13 +5,12 @@ folder; ANNOTATIONS.json is in LVIS or COCO format. Prints a table; no model and
 """
 
 import argparse
-import os
 import sys
 
 from disalign import InputError
 from disalign.checkpoints import write_json
 from disalign.cli import command
-from disalign.files import read_json
+from disalign.files import read_json, require_place
 
 from .lvis_metrics import SHAPE, evaluation_report, table
 
@@ -29,12 +28,17 @@ def main(argv=None):
     )
     arguments.add_argument("--out", help="also write all figures, and those of each category, to this JSON")
     args = arguments.parse_args(argv)
-    if args.out and os.path.abspath(args.out) in map(os.path.abspath, (args.detections, args.annotations)):
-        raise InputError(f"expected a file of its own as --out, got {args.out!r}, which is read; name another")
+    if args.out:
+        require_place(args.out, filter(None, (args.detections, args.annotations, args.image_counts)))
+    if not args.max_dets:
+        raise InputError("expected 1 or more as --max-dets, or -1 for all, got 0")
     detections = read_json(args.detections, "detections")
     annotations = read_json(args.annotations, "annotations")
     if not isinstance(detections, list):
-        raise InputError(f"expected a list of detections in {args.detections!r}, got {type(detections).__name__}")
+        raise InputError(
+            f"expected a list of detections in {args.detections!r}, got {type(detections).__name__}; give the "
+            "detections first, then the annotations"
+        )
     iou_types = args.iou_type or shapes_of(detections)
     report = evaluation_report(
         annotations, detections, iou_types, args.max_dets, args.fixed_ap, image_counts=args.image_counts

@@ -1,7 +1,7 @@
 """LVIS's average precision, computed by faster-coco-eval; no framework needed."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,7 +272,7 @@ def _detections(detections, images, iou_type) -> list[dict]:
 
 def _box_areas(boxes) -> list[float]:
     for box in boxes:
-        if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_is_number, box)):
+        if not _is_box(box):
             raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(box)}")
     return [width * height for _, _, width, height in boxes]
 
@@ -306,9 +306,22 @@ def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
     _check_keys(ground_truth["images"], "image", {"id", "height", "width"})
     _check_keys(ground_truth["categories"], "category", {"id"})
     _check_keys(ground_truth["annotations"], "annotation", {"image_id", "category_id", "area", SHAPE[iou_type]})
+    for what in ("images", "categories"):
+        ids = [item["id"] for item in ground_truth[what]]
+        wrong = [id_ for id_ in ids if not isinstance(id_, int)] or [id_ for id_, n in Counter(ids).items() if n > 1]
+        if wrong:
+            raise InputError(
+                f"expected whole numbers as ids of the {what}, each once, got {some(map(repr, wrong))}; mend the file"
+            )
     for annotation in ground_truth["annotations"]:
         if not annotation[SHAPE[iou_type]]:
             raise InputError(f"expected a {SHAPE[iou_type]} of each annotation, got an empty one: {_short(annotation)}")
+        if iou_type == "bbox" and not _is_box(annotation["bbox"]):
+            raise InputError(
+                f"expected x, y, width and height as bbox of an annotation, got {_short(annotation['bbox'])}"
+            )
+        if not _is_number(annotation["area"]):
+            raise InputError(f"expected a finite number as area of each annotation, got {_short(annotation['area'])}")
     _letters(ground_truth, None)
 
 
@@ -339,6 +352,10 @@ def _check_keys(items, what, keys) -> None:
 
 def _known(key, table) -> bool:
     return isinstance(key, int) and key in table
+
+
+def _is_box(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_number, value))
 
 
 def _is_number(value) -> bool:

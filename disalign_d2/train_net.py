@@ -12,7 +12,7 @@ import os
 import sys
 import weakref
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -27,6 +27,8 @@ from detectron2.utils.logger import setup_logger
 from disalign import InputError, at_identity, load_file
 from disalign.checkpoints import state_dict_of
 from disalign.cli import command, find_config, sentence_of
+from disalign.errors import first_line
+from disalign.files import require_folder
 
 from . import comparison
 from .checkpoint import DisAlignCheckpointer, is_calibrated
@@ -174,7 +176,7 @@ def setup(args) -> CfgNode:
     add_disalign_config(cfg)
     args.config_file = find_config(args.config_file)
     try:
-        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)  # else YAML may call any function
         cfg.merge_from_list(args.opts)
     except Exception as error:  # yacs and yaml raise whatever they like
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
@@ -184,6 +186,8 @@ def setup(args) -> CfgNode:
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise InputError(f"expected 1 or more as SOLVER.CHECKPOINT_PERIOD, got {cfg.SOLVER.CHECKPOINT_PERIOD}")
     if cfg.TEST.FIXED_AP and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE <= 300:
         raise InputError(
             "expected TEST.DETECTIONS_PER_IMAGE above LVIS's 300 for TEST.FIXED_AP, which limits per class, "
@@ -201,6 +205,19 @@ def setup(args) -> CfgNode:
     return cfg
 
 
+@contextmanager
+def config_errors():
+    """Whatever building from a config raises is the config's fault, in one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"expected settings that can be built, but: {first_line(error)}; mend the config, or the KEY VALUE given"
+        ) from error
+
+
 def refuse_other_stage(cfg) -> None:
     """Keep a run from writing into the folder of the other stage, whose checkpoints have the same names.
 
@@ -212,6 +229,8 @@ def refuse_other_stage(cfg) -> None:
     if os.path.isfile(tag):
         with open(tag, encoding="utf-8") as file:
             last = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if os.path.dirname(os.path.realpath(cfg.MODEL.WEIGHTS)) == os.path.realpath(cfg.OUTPUT_DIR):
+        last = cfg.MODEL.WEIGHTS
     if not os.path.isfile(last) or is_calibrated(state_dict_of(load_file(last))) == cfg.MODEL.DISALIGN.CALIBRATE:
         return
     ours, theirs = ("two", "one") if cfg.MODEL.DISALIGN.CALIBRATE else ("one", "two")
@@ -227,13 +246,15 @@ def run(args):
     if comm.is_main_process():
         require_data(cfg, training=not args.eval_only)
     comm.synchronize()  # so that no other process fails first, in other words
+    require_folder(cfg.OUTPUT_DIR)
     refuse_other_stage(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="disalign_d2")
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("Running on the CPU" + ("" if torch.cuda.is_available() else ": CUDA finds no GPU"))
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        with config_errors():
+            model = Trainer.build_model(cfg)
         DisAlignCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
@@ -241,7 +262,8 @@ def run(args):
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
+    with config_errors():
+        trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: trainer.test_with_tta(cfg, trainer.model))])

@@ -1,6 +1,7 @@
 """What the commands share: configs and the Runner, in one sentence where they do not fit."""
 
 import argparse
+import errno
 import inspect
 import os
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from disalign import InputError
 from disalign.cli import find_config
 from disalign.errors import first_line
+from disalign.files import require_folder
+
+#: What the system says of a disk that is full or has become read-only.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 #: What a config that does not fit raises while mmengine builds from it.
 BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
@@ -80,15 +85,21 @@ def prepare(config: Config, args) -> None:
     """Write the parsed arguments into the config; on CPUs the processes will speak gloo.
 
     Raises:
-        InputError: a work folder that is none, nothing to resume, or a launcher that CPUs can't use.
+        InputError: a work folder that nothing can be written to, nothing to resume, or a launcher that can't be used.
     """
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
-    if os.path.exists(config.work_dir) and not os.path.isdir(config.work_dir):
-        raise InputError(f"expected a folder as --work-dir, but {config.work_dir!r} is a file")
+    if os.path.isfile(config.work_dir):
+        raise InputError(f"expected a folder as --work-dir, but {config.work_dir!r} is a file; give another")
+    require_folder(config.work_dir)
     if config.get("resume"):
         # Its own latest checkpoint, whatever load_from says: mmengine would resume that.
         config.load_from = latest_checkpoint(config.work_dir)
+    if args.launcher == "pytorch" and "RANK" not in os.environ:
+        raise InputError(
+            "expected a process of torchrun for --launcher pytorch, got one of its own; start it with torchrun "
+            "--nproc_per_node N -m, or leave out --launcher"
+        )
     if args.launcher != "none" and not torch.cuda.is_available():
         # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
         if args.launcher == "slurm":
@@ -114,8 +125,10 @@ def train(runner: Runner, config: Config) -> None:
     """Train, with everything built first, data and all: whatever does not fit is said before the first step.
 
     Raises:
-        InputError: a config that can't be built.
+        InputError: a config that can't be built, or a disk that has become full.
     """
+    if config.get("val_dataloader") is not None and config.train_cfg.get("val_interval") == 0:
+        raise InputError("expected 1 or more as train_cfg.val_interval, got 0; for no evaluation, name a large one")
     with config_errors(config.filename):
         _ = runner.train_loop, runner.val_loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -123,7 +136,14 @@ def train(runner: Runner, config: Config) -> None:
         runner.auto_scale_lr = None  # once is enough: train() would scale again
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
-    runner.train()
+    try:
+        runner.train()
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(
+            f"expected room to write in {config.work_dir!r}, but: {error.strerror}; free some, then add --resume"
+        ) from error
 
 
 def latest_checkpoint(work_dir: str) -> str:

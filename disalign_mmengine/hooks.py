@@ -1,11 +1,14 @@
-"""What a run of stage two adds on MMEngine: plain checkpoints, the proof of freezing, the watch over the confidence."""
+"""What a run adds on MMEngine: plain and whole checkpoints, the proof of freezing, the watch over the confidence."""
 
 import numpy as np
-from mmengine.hooks import Hook
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from disalign import AdaptiveCalibration, InputError
+from disalign.checkpoints import atomic_file
+from disalign.files import require_folder
 from disalign.freezing import fingerprints, frozen_tensors, refuse_changes
 
 from .checkpoints import metadata
@@ -16,13 +19,29 @@ def unwrapped(model):
     return model.module if is_model_wrapper(model) else model
 
 
+@register_backend("disalign_atomic")
+class AtomicBackend(LocalBackend):
+    """mmengine's own, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
+
+    def put(self, obj: bytes, filepath) -> None:
+        with atomic_file(filepath) as file:
+            file.write(obj)
+
+
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):
-    """Keeps checkpoints plain: tensors and values that ``weights_only`` loads.
+    """Keeps checkpoints whole, and plain: tensors and values that ``weights_only`` loads.
 
     mmengine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
     only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
     """
+
+    def before_train(self, runner) -> None:
+        for hook in runner.hooks:
+            ours = isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args)
+            if ours and "://" not in (hook.out_dir or runner.work_dir):
+                require_folder(hook.out_dir or runner.work_dir)
+                hook.backend_args = {"backend": "disalign_atomic"}
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         # On resuming mmengine would run the config in it, which is Python.

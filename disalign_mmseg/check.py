@@ -13,6 +13,7 @@ from disalign import InputError, head_body_tail
 from disalign.checkpoints import write_json
 from disalign.cli import command
 from disalign.errors import some
+from disalign.files import require_place
 from disalign_mmengine.cli import config_errors, load_config, parser
 
 from .data_check import SAMPLE, build_dataset, dataset_problems
@@ -32,7 +33,9 @@ def main(argv=None):
     if args.workers is not None and args.workers < 0:
         raise InputError(f"expected 0 or more as --workers, got {args.workers}")
     if args.counts and (os.path.isdir(args.counts) or not args.counts.endswith(".json")):
-        raise InputError(f"expected the name of a .json file as --counts, got {args.counts!r}")
+        raise InputError(f"expected the name of a .json file as --counts, got {args.counts!r}; name another")
+    if args.counts:
+        require_place(args.counts, option="--counts")
     register_all_modules(init_default_scope=True)
     config = load_config(args.config, args.cfg_options)
     num_classes, ignore_index = labels_of(config)
@@ -42,10 +45,7 @@ def main(argv=None):
         raise InputError(f"expected whole data, but {complete.count(False)} of its sets can't be used, see above")
     if args.counts:
         record = count_pixels(build_dataset(config.train_dataloader.dataset), num_classes, ignore_index, args.workers)
-        try:
-            write_json(args.counts, record)
-        except OSError as error:
-            raise InputError(f"expected a place to write {args.counts!r}, but: {error}") from None
+        write_json(args.counts, record)
         empty = [
             record["class_names"][label] if record["class_names"] else label
             for label, pixels in enumerate(record["train_counts"])
@@ -69,7 +69,9 @@ def labels_of(config) -> tuple[int, int]:
         InputError: the config has none.
     """
     with config_errors(config.filename):
-        head = config.model.decode_head
+        head = config.get("model", {}).get("decode_head")
+        if not head:
+            raise KeyError("it has no model.decode_head; is it MMSegmentation's?")
         head = head[-1] if isinstance(head, list | tuple) else head
         return head.num_classes, head.get("ignore_index", 255)
 

@@ -129,7 +129,9 @@ def _other_classes(dataset, num_classes) -> Iterator[str]:
 
 def _missing(dataset, records) -> Iterator[str]:
     name = type(dataset).__name__
-    if not records:
+    if not records and os.path.isfile(getattr(dataset, "ann_file", "")):
+        yield f"expected the names of the images of {name} in {dataset.ann_file!r}, but it is empty; check ann_file"
+    elif not records:
         yield f"expected images of {name}, got none; check data_root"
     for key, what in (("img_path", "image"), ("seg_map_path", "annotation")):
         if key == "seg_map_path" and loader_of(dataset, LoadAnnotations) is None:

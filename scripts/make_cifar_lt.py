@@ -5,6 +5,7 @@ nothing is drawn at random, so the same arguments give the same images anywhere.
 """
 
 import argparse
+import math
 import os
 import sys
 
@@ -14,6 +15,8 @@ from torchvision import datasets
 from disalign import InputError
 from disalign.checkpoints import atomic_file
 from disalign.cli import command
+from disalign.errors import first_line
+from disalign.files import require_place
 
 DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
@@ -50,15 +53,18 @@ def main(argv=None):
     parser.add_argument("--no-download", action="store_true", help="only use what lies in --root")
     args = parser.parse_args(argv)
     if not args.out.endswith(".npz") or os.path.isdir(args.out):
-        raise InputError(f"expected the name of an .npz file to write, got {args.out!r}")
-    if not args.imbalance >= 1:
-        raise InputError(f"expected an imbalance of at least 1, got {args.imbalance:g}")
+        raise InputError(f"expected the name of an .npz file to write, got {args.out!r}; name another")
+    require_place(args.out)
+    if not 1 <= args.imbalance < math.inf:
+        raise InputError(f"expected an imbalance of at least 1, got {args.imbalance:g}; give --imbalance another")
     of_name = getattr(datasets, DATASETS[args.dataset])
     try:
         train, test = (of_name(args.root, train=split, download=not args.no_download) for split in (True, False))
     except (OSError, RuntimeError) as error:
         hint = "leave out --no-download" if args.no_download else f"fetch {of_name.url} and unpack it there by hand"
-        raise InputError(f"expected {args.dataset} in {args.root!r}, but: {error}; {hint}") from None
+        # The first sentence: torchvision's second is advice for those who call it.
+        reason = first_line(error).split(". ")[0]
+        raise InputError(f"expected {args.dataset} in {args.root!r}, but: {reason}; {hint}") from None
     labels = np.asarray(train.targets, dtype=np.int64)
     kept = long_tailed_indices(labels, args.imbalance)
     arrays = {
@@ -68,11 +74,8 @@ def main(argv=None):
         "test_labels": np.asarray(test.targets, dtype=np.int64),
         "class_names": np.array(train.classes),
     }
-    try:
-        with atomic_file(args.out) as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise InputError(f"expected a place to write {args.out!r}, but: {error}") from None
+    with atomic_file(args.out) as file:
+        np.savez(file, **arrays)
     counts = np.bincount(labels[kept])
     print(
         f"{args.out}: {len(kept)} training images of {len(counts)} classes, {counts.max()} down to {counts.min()}; "

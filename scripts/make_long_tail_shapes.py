@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from disalign import InputError
 from disalign.cli import command
+from disalign.files import require_folder
 from disalign.splits import frequent_common_rare
 
 SIZE = 128  # of an image, in pixels
@@ -139,7 +140,8 @@ def make_split(rng, folder, split, counts, num_images, first_id):
     for image_id, present in enumerate(tqdm(np.array_split(labels, num_images), desc=split), start=first_id):
         picture, outlines = draw(rng, present)
         name = f"{image_id:06d}.png"
-        cv2.imwrite(os.path.join(folder, split, name), picture)
+        with open(os.path.join(folder, split, name), "wb") as file:  # cv2's own writer is silent where the disk is full
+            file.write(cv2.imencode(".png", picture)[1])
         # Federated, as in LVIS: half of the absent classes are known to be absent, and now and then one that is
         # present is not annotated exhaustively.
         absent = np.setdiff1d(np.arange(len(CLASSES)), present)
@@ -241,15 +243,21 @@ def main(argv=None):
         raise InputError(
             f"expected {fewest_images} to {counts.sum()} --images for {counts.sum()} instances, got {args.images}"
         )
+    require_folder(args.out)
     out = os.path.abspath(args.out)
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(out), prefix=".") as temporary:
-        new = os.path.join(temporary, "new")
-        make(new, args.seed, args.images, counts, args.val_per_class)
-        if not os.path.lexists(out):
-            os.rename(new, out)
-        elif not (os.path.isdir(out) and same(new, out)):
-            raise InputError(f"expected a new folder as --out, but {args.out!r} holds something else; name another")
+    try:
+        os.makedirs(os.path.dirname(out), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(out), prefix=".") as temporary:
+            new = os.path.join(temporary, "new")
+            make(new, args.seed, args.images, counts, args.val_per_class)
+            if not os.path.lexists(out):
+                os.rename(new, out)
+            elif not same(new, out):
+                raise InputError(f"expected a new folder as --out, but {args.out!r} holds something else; name another")
+    except OSError as error:
+        raise InputError(
+            f"expected a place to write {args.out!r}, but: {error.strerror or error}; free it, or give another"
+        ) from None
     print(f"{args.out}: {args.images} training images, {len(CLASSES)} classes from {args.most} to {FEWEST} instances")
 
 

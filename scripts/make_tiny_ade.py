@@ -8,6 +8,7 @@ pixels again.
 
 import argparse
 import colorsys
+import io
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from PIL import Image
 
 from disalign import InputError
 from disalign.cli import command
+from disalign.files import require_folder
 
 MOST_CLASSES = 150
 FEWEST_PATCHES = 6  # per image
@@ -56,8 +58,16 @@ def make_split(rng, folder: str, split: str, num_images: int, size: int, num_cla
         annotation = draw_labels(rng, height, width, present)
         image = np.clip(palette[annotation] + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
         name = f"ADE_{FOLDERS[split]}_{number:08d}"
-        Image.fromarray(image).save(os.path.join(folder, "images", split, f"{name}.jpg"), quality=95)
-        Image.fromarray(annotation).save(os.path.join(folder, "annotations", split, f"{name}.png"))
+        save(image, os.path.join(folder, "images", split, f"{name}.jpg"), "JPEG", quality=95)
+        save(annotation, os.path.join(folder, "annotations", split, f"{name}.png"), "PNG")
+
+
+def save(pixels: np.ndarray, path: str, form: str, **options) -> None:
+    """Write an image; Pillow's own way to a file cuts JPEG short on a full disk and says nothing."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, form, **options)
+    with open(path, "wb") as file:
+        file.write(content.getvalue())
 
 
 def patches_per_image(num_images: int, num_classes: int) -> int:
@@ -88,6 +98,7 @@ def main(argv=None):
     out = os.path.abspath(args.out)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise InputError(f"expected a new or an empty folder, but {args.out!r} holds something; name another")
+    require_folder(args.out)
     rng = np.random.default_rng(args.seed)
     try:
         os.makedirs(os.path.dirname(out), exist_ok=True)
@@ -97,7 +108,9 @@ def main(argv=None):
                 make_split(rng, new, split, number, args.size, args.classes)
             os.rename(new, out)
     except OSError as error:
-        raise InputError(f"expected a place to write {args.out!r}, but: {error}") from None
+        raise InputError(
+            f"expected a place to write {args.out!r}, but: {error.strerror or error}; free it, or give another"
+        ) from None
     print(f"{args.out}: {args.train} training and {args.val} validation images of {args.classes} classes")
 
 

@@ -1,5 +1,6 @@
 """What the hooks refuse, say and repair; whole runs are in test_train.py."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ from torch import nn
 from disalign import InputError
 from disalign_cls import hooks, train
 from disalign_cls.cli import without_pretrained
+from disalign_cls.datasets import DigitsLT
 from disalign_mmengine.cli import load_config
 
-from .runs import BASELINE, DISALIGN, PLAIN, log, runner
+from .runs import BASELINE, DISALIGN, PLAIN, left_behind, log, runner
 from .runs import train as train_run
 
 
@@ -38,6 +40,42 @@ def test_a_stage_one_of_another_training_set_is_said(stage_one, tmp_path):
     other = changed(stage_one, tmp_path, disalign={"class_counts": [3] * 10})
     assert train_run(DISALIGN["linear"], tmp_path, f"stage_one={other}") == 0
     assert "stage one saw another training set (30 images, here 242); make sure that none" in log(tmp_path)
+
+
+def counts_file(folder, counts):
+    (folder / "counts.json").write_text(json.dumps({"train_counts": counts}))
+    return str(folder / "counts.json")
+
+
+def test_a_file_of_the_training_sets_counts_is_taken_by_the_loss_and_the_metric(stage_one, tmp_path):
+    counts = DigitsLT("train").class_counts.tolist()
+    path = counts_file(tmp_path, counts)
+    options = (f"model.loss.class_counts={path}", f"val_evaluator.class_counts={path}")
+    assert train_run(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", *options, epochs=1) == 0
+    content = torch.load(tmp_path / "epoch_1.pth", weights_only=True)
+    assert content["meta"]["disalign"]["class_counts"] == counts
+
+
+def test_other_counts_than_the_training_sets_are_refused_by_the_loss(stage_one, tmp_path, capsys):
+    path = counts_file(tmp_path, [3] * 10)
+    options = (f"stage_one={stage_one}", f"model.loss.class_counts={path}")
+    assert train_run(DISALIGN["linear"], tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err
+    assert error.strip() == (
+        "error: expected the counts of the training set (242 images of 10 classes) as model.loss.class_counts, got "
+        "others (30 of 10); leave it out, and they are taken from there"
+    )
+    assert left_behind(tmp_path / "run") == []
+
+
+def test_other_counts_than_the_training_sets_are_the_metrics_own(stage_one, tmp_path):
+    path = counts_file(tmp_path, [300, 50, 3, 3, 3, 3, 3, 3, 3, 3])
+    run = runner(
+        DISALIGN["linear"], tmp_path, epochs=1, stage_one=str(stage_one), **{"val_evaluator.class_counts": path}
+    )
+    run.train()
+    (metric,) = run.val_evaluator.metrics
+    assert metric.report["class_counts"] == [300, 50, 3, 3, 3, 3, 3, 3, 3, 3]
 
 
 def test_a_fresh_stage_two_does_not_start_from_load_from(stage_one, stage_two, tmp_path):
