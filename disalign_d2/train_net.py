@@ -229,15 +229,17 @@ def refuse_other_stage(cfg) -> None:
     if os.path.isfile(tag):
         with open(tag, encoding="utf-8") as file:
             last = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-    if os.path.dirname(os.path.realpath(cfg.MODEL.WEIGHTS)) == os.path.realpath(cfg.OUTPUT_DIR):
-        last = cfg.MODEL.WEIGHTS
-    if not os.path.isfile(last) or is_calibrated(state_dict_of(load_file(last))) == cfg.MODEL.DISALIGN.CALIBRATE:
-        return
-    ours, theirs = ("two", "one") if cfg.MODEL.DISALIGN.CALIBRATE else ("one", "two")
-    raise InputError(
-        f"expected an OUTPUT_DIR for stage {ours}, got one with a checkpoint of stage {theirs} ({last!r}); give stage "
-        f"{ours} an OUTPUT_DIR of its own"
-    )
+    present = [last] if os.path.isfile(last) else []
+    folder, name = os.path.split(os.path.realpath(cfg.MODEL.WEIGHTS))
+    if folder == os.path.realpath(cfg.OUTPUT_DIR) and name.startswith("model_") and os.path.isfile(cfg.MODEL.WEIGHTS):
+        present.append(cfg.MODEL.WEIGHTS)
+    for path in dict.fromkeys(present):
+        if is_calibrated(state_dict_of(load_file(path))) != cfg.MODEL.DISALIGN.CALIBRATE:
+            ours, theirs = ("two", "one") if cfg.MODEL.DISALIGN.CALIBRATE else ("one", "two")
+            raise InputError(
+                f"expected an OUTPUT_DIR for stage {ours}, got one with a checkpoint of stage {theirs} ({path!r}); "
+                f"give stage {ours} an OUTPUT_DIR of its own"
+            )
 
 
 def run(args):
