@@ -84,7 +84,7 @@ def _d2(config: str, tensors: dict) -> nn.Module:
     cfg = get_cfg()
     add_disalign_config(cfg)
     try:
-        cfg.merge_from_file(find_config(config))
+        cfg.merge_from_file(find_config(config), allow_unsafe=False)  # else YAML may call any function
         cfg.MODEL.DEVICE = "cpu"
         return build_model(cfg)
     except InputError:

@@ -201,6 +201,6 @@ def test_what_does_not_fit_is_said(tmp_path, capsys):
     path, out = saved(tmp_path, {"model": stage_one()}), tmp_path / "out.pth"
     other = config_file(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 7, calibrate=True)
     assert "shapes" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", other)
-    other.write_text("MODEL: {NOTHING: 1}\n")
+    other.write_text("{VERSION: 2, MODEL: {NOTHING: 1}}\n")
     assert "can be built" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", other)
     assert "--to d2" in refused(capsys, tmp_path, path, out, "--to", "cls")

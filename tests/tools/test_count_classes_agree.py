@@ -166,19 +166,22 @@ def masks(tmp_path):
 @pytest.mark.parametrize("reduce_zero_label", [False, True])
 def test_segmentation_counts_the_same(masks, reduce_zero_label, out):
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+    from mmengine.registry import DefaultScope
     from mmseg.datasets import BaseSegDataset
 
     from disalign_mmseg.pixel_counts import count_pixels
 
     num_classes = 4 if reduce_zero_label else 5
-    dataset = BaseSegDataset(
-        data_root=str(masks),
-        data_prefix=dict(img_path="images", seg_map_path="masks"),
-        metainfo=dict(classes=[f"class {label}" for label in range(num_classes)]),
-        reduce_zero_label=reduce_zero_label,
-        pipeline=[dict(type="mmseg.LoadImageFromFile"), dict(type="mmseg.LoadAnnotations")],
-        serialize_data=False,
-    )
+    # Whatever ran before in this process, names are looked up as within a segmentation run.
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        dataset = BaseSegDataset(
+            data_root=str(masks),
+            data_prefix=dict(img_path="images", seg_map_path="masks"),
+            metainfo=dict(classes=[f"class {label}" for label in range(num_classes)]),
+            reduce_zero_label=reduce_zero_label,
+            pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")],
+            serialize_data=False,
+        )
     expected = count_pixels(dataset, num_classes, workers=0)
     options = ["--reduce-zero-label"] if reduce_zero_label else []
     _, record = out(masks / "masks", "--kind", "masks", *options)
