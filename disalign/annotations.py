@@ -45,14 +45,19 @@ def read_list(ann_file: str) -> tuple[list[str], list[int]]:
     return [words[0] for _, _, words in split], [int(words[1]) for _, _, words in split]
 
 
+def class_folders(folder) -> list[str]:
+    """The names of the folders in a folder, in alphabetical order; hidden ones (``.ipynb_checkpoints``) are none."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def image_files(folder) -> list[str]:
-    """The images in a folder and in all below it, in alphabetical order folder by folder."""
-    return [
-        os.path.join(place, name)
-        for place, _, names in sorted(os.walk(folder))
-        for name in sorted(names)
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    """The images in a folder and in all below it, in alphabetical order folder by folder; hidden ones are none."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        shown = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+        found.append((place, sorted(shown)))
+    return [os.path.join(place, name) for place, names in sorted(found) for name in names]
 
 
 def read_annotations(json_file) -> dict:

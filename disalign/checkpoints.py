@@ -38,7 +38,7 @@ def atomic_file(path, mode: str = "wb"):
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
         with os.fdopen(descriptor, mode) as file:
             yield file
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's is private
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
@@ -51,6 +51,12 @@ def atomic_file(path, mode: str = "wb"):
                 "another"
             ) from error
         raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_json(path, value) -> None:

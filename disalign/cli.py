@@ -10,7 +10,7 @@ from .errors import InputError
 
 
 def command(main):
-    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2."""
+    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2, and Ctrl-C into 130."""
 
     @functools.wraps(main)
     def wrapped(argv=None) -> int:
@@ -19,6 +19,9 @@ def command(main):
         except InputError as error:
             print(f"error: {sentence_of(error)}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
         return 0
 
     return wrapped

@@ -59,17 +59,32 @@ def _no_bytes():
     return b""
 
 
+class _Call:
+    """A function that a pickle can call but not alter."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
+
+    def __setstate__(self, _):
+        raise pickle.UnpicklingError("it alters what it is read with")
+
+
 class _Unpickler(pickle.Unpickler):
     stand_ins = {
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "scalar"): _scalar,
-        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.multiarray", "scalar"): _Call(_scalar),
+        ("numpy._core.numeric", "_frombuffer"): _Call(_from_buffer),
         ("collections", "OrderedDict"): dict,
-        ("_codecs", "encode"): _encode,
-        ("builtins", "bytes"): _no_bytes,
-        ("__builtin__", "bytes"): _no_bytes,
+        ("_codecs", "encode"): _Call(_encode),
+        ("builtins", "bytes"): _Call(_no_bytes),
+        ("__builtin__", "bytes"): _Call(_no_bytes),
     }
 
     def find_class(self, module, name):
@@ -91,14 +106,21 @@ def load_arrays(file):
     return _as_tensors(_Unpickler(file, encoding="latin1").load())
 
 
-def _as_tensors(value):
+def _as_tensors(value, done=None):
+    # What a file holds many times over is turned once: a few bytes can nest beyond all memory.
+    done = {} if done is None else done
+    if id(value) in done:
+        return done[id(value)][1]
     if isinstance(value, _Array):
-        return torch.from_numpy(value.array)
-    if isinstance(value, Mapping):
-        return {key: _as_tensors(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_as_tensors, value))
-    return value
+        turned = torch.from_numpy(value.array)
+    elif isinstance(value, Mapping):
+        turned = {key: _as_tensors(item, done) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        turned = type(value)(_as_tensors(item, done) for item in value)
+    else:
+        return value
+    done[id(value)] = value, turned
+    return turned
 
 
 class _Dropped:

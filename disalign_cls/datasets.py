@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from disalign.annotations import image_files, read_list
+from disalign.annotations import class_folders, image_files, read_list
 from disalign.errors import InputError, some
 from disalign.files import missing_files
 
@@ -170,7 +170,7 @@ class FolderDataset(FileDataset):
     def __init__(self, data_root: str, classes: Sequence[str] | None = None, **options) -> None:
         if not os.path.isdir(data_root):
             raise InputError(f"expected a folder with one folder per class at {data_root!r}, but there is none")
-        folders = sorted(entry.name for entry in os.scandir(data_root) if entry.is_dir())
+        folders = class_folders(data_root)
         classes = folders if classes is None else list(classes)
         unknown = [folder for folder in folders if folder not in classes]
         if unknown:

@@ -38,17 +38,8 @@ KINDS = {
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-def main(argv=None) -> int:
-    """The exit status: 0, 2 for bad input, 130 for Ctrl-C; nothing is written but with 0."""
-    try:
-        return _main(argv)
-    except KeyboardInterrupt:
-        print("interrupted: nothing is written", file=sys.stderr)
-        return 130
-
-
 @command
-def _main(argv):
+def main(argv=None):
     args = _parser().parse_args(argv)
     if args.out is not None:
         _require_out(args.out, args.sources, args.force)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from disalign.annotations import image_files, read_list
+from disalign.annotations import class_folders, image_files, read_list
 from disalign.errors import InputError, some
 
 from .count_files import (
@@ -130,7 +130,7 @@ def _class_folders(folders):
     for folder in folders:
         if not os.path.isdir(folder):
             raise InputError(f"expected a folder with one folder per class at {folder!r}, but there is none")
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        names = class_folders(folder)
         if not names:
             raise InputError(f"expected one folder per class in {folder!r}, got none")
         first = names if first is None else first

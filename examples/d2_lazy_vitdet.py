@@ -50,4 +50,5 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 train = model_zoo.get_config("common/train.py").train
 train.update(max_iter=9000, eval_period=9000, output_dir="output/disalign_vitdet_b")
+train.init_checkpoint = "???"  # stage one's must be given: without it nothing starts
 train.checkpointer.period = 1000

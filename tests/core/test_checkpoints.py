@@ -370,6 +370,24 @@ def test_a_forged_dtype_cannot_crash_the_interpreter(tmp_path):
 # ------------------------------------------------------------------------------------------------- whole or not
 
 
+def test_values_that_many_share_take_no_time(tmp_path):
+    # 40 times "a pair of the last": 82 bytes that stand for 2 ** 40 values
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04N" + 40 * b"2\x86" + b".")
+    value = load_file(tmp_path / "a.pkl")
+    for _ in range(40):
+        assert value[0] is value[1]
+        value = value[0]
+    assert value is None
+
+
+def test_a_pickle_cannot_alter_what_reads_it(tmp_path):
+    # BUILD with a slot state would set an attribute of the function for all files after this one.
+    attack = b"\x80\x02cnumpy.core.multiarray\nscalar\nN}U\x0c__defaults__K\x07\x85s\x86b."
+    (tmp_path / "a.pkl").write_bytes(attack)
+    with pytest.raises(InputError, match="but it alters what it is read with"):
+        load_file(tmp_path / "a.pkl")
+
+
 def test_write_json_writes_what_json_reads(tmp_path):
     write_json(tmp_path / "new" / "result.json", {"few": None, "many": 0.5})
     assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"few": None, "many": 0.5}
@@ -432,6 +450,17 @@ def test_a_place_that_is_none_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"^expected a place to write '.*', but: Is a directory; "):
         write_json(tmp_path, {})
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_is_as_private_as_any_new_one(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "result.json", {})
+        assert (tmp_path / "result.json").stat().st_mode & 0o777 == mode
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
 
 
 def test_a_file_appears_only_once_it_is_whole(tmp_path):

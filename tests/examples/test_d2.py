@@ -294,7 +294,7 @@ def test_the_magnitude_does_not_decay():
 
 
 def test_it_survives_yaml(tmp_path):
-    LazyConfig.save(lazy(), str(tmp_path / "config.yaml"))
+    LazyConfig.save(lazy("train.init_checkpoint=stage_one.pth"), str(tmp_path / "config.yaml"))
     assert not (tmp_path / "config.yaml.pkl").exists()
     model = instantiate(LazyConfig.load(str(tmp_path / "config.yaml")).model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == CALIBRATION

@@ -685,7 +685,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from disalign_tools import count_pixels
 from disalign_tools.count_classes import main
 
@@ -695,6 +695,7 @@ def slow(path, **options):
     return "00", {0: 1}
 
 count_pixels._histogram = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -714,7 +715,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, number, status):
         process.send_signal(number)
         _, error = process.communicate(timeout=20)
     assert process.returncode == status
-    assert error == ("interrupted: nothing is written\n" if status == 130 else "")
+    assert error == ("interrupted\n" if status == 130 else "")
     assert [one.name for one in tmp_path.iterdir()] == ["masks"]
 
 

@@ -34,7 +34,16 @@ def out(tmp_path):
 @pytest.fixture
 def photos(tmp_path):
     folder = tmp_path / "photos"
-    for name in ("dog/1.png", "dog/b/2.PNG", "dog/a/3.tif", "cat/1.png", "Zebra/1.webp", ".hidden/1.png"):
+    for name in (
+        "dog/1.png",
+        "dog/b/2.PNG",
+        "dog/a/3.tif",
+        "cat/1.png",
+        "Zebra/1.webp",
+        ".hidden/1.png",
+        "cat/._1.png",
+        "dog/.a/1.png",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / name, format="PNG")
     (folder / "ant").mkdir()
@@ -48,7 +57,8 @@ def test_the_image_datasets_count_the_same(photos, tmp_path, out):
     dataset = datasets.FolderDataset(str(photos))
     _, record = out(photos)
     assert record["train_counts"] == dataset.class_counts.tolist()
-    assert record["class_names"] == dataset.metainfo["classes"]
+    assert record["class_names"] == dataset.metainfo["classes"] == ["Zebra", "ant", "cat", "dog"]
+    assert record["train_counts"] == [1, 0, 1, 3]
 
     lines = [f"{path} {label}\n" for path, label in zip(dataset.paths, dataset.labels.tolist(), strict=True)]
     (tmp_path / "list.txt").write_text("".join(lines))
