@@ -10,13 +10,18 @@ from .errors import InputError
 
 
 def command(main):
-    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2, and Ctrl-C into 130."""
+    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2, and Ctrl-C into 130.
+
+    With ``DISALIGN_TRACEBACK=1`` in the environment the error keeps its traceback, for those whose own code raised it.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None) -> int:
         try:
             main(argv)
         except InputError as error:
+            if os.environ.get("DISALIGN_TRACEBACK"):
+                raise
             print(f"error: {sentence_of(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

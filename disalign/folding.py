@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
+from .freezing import unhold
 from .functional import calibrate
 from .modules import AdaptiveCalibration, Calibrated, CalibratedCosineClassifier, CalibratedLinear, CosineClassifier
 
@@ -102,14 +103,10 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
         calibration.passthrough,
         scale=classifier.scale.detach().double() / width**0.5 if cosine else None,
     )
-    linear = nn.utils.skip_init(nn.Linear, width, len(weight), device=weight.device, dtype=weight.dtype)
+    stock = stock_cosine(width, len(weight)) if cosine else nn.Linear(width, len(weight))
+    linear = stock[1] if cosine else stock
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
-    linear.train(classifier.training)
-    if not cosine:
-        return linear
-    # x / sqrt(mean(x^2) + eps), with an eps lost in rounding from the norm on that the cosine classifier divides by.
-    eps = classifier.eps**2 * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps / 2 / width
-    return nn.Sequential(nn.RMSNorm(width, eps=eps, elementwise_affine=False), linear).train(classifier.training)
+    return stock.train(classifier.training)
 
 
 #: Of the RMSNorm below: nothing beside the square of a norm that a cosine classifier divides by; zero stays zero.
@@ -122,7 +119,9 @@ def stock_cosine(width: int, outputs: int) -> nn.Module:
 
 
 def fold_model(model: nn.Module) -> nn.Module:
-    """Replace a model's calibrated classifiers by stock ones, in place, all or none; nothing begins to train.
+    """Replace a model's calibrated classifiers by stock ones, in place, all or none.
+
+    No parameter begins to train, but the model follows ``train()`` again as any other.
 
     Args:
         model: after :func:`disalign.wrap_classifier` with ``confidence="one"``, for example.
@@ -133,16 +132,20 @@ def fold_model(model: nn.Module) -> nn.Module:
     Raises:
         InputError: nothing to fold, or something that can't be folded; see :func:`fold_classifier`.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, Calibrated)]
+    found = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Calibrated)
+    }
+    distinct = set(found.values())
     calibrations = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
-    if not names or len(calibrations) != len(names):
+    if not found or len(calibrations) != len(distinct):
         raise InputError(
-            f"expected calibrated classifiers to fold, got {len(names)} of them for {len(calibrations)} calibrations; "
-            "fold tensors with fold_tensors, or export the model instead"
+            f"expected calibrated classifiers to fold, got {len(distinct)} for {len(calibrations)} calibrations; fold "
+            "tensors with fold_tensors, or export the model instead"
         )
-    folded = {name: fold_classifier(model.get_submodule(name)) for name in names}
-    for name, classifier in folded.items():
+    folded = {module: fold_classifier(module) for module in distinct}
+    for name, module in found.items():
         if not name:
-            return classifier
-        model.set_submodule(name, classifier)
+            return folded[module]
+        model.set_submodule(name, folded[module])
+    unhold(model)
     return model

@@ -82,6 +82,14 @@ def freeze_except(model: nn.Module, names: Sequence[str], held: Sequence[str] = 
     )
 
 
+def unhold(model: nn.Module) -> None:
+    """Let a model follow ``train()`` again, in place; what has no gradients still has none."""
+    for module in model.modules():
+        override = vars(module).get("train")
+        if isinstance(override, functools.partial) and override.func is _train:
+            del module.train
+
+
 def frozen_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """All parameters and buffers (persistent or not) outside the named parts."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

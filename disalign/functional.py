@@ -127,8 +127,13 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> 
     """Refuse labels outside [0, num_classes) that are not ``ignore_index``; on the CPU only, where the check is free.
 
     Raises:
-        InputError: there are such labels.
+        InputError: there are such labels, or probabilities in their place.
     """
+    if target.is_floating_point():
+        raise InputError(
+            f"expected one whole label per sample, got {target.dtype} of shape {tuple(target.shape)}; leave out mixup "
+            "and other soft labels in stage two"
+        )
     if target.device.type != "cpu":
         return
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]

@@ -1,5 +1,6 @@
 """The trainable parts of stage two, and how any classifier gets them."""
 
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -212,27 +213,44 @@ class CalibratedCosineClassifier(Calibrated, CosineClassifier):
         return self.cosine_scores(features)
 
 
-#: Classifier -> its calibrated form; :func:`calibrate_classifier` looks here.
+#: Classifier -> its calibrated form; :func:`calibrate_classifier` looks here. A subclass of these (timm's Linear) needs
+#: no entry.
 CALIBRATED = {nn.Linear: CalibratedLinear, CosineClassifier: CalibratedCosineClassifier}
+
+
+@functools.cache
+def _subclass_of(kind: type) -> type:
+    # First Calibrated, then the class itself: stage one's scores are those of its own forward.
+    return type(f"Calibrated{kind.__name__}", (Calibrated, kind), {"__module__": kind.__module__})
+
+
+def calibrated_form(kind: type) -> type | None:
+    """The class of a classifier's stage two; None for what is no classifier, or calibrated already."""
+    if kind in CALIBRATED:
+        return CALIBRATED[kind]
+    if issubclass(kind, tuple(CALIBRATED)) and not issubclass(kind, Calibrated):
+        return _subclass_of(kind)
+    return None
 
 
 def calibrate_classifier(classifier: nn.Module, **options) -> nn.Module:
     """Put a calibration on a classifier, in place; its parameters keep their identity and their names.
 
     Args:
-        classifier: an ``nn.Linear`` or a :class:`CosineClassifier`.
+        classifier: an ``nn.Linear`` or a :class:`CosineClassifier`, or of a subclass.
         options: for :class:`AdaptiveCalibration`.
 
     Returns:
-        The same object, now a :class:`CalibratedLinear` or :class:`CalibratedCosineClassifier`.
+        The same object, now a :class:`CalibratedLinear`, a :class:`CalibratedCosineClassifier` or another
+        :class:`Calibrated`.
 
     Raises:
         InputError: a classifier of another type (a calibrated one included).
     """
-    calibrated = CALIBRATED.get(type(classifier))
+    calibrated = calibrated_form(type(classifier))
     if calibrated is None:
         raise InputError(
-            f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, got "
+            f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, not yet calibrated, got "
             f"{type(classifier).__name__}; for your own, see disalign.Calibrated"
         )
     num_classes = classifier.out_features - options.get("passthrough", 0)
@@ -251,7 +269,7 @@ def find_classifier(model: nn.Module, num_classes: int) -> str:
     fitting = [
         name
         for name, module in model.named_modules()
-        if type(module) in CALIBRATED and module.out_features == num_classes
+        if calibrated_form(type(module)) and module.out_features == num_classes
     ]
     if len(fitting) != 1:
         raise InputError(

@@ -11,7 +11,7 @@ from disalign import InputError, many_medium_few
 from disalign.cli import command
 from disalign_mmengine.cli import config_errors, load_config, parser
 
-from .datasets import MissingFilesError
+from .datasets import MissingFilesError, require_same_classes
 
 
 @command
@@ -20,24 +20,32 @@ def main(argv=None):
     arguments.add_argument("--all", action="store_true", help="list every missing file, not only the first ones")
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    complete = [check(config, f"{name}_dataloader", args.all) for name in ("train", "val", "test")]
+    complete, classes = [], None
+    for name in ("train", "val", "test"):
+        dataset = check(config, f"{name}_dataloader", args.all, classes)
+        complete.append(dataset is not None)
+        classes = classes or (dataset and dataset.metainfo["classes"])
     if not all(complete):
         raise InputError(f"expected complete data, but {complete.count(False)} of its sets can't be read, see above")
 
 
-def check(config, name: str, list_all: bool) -> bool:
-    """Print one line on a dataloader's dataset, or on what is wrong with it; return whether it is complete."""
+def check(config, name: str, list_all: bool, classes=None):
+    """Print one line on a dataloader's dataset, or on what is wrong with it; return it if it is complete, else None.
+
+    ``classes`` are the training set's names.
+    """
     try:
         with config_errors(config.filename):
             if config.get(name) is None:
                 raise InputError(f"expected {name} in the config, got none")
             dataset = DATASETS.build(config[name].dataset)
+            require_same_classes(classes, dataset)
             _require_classes(config, dataset, name)
     except InputError as error:
         print(f"{name}: {error}")
         if list_all and isinstance(error, MissingFilesError):
             print("\n".join(f"  missing: {path}" for path in error.paths))
-        return False
+        return None
     counts = dataset.class_counts
     thresholds = {key: value for key, value in config.get("val_evaluator", {}).items() if key in ("many", "few")}
     groups = many_medium_few(counts, **thresholds).items()
@@ -48,7 +56,7 @@ def check(config, name: str, list_all: bool) -> bool:
         f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} "
         f"per class{groups}"
     )
-    return True
+    return dataset
 
 
 def _require_classes(config, dataset, name) -> None:

@@ -92,6 +92,21 @@ class LongTailDataset(Dataset):
         return {"inputs": self.transforms(self.open(index)), "data_samples": self.labels[index]}
 
 
+def require_same_classes(trained: Sequence[str] | None, dataset: LongTailDataset) -> None:
+    """Refuse a set to evaluate whose classes have other names than the trained ones, or another order.
+
+    Raises:
+        InputError: they differ; sets without names are not compared.
+    """
+    evaluated = dataset.metainfo["classes"]
+    if trained and evaluated and trained != evaluated:
+        differing = next((pair for pair in zip(trained, evaluated, strict=False) if pair[0] != pair[1]), "some")
+        raise InputError(
+            f"expected the classes of the training set in the {dataset.metainfo['split']} set too, but {differing} "
+            "differ; give both the same classes=[...], in the same order"
+        )
+
+
 class MissingFilesError(InputError):
     """Images that a list names and that are not there; ``paths`` holds them all."""
 

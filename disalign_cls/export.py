@@ -58,6 +58,8 @@ def main(argv=None):
         "class_names": class_names(checkpoint),
         **(metadata(checkpoint).get("disalign") or {}),
         "image_size": size,
+        # What an image goes through before: resized and cropped as in evaluation.
+        "transforms": [dict(one) for one in config.test_dataloader.dataset.get("transforms", ())],
     }
     export, load = FORMATS[suffix]
     with warnings.catch_warnings(), atomic_file(args.out, "w+b") as file:
@@ -151,13 +153,17 @@ def example_batches(model: nn.Module, channels: int, size: int) -> list[Tensor]:
     def images(number, height, width):
         return torch.randint(0, 256, (number, channels, height, width), dtype=torch.uint8, generator=random)
 
-    batches, other = [images(5, size, size), images(1, size, size)], images(2, size + 32, size + 64)
     try:
-        scores(model, batches[0])
+        batches, other = [images(5, size, size), images(1, size, size)], images(2, size + 32, size + 64)
+        expected = scores(model, batches[0])
     except Exception as error:  # a backbone fails as it likes
         raise InputError(
             f"expected a backbone that takes images of {size} x {size}, but: {first_line(error)}; give their --size"
         ) from error
+    if not expected.isfinite().all():
+        raise InputError(
+            "expected finite scores from the model itself, got NaN or infinity; look at the std, the weights"
+        )
     try:
         scores(model, other)
     except Exception:

@@ -14,6 +14,7 @@ from disalign_mmengine.checkpoints import metadata
 from disalign_mmengine.hooks import FrozenHook, unwrapped
 
 from .classifiers import DisAlignClassifier
+from .datasets import require_same_classes
 
 
 @HOOKS.register_module()
@@ -49,15 +50,7 @@ class ClassCountsHook(Hook):
     def _tell(self, runner, loop) -> None:
         model = unwrapped(runner.model)
         dataset = loop.dataloader.dataset
-        evaluated = dataset.metainfo["classes"]
-        if self._classes and evaluated and self._classes != evaluated:
-            differing = next(
-                (pair for pair in zip(self._classes, evaluated, strict=False) if pair[0] != pair[1]), "some"
-            )
-            raise InputError(
-                f"expected the classes of the training set in the {dataset.metainfo['split']} set too, but {differing} "
-                "differ; give both the same classes=[...], in the same order"
-            )
+        require_same_classes(self._classes, dataset)
         for metric in loop.evaluator.metrics:
             if metric.collect_dir is None and metric.collect_device == "cpu":
                 # mmengine's default is below the current folder, which may be read-only, or another on each node.

@@ -319,6 +319,12 @@ BAD = {
         ["model.num_classes=11"],
         "but 1 of its sets can't be read, see above",
     ),
+    "other classes, check": (
+        "check",
+        [ONE],
+        ["test_dataloader.dataset.classes=[0,1,2,3,4,5,6,7,8,ten]"],
+        "but 1 of its sets can't be read, see above",
+    ),
     "too few classes, check": ("check", [ONE], ["model.num_classes=9"], "but 3 of its sets can't be read, see above"),
     "arrays of floats": (
         "train",

@@ -124,6 +124,9 @@ def test_the_size_is_the_configs(linear, tmp_path, capsys):
     config = changed(DISALIGN["linear"], tmp_path, f"test_dataloader = dict(dataset=dict(transforms={transforms}))")
     assert export.main([config, linear[1], str(tmp_path / "a.pt")]) == 0
     assert "for images of 16 x 16 and any size that the backbone takes" in capsys.readouterr().out
+    extra = {"disalign.json": ""}
+    torch.jit.load(str(tmp_path / "a.pt"), _extra_files=extra)
+    assert json.loads(extra["disalign.json"])["transforms"] == transforms
 
 
 def test_a_backbone_that_takes_one_size_keeps_it(tmp_path, capsys):
@@ -151,6 +154,11 @@ def test_a_backbone_that_takes_one_size_keeps_it(tmp_path, capsys):
         (["{two}", "{path}", "{tmp}/there.pt", "--size", "8"], r"a new file as OUT, but '.*' exists; .* or --force"),
         (["{two}", "{path}", "{tmp}/there.pt/a.pt", "--size", "8"], r"expected a place to write '.*', but: "),
         (["{two}", "{path}", "{path}.pt/", "--size", "8"], r"expected .*"),
+        (["{two}", "{path}", "{tmp}/a.pt", "--size", "1000000000"], r"takes images of 1000000000 x 1000000000, but: "),
+        (
+            ["{two}", "{path}", "{tmp}/a.pt", "--size", "8", "--cfg-options", "model.data_preprocessor.std=[0]"],
+            "expected finite scores from the model itself, got NaN or infinity",
+        ),
         (["{two}", "gone.pth", "{tmp}/a.pt", "--size", "8"], "a checkpoint at 'gone.pth', but there is no such file"),
         (["gone.py", "{path}", "{tmp}/a.pt", "--size", "8"], "expected a config file"),
         (["{one}", "{path}", "{tmp}/a.pt", "--size", "8"], "expected no tensors beyond the model's .*, but got 4"),

@@ -1,6 +1,8 @@
 """Folding: a calibration of confidence one becomes part of a stock classifier, to the last rounding."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -244,7 +246,7 @@ def test_what_half_precision_cannot_hold_is_refused():
 
 
 def test_a_model_without_a_calibration_is_refused():
-    with pytest.raises(InputError, match="expected calibrated classifiers to fold, got 0 of them for 0 calibrations"):
+    with pytest.raises(InputError, match="expected calibrated classifiers to fold, got 0 for 0 calibrations"):
         fold_model(SmallCNN())
 
 
@@ -254,7 +256,7 @@ def test_a_model_is_folded_wholly_or_not_at_all():
         fold_model(model)
     assert type(model[0]) is CalibratedLinear
     elsewhere = nn.ModuleList([calibrated(), AdaptiveCalibration(K, D, spatial=True, confidence="one")])
-    with pytest.raises(InputError, match="got 1 of them for 2 calibrations"):
+    with pytest.raises(InputError, match="got 1 for 2 calibrations"):
         fold_model(elsewhere)
     assert type(elsewhere[0]) is CalibratedLinear
 
@@ -265,3 +267,27 @@ def test_folding_leaves_the_classifier_as_it_was():
     fold_classifier(classifier)
     assert type(classifier) is CalibratedLinear
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+
+
+def test_a_folded_model_trains_and_evaluates_as_any_other(tmp_path):
+    body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    model, _ = wrap_classifier(nn.Sequential(body, nn.Linear(8, 3)), [5, 3, 1], confidence="one")
+    folded = fold_model(model)
+    for one in (folded, copy.deepcopy(folded)):
+        assert one.train()[0][1].training
+        assert not one.eval()[0][1].training
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    # whole, and without this package
+    torch.save(folded, tmp_path / "whole.pt")
+    alone = (
+        "import sys, torch; torch.load(sys.argv[1], weights_only=False).eval(); assert 'disalign' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", alone, str(tmp_path / "whole.pt")], check=True)
+
+
+def test_a_classifier_of_two_names_is_folded_under_both():
+    model, _ = wrap_classifier(nn.Sequential(nn.Linear(4, 3)), [5, 3, 1], confidence="one")
+    tied = nn.ModuleDict({"a": model, "b": nn.Sequential(model[0])})
+    folded = fold_model(tied)
+    assert type(folded["b"][0]) is nn.Linear
+    assert folded["a"][0] is folded["b"][0]

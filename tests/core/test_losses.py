@@ -213,3 +213,9 @@ def test_a_rank_that_evaluates_waits_for_nobody(two_processes):
     for found in two_processes:
         expected = alone("unequal valid labels", "weighted_mean")
         torch.testing.assert_close(found["after evaluation"], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_soft_labels_are_refused_in_a_sentence():
+    loss = GRWCrossEntropyLoss([5, 3, 1])
+    with pytest.raises(InputError, match=r"expected one whole label per sample, got torch.float32 of shape \(2, 3\); "):
+        loss(torch.zeros(2, 3), torch.full((2, 3), 1 / 3))

@@ -296,8 +296,34 @@ def test_a_background_column_of_the_classifier_passes_through():
 
 @pytest.mark.parametrize("classifier", [nn.Conv2d(D, K, 1), CalibratedLinear(D, K), nn.Identity()])
 def test_another_type_of_classifier_is_refused(classifier):
-    with pytest.raises(InputError, match=rf"type Linear, CosineClassifier, got {type(classifier).__name__}; for your"):
+    with pytest.raises(InputError, match=rf"not yet calibrated, got {type(classifier).__name__}; for your"):
         calibrate_classifier(classifier)
+
+
+class Doubled(nn.Linear):
+    """As timm has a Linear of its own: another forward, the same parameters."""
+
+    def forward(self, features):
+        return 2 * super().forward(features)
+
+
+def test_a_subclass_keeps_its_own_forward():
+    classifier, x = Doubled(D, K), torch.randn(4, D)
+    before = 2 * (x @ classifier.weight.T + classifier.bias).detach()
+    calibrated = calibrate_classifier(classifier)
+    assert calibrated is classifier
+    assert isinstance(classifier, Calibrated)
+    assert isinstance(classifier, Doubled)
+    assert torch.allclose(classifier(x), before, atol=1e-6)
+    with torch.no_grad():
+        classifier.calibration.margin += 3.0
+    # the confidence starts at 1/2
+    assert torch.allclose(classifier(x), before + 1.5, atol=1e-6)
+    assert torch.allclose(classifier.scores(x)[0], before, atol=1e-6)
+    with pytest.raises(InputError, match="not yet calibrated, got CalibratedDoubled"):
+        calibrate_classifier(classifier)
+    wrapped, _ = wrap_classifier(nn.Sequential(nn.Linear(D, D), Doubled(D, K)), class_counts=[3] * K)
+    assert isinstance(wrapped[1], Doubled)
 
 
 # ----------------------------------------------------------------------------------------------- wrap_classifier
