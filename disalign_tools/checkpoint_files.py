@@ -2,7 +2,7 @@
 
 import os
 import pickle
-import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,10 +14,11 @@ from disalign import InputError, load_file
 from disalign.errors import first_line, some
 from disalign.unpickling import records_left_out
 
-#: Entry with the weights -> entry with their moving average: torchvision's references, timm.
-AVERAGES = {"model": "model_ema", "state_dict": "state_dict_ema"}
-#: Put before every name by DDP and moving averages, and by torch.compile.
-PREFIXES = ("module.", "_orig_mod.")
+#: Entries with the weights, and with their moving average (torchvision's references, timm, d2go, BasicSR).
+TRAINED = ("state_dict_best", "state_dict", "model", "params")
+AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_state", "ema", "params_ema")
+#: Put before every name by DDP and moving averages, by torch.compile, by Lightning's modules.
+PREFIXES = ("module.", "_orig_mod.", "model.")
 #: What a moving average counts its updates in.
 COUNTERS = ("n_averaged", "steps")
 #: Entries that are read elsewhere, or say nothing.
@@ -43,66 +44,91 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
 
 
-def open_checkpoint(path, ema: bool = False, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path, ema: bool | None = None, trust: bool = False) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: the file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
-        ema: take the averaged weights of a file that has both.
-        trust: unpickle it in full if it holds more than tensors and plain values.
+        ema: take the averaged weights of a file that has both, or (False) the trained ones; None: refuse such a file.
+        trust: unpickle it in full if it can't be used otherwise.
 
     Raises:
-        InputError: it can't be read, needs ``trust``, holds no tensors, or no averaged ones.
+        InputError: it can't be read, needs ``trust`` or a choice by ``ema``, or holds no tensors.
     """
     path = os.fspath(path)
-    content, notes = _read(path, trust)
-    if isinstance(content, nn.Module):  # saved whole, and trusted
-        content = content.state_dict()
+    if path.endswith(".safetensors"):
+        return _opened(_read_safetensors(path), ema, path)
+    try:
+        return _opened(_read_safely(path), ema, path)
+    except InputError:
+        if not trust or not os.path.isfile(path):
+            raise
+    checkpoint = _opened(_read_in_full(path), ema, path)
+    checkpoint.notes.append(f"{path!r} was unpickled in full, as --trust-checkpoint asks: its code ran, if it had any")
+    return checkpoint
+
+
+def _opened(content, ema, path):
     if not isinstance(content, Mapping):
         raise InputError(f"expected a checkpoint in {path!r}, got a {type(content).__name__}; save the state dict")
-    weights, entry = _weights(content, ema, path, notes)
+    weights, entry = _weights(content, ema, path)
     tensors, left_out = {}, [str(key) for key in content if content is not weights and key not in (entry, *KEPT)]
     for name, value in weights.items():
         if isinstance(value, Mapping) and name in HALVES:
-            half = _stripped({key: item for key, item in value.items() if isinstance(item, Tensor)})
+            half = _stripped(_tensors(value, path, left_out))
             tensors |= {f"{name}.{key}": item for key, item in half.items()}
-        elif isinstance(name, str) and isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            left_out.append(str(name))
+        elif content is not weights or name not in KEPT:
+            tensors |= _tensors({name: value}, path, left_out)
     if not tensors:
-        raise InputError(f"expected tensors in {path!r}, got none; is it a model's checkpoint?")
+        raise InputError(f"expected tensors in {path!r}, got {some(content) or 'none'}; is it a model's checkpoint?")
     odd = [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
     if odd:
         raise InputError(f"expected dense tensors in {path!r}, got sparse or empty ones: {some(odd)}; save them dense")
-    return Checkpoint(_stripped(tensors), _metadata(content), left_out, notes)
+    meta, lost = _metadata(content)
+    return Checkpoint(_stripped(tensors), meta, left_out + lost)
 
 
-def _read(path, trust):
-    if path.endswith(".safetensors"):
-        return _read_safetensors(path), []
+def _tensors(weights, path, left_out):
+    """Those of a mapping of weights; plain values beside them (a version, a counter) are left out, others refused."""
+    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor | str | float | int | None)]
+    if others:
+        raise InputError(
+            f"expected only tensors among the weights in {path!r}, but {len(others)} are none: {some(others)}; if they "
+            "are numpy arrays or modules add --trust-checkpoint if you trust its source, else save the state dict flat"
+        )
+    left_out += [str(name) for name in weights if str(name) not in tensors]
+    return tensors
+
+
+def _read_safely(path):
     try:
         with records_left_out():
-            return load_file(path), []
+            return load_file(path)
     except InputError as error:
-        if not re.search(r" it (also )?holds ", str(error)):
-            raise
-        if not trust:
-            raise InputError(
-                f"{str(error).split(';')[0]}; add --trust-checkpoint if you trust its source, or save its state dict"
-            ) from None
+        if not isinstance(error.__context__, pickle.UnpicklingError) and not zipfile.is_zipfile(path):
+            raise  # missing or truncated; a whole archive, as TorchScript's, may be read with trust
+        raise InputError(
+            f"{str(error).split(';')[0]}; add --trust-checkpoint if you trust its source, or save its state dict"
+        ) from None
+
+
+def _read_in_full(path):
+    """Unpickled by torch or, what torch did not write, by pickle; both run the file's code."""
     try:
-        if path.endswith(".pkl"):
-            with open(path, "rb") as file:
-                content = _arrays_as_tensors(pickle.load(file, encoding="latin1"))  # as --trust-checkpoint asks
-        else:
+        try:
             content = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception:
+            if zipfile.is_zipfile(path):
+                raise
+            with open(path, "rb") as file:
+                content = pickle.load(file, encoding="latin1")
+        return _as_tensors(content)
     except Exception as error:  # the file's own code runs: anything may come
         raise InputError(
-            f"expected a checkpoint in {path!r}, but unpickling it in full fails ({first_line(error)}); install what "
-            "it was saved with"
+            f"expected a checkpoint in {path!r}, but unpickling it in full fails ({first_line(error)}); is it whole, "
+            "and is what it was saved with installed?"
         ) from None
-    return content, [f"{path!r} was unpickled in full, as --trust-checkpoint asks: its code ran, if it had any"]
 
 
 def _read_safetensors(path):
@@ -118,38 +144,54 @@ def _read_safetensors(path):
         raise InputError(f"expected a whole .safetensors file at {path!r}, but: {first_line(error)}") from None
 
 
-def _arrays_as_tensors(value):
+def _as_tensors(value):
+    """With numpy's arrays as tensors, and modules as their state dicts."""
+    if isinstance(value, nn.Module):
+        return dict(value.state_dict())
     if isinstance(value, Mapping):
-        return {key: _arrays_as_tensors(item) for key, item in value.items()}
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
+        return {key: _as_tensors(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+    return value
 
 
-def _weights(content, ema, path, notes):
+def _weights(content, ema, path):
     """The mapping of weights, and the entry that it stands in."""
-    averaged = {plain: mean for plain, mean in AVERAGES.items() if isinstance(content.get(mean), Mapping)}
-    if isinstance(content.get("ema_state_dict"), Mapping):
+    entries = [key for key, value in content.items() if isinstance(value, Mapping)]
+    trained = next((key for key in TRAINED if key in entries), None)
+    averaged = next((key for key in AVERAGED if key in entries), None)
+    if trained is None and not any(map(_is_tensor, content.values())):
+        # Whatever they call it: {"net": ...}, {"model_state_dict": ...}.
+        sets = [key for key in entries if any(map(_is_tensor, content[key].values()))]
+        sets = [key for key in sets if key not in (*AVERAGED, *HALVES)]
+        if len(sets) > 1:
+            raise InputError(
+                f"expected one set of weights in {path!r}, got several: {some(sets)}; save one of them alone"
+            )
+        trained = sets[0] if sets else None
+    if {"state_dict", "ema_state_dict"} <= set(entries) and "message_hub" in content:
         # MMEngine's EMAHook swaps the two on saving: state_dict is the average, ema_state_dict the trained weights.
-        entry = "state_dict" if ema else "ema_state_dict"
-    elif averaged:
-        plain, mean = next(iter(averaged.items()))
-        entry = mean if ema else plain
-    elif ema:
+        trained, averaged = "ema_state_dict", "state_dict"
+    if ema and not averaged:
         raise InputError(f"expected averaged weights in {path!r} for --ema, got none; leave out --ema")
-    else:
-        entry = next((key for key in ("state_dict_best", "state_dict", "model") if _is_mapping(content, key)), None)
-        if entry is None:
-            return content, None
-        weights = content[entry]
-        return (weights["model"] if _is_mapping(weights, "model") else weights), entry
-    if not _is_mapping(content, entry):
-        raise InputError(f"expected weights under {entry!r} in {path!r}, got none; is the file whole?")
-    if not ema:
-        notes.append(f"{path!r} also holds averaged weights; --ema takes them")
-    return content[entry], entry
+    if averaged and not trained and not ema:
+        raise InputError(f"expected trained weights in {path!r}, got averaged ones alone ({averaged}); add --ema")
+    if averaged and trained and ema is None:
+        raise InputError(
+            f"expected one set of weights in {path!r}, got two; add --ema for the averaged ones ({averaged}) or "
+            f"--no-ema for the trained ones ({trained})"
+        )
+    entry = averaged if ema else trained
+    if entry is None:
+        return content, None
+    weights = content[entry]
+    if not any(map(_is_tensor, weights.values())):  # wrapped twice
+        weights = _weights(weights, None, path)[0]
+    return weights, entry
 
 
-def _is_mapping(content, key):
-    return isinstance(content.get(key), Mapping)
+def _is_tensor(value):
+    return isinstance(value, Tensor)
 
 
 def _stripped(tensors):
@@ -160,25 +202,40 @@ def _stripped(tensors):
 
 
 def _metadata(content):
+    """What the result keeps, and the names of what it can't keep of the classes and the counts."""
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
-    dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
-    dataset = {
-        "classes": dataset.get("classes") or meta.get("CLASSES"),  # 0.x writes capitals
-        "palette": dataset.get("palette") or meta.get("PALETTE"),
-    }
-    dataset = {key: plain for key, value in dataset.items() if (plain := _plain(value))}
+    given = {key: meta[key.upper()] for key in ("classes", "palette") if key.upper() in meta}  # 0.x writes capitals
+    if isinstance(meta.get("dataset_meta"), Mapping):
+        given |= meta["dataset_meta"]
+    dataset = {key: plain for key in ("classes", "palette") if (plain := _plain_or_none(given.get(key)))}
     kept = {"dataset_meta": dataset} if dataset else {}
+    lost = [f"dataset_meta.{key}" for key, value in given.items() if key not in dataset and value is not None]
     # Ours: Detectron2's files have no meta.
-    disalign = _plain(meta.get("disalign") or content.get("disalign"))
-    return kept | ({"disalign": disalign} if isinstance(disalign, dict) else {})
+    counts = meta.get("disalign") or content.get("disalign")
+    if isinstance(plain := _plain_or_none(counts), dict):
+        kept["disalign"] = plain
+    elif counts is not None:
+        lost.append("disalign")
+    return kept, lost
+
+
+def _plain_or_none(value):
+    try:
+        return _plain(value)
+    except TypeError:
+        return None
 
 
 def _plain(value):
-    """Values that ``weights_only`` loads, tuples as lists; None for anything else."""
+    """Values that ``weights_only`` loads, tuples as lists; TypeError for anything else."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
     if isinstance(value, np.generic):
         return value.item()
-    return value if isinstance(value, (str, int, float, bool)) else None
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError

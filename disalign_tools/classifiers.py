@@ -73,8 +73,8 @@ class ScoreLayer:
     def stock_line(self) -> str:
         """The code that makes room in the stock model for a folded cosine classifier."""
         return (
-            f"model.{self.place} = nn.Sequential(nn.RMSNorm({self.width}, eps={EPS:g}, elementwise_affine=False), "
-            f"nn.Linear({self.width}, {self.outputs}))"
+            f'model.set_submodule("{self.place}", nn.Sequential(nn.RMSNorm({self.width}, eps={EPS:g}, '
+            f"elementwise_affine=False), nn.Linear({self.width}, {self.outputs})))"
         )
 
     def scores(self, tensors: dict[str, Tensor], features: Tensor) -> Tensor:

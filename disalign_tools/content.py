@@ -23,6 +23,7 @@ class Content:
         classifiers: those whose scores are calibrated, or could be.
         heading: what it was taken for.
         timm_name: the image classifier's in timm, where the source tells it.
+        trunk_known: its names are timm's for certain; else only building the model tells.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Content:
     heading: str
     notes: list[str] = field(default_factory=list)
     timm_name: str | None = None
+    trunk_known: bool = True
 
 
 def own_layer(tensors, place, calibration_place, passthrough=0, scale=None, cosine_has_bias=True):

@@ -26,11 +26,14 @@ from . import formats, targets
 from .checkpoint_files import COUNTERS, open_checkpoint
 from .classifiers import fold, require_shapes
 from .content import IMAGES
-from .fit import check_fit
+from .fit import check_fit, timm_classifier
 from .formats import FORMATS
 
-#: Tensors that no target has a use for.
-USELESS = ("pixel_mean", "pixel_std", "*anchor_generator*", "*cell_anchors*", "data_preprocessor.*", *COUNTERS)
+#: Tensors that no target has a use for; the official ImageNet-LT's loss keeps its class weights beside the network.
+USELESS = (
+    *("pixel_mean", "pixel_std", "*anchor_generator*", "*cell_anchors*", "data_preprocessor.*"),
+    *("loss_evaluator.weight", *COUNTERS),
+)
 #: Of image classifiers: tables that timm now computes.
 COMPUTED = ("*.relative_position_index", "*.attn_mask")
 #: Largest difference of scores, relative to the largest score.
@@ -65,11 +68,18 @@ def main(argv=None):
         content.others = {name: source for name, source in content.others.items() if source in tensors}
         dropped += computed
     targets.require_fit(content, args.to)
+    _require_use(content, args)
     result, rows = arrange(content, tensors, args)
     _require_finite(result, args.source)
     if args.config and any(layer.in_sequence for layer in content.classifiers):
         raise InputError(
             "expected no --config with a folded cosine classifier, whose place no config has; leave it out"
+        )
+    if not content.trunk_known and not args.config:
+        raise InputError(
+            f"expected --config for {content.heading}, whose trunk is no whole plain ResNet "
+            f"({some(content.others, 2)}), since only building the model tells whether these are its names; give a "
+            "timm model's name for --to timm, else a config"
         )
     fit = check_fit(args.to, args.config, result) if args.config else None
     difference = write(result, checkpoint.meta, content, tensors, rows, args)
@@ -99,7 +109,11 @@ def _arguments(argv):
     parser.add_argument("--from", dest="source_format", choices=FORMATS, help="default: what its tensors' names say")
     parser.add_argument("--config", help="also check that it fits: a config of the package, or a timm model's name")
     parser.add_argument("--fold", action="store_true", help="magnitude and margin go into a stock classifier's weights")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights, where the file has both")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged weights, or the trained ones, of a file that has both",
+    )
     parser.add_argument("--scale", type=float, help="of a cosine classifier, where the file lacks it (official: 20)")
     parser.add_argument("--classifier", metavar="NAME", help="the last linear layer, where it can't be told by name")
     parser.add_argument(
@@ -137,7 +151,23 @@ def _without(tensors, patterns):
             raise InputError(
                 f"expected --drop of names that the source has, got {pattern!r}; its names are like {some(tensors, 3)}"
             )
-    return _split(tensors, (*patterns, *USELESS))
+    tensors, dropped = _split(tensors, (*patterns, *USELESS))
+    # mmcv 0.x's EMAHook keeps a second set of weights in buffers of the model.
+    second = {f"ema_{name.replace('.', '_')}" for name in tensors}
+    return (
+        {name: tensor for name, tensor in tensors.items() if name not in second},
+        dropped + [name for name in tensors if name in second],
+    )
+
+
+def _require_use(content, args):
+    """Refuse what there is nothing for: a lone classifier, and options in vain."""
+    if not content.others:
+        raise InputError(f"expected a trunk beside the classifier in {args.source!r}, got none; is the file whole?")
+    if args.fold and content.task == IMAGES and args.to == "d2":
+        raise InputError("expected no --fold for a backbone, which has no classifier; leave it out")
+    if args.classifier and not content.timm_name and args.to != "timm":
+        raise InputError(f"expected no --classifier for {content.heading}, whose classifier is known; leave it out")
 
 
 def arrange(content, tensors, args):
@@ -151,10 +181,13 @@ def arrange(content, tensors, args):
             "they do not matter, add --drop PATTERN for them"
         )
     backbone_only = content.task == IMAGES and args.to == "d2"
-    if args.fold and not backbone_only:
+    if args.fold:
         for layer in layers:
             fold(layer)
-    sources = targets.TARGETS[args.to].arrange(content, args.classifier)
+    classifier = None if content.timm_name else args.classifier  # which then names the source's
+    if args.to == "timm" and args.config and not classifier:
+        classifier = timm_classifier(args.config)
+    sources = targets.TARGETS[args.to].arrange(content, classifier)
     rows, result = [], {}
     for name, source in sources.items():
         result[name] = torch.tensor(0) if source is None else tensors[source]
@@ -171,8 +204,7 @@ def arrange(content, tensors, args):
         layers.clear()
         content.notes.append(
             "for Detectron2 this is a backbone to start stage one from; like most image classifiers it has seen RGB "
-            "images: set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395, "
-            "57.120, 57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False"
+            f"images: set {', '.join(f'{key} {value}' for key, value in targets.BACKBONE_CONFIG.items())}"
         )
     return {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}, rows
 

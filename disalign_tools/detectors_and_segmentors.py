@@ -11,6 +11,10 @@ from . import formulas
 from .classifiers import Part
 from .content import BOXES, PIXELS, Content, below, own_layer, require
 
+#: First words of the tensors of a Detectron2 model (sem_seg_head: PanopticFPN's), of an MMSegmentation model.
+DETECTOR = ("backbone.", "proposal_generator.", "roi_heads.", "sem_seg_head.")
+SEGMENTOR = ("backbone.", "neck.", "decode_head.", "auxiliary_head.")
+
 PREDICTOR = re.compile(r"(roi_heads\.box_predictor(?:\.\d+)?)\.cls_score\.weight")
 
 
@@ -26,7 +30,7 @@ def parse_detectron2(tensors, scale, classifier):
     heading = "Detectron2 or cvpods detection" + "".join(f", {kind}" for kind, it_is in kinds.items() if it_is)
     taken = {part.source for layer in layers for part in layer.parts.values()}
     consumed = {name for base in bases for name in tensors if _is_calibration(name, base)} | taken
-    others = {name: name for name in tensors if name not in consumed}
+    others = {name: name for name in tensors if name.startswith(DETECTOR) and name not in consumed}
     notes = []
     if kinds["DisAlign"]:
         notes.append(
@@ -80,6 +84,6 @@ def parse_mmseg(tensors, scale, classifier):
         )
     layer = own_layer(tensors, f"{base}.conv_seg", f"{base}.calibration")
     taken = {part.source for part in layer.parts.values()}
-    others = {name: name for name in tensors if name not in taken}
+    others = {name: name for name in tensors if name.startswith(SEGMENTOR) and name not in taken}
     heading = f"MMSegmentation{', disalign_mmseg, stage two' if layer.calibrated else ''}"
     return Content(PIXELS, others, [layer], heading)

@@ -1,13 +1,17 @@
 """Does a converted checkpoint fit a config? Builds the config's model with its package, imported only here."""
 
 import os
+from contextlib import contextmanager
 from importlib import import_module
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from disalign import InputError, load_stage_one
 from disalign.checkpoints import IGNORABLE, require_tensors
-from disalign.errors import first_line
+from disalign.errors import first_line, some
+
+from .targets import BACKBONE_CONFIG
 
 PACKAGES = {"cls": "disalign_cls", "d2": "disalign_d2", "mmseg": "disalign_mmseg", "timm": "timm"}
 
@@ -26,6 +30,35 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
     Raises:
         InputError: the package is missing, the config can't be built, or the tensors do not fit.
     """
+    _require_package(to)
+    model = BUILDERS[to](config, tensors)
+    backbone = [name for name in tensors if name.startswith("backbone.")]
+    if to == "d2" and len(backbone) == len(tensors):
+        target = model.state_dict()
+        of_backbone = {name: target[name] for name in target if name.startswith("backbone.bottom_up.")}
+        require_tensors(tensors, of_backbone, "tensors of the config's backbone", IGNORABLE)
+        fits = f"fits {config}: all {len(of_backbone)} tensors of its backbone; the rest starts as Detectron2 starts it"
+        wrong = _unlike_the_backbone(config)
+        return f"{fits}; but the config differs from how it was trained: {', '.join(wrong)}" if wrong else fits
+    new = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".calibration." in name]
+    if new and not any(".calibration." in name for name in tensors):
+        return f"fits {config}: {load_stage_one(model, tensors, new)}"
+    ignorable = IGNORABLE if to == "d2" else ()
+    require_tensors(tensors, model.state_dict(), "tensors of the config's model", ignorable)
+    return f"fits {config}: all {len(model.state_dict())} tensors of its model"
+
+
+def timm_classifier(config: str) -> str:
+    """The name of the classifier of a timm model.
+
+    Raises:
+        InputError: timm is missing, has no such model, or it has several.
+    """
+    _require_package("timm")
+    return _timm_model(config)[1]
+
+
+def _require_package(to):
     try:
         import_module(PACKAGES[to])
     except ImportError as error:
@@ -33,19 +66,6 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
             f"expected {PACKAGES[to]} to build the model of --config, but it can't be imported "
             f"({first_line(error)}); install what it needs, or leave out --config"
         ) from None
-    model = BUILDERS[to](config, tensors)
-    backbone = [name for name in tensors if name.startswith("backbone.")]
-    if to == "d2" and len(backbone) == len(tensors):
-        target = model.state_dict()
-        of_backbone = {name: target[name] for name in target if name.startswith("backbone.bottom_up.")}
-        require_tensors(tensors, of_backbone, "tensors of the config's backbone", IGNORABLE)
-        return f"fits {config}: all {len(of_backbone)} tensors of its backbone; the rest starts as Detectron2 starts it"
-    new = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".calibration." in name]
-    if new and not any(".calibration." in name for name in tensors):
-        return f"fits {config}: {load_stage_one(model, tensors, new)}"
-    ignorable = IGNORABLE if to == "d2" else ()
-    require_tensors(tensors, model.state_dict(), "tensors of the config's model", ignorable)
-    return f"fits {config}: all {len(model.state_dict())} tensors of its model"
 
 
 def _cls(config: str, tensors: dict) -> nn.Module:
@@ -75,31 +95,38 @@ def _mmseg(config: str, tensors: dict) -> nn.Module:
         return MODELS.build(config.model)
 
 
-def _d2(config: str, tensors: dict) -> nn.Module:
+def _d2_config(config: str):
     from detectron2.config import get_cfg
 
     from disalign.cli import find_config
-    from disalign_d2 import add_disalign_config, build_model
+    from disalign_d2 import add_disalign_config
 
+    if config.endswith(".py"):
+        raise InputError(
+            f"expected a config in YAML as --config for --to d2, got the LazyConfig {config!r}; leave it out"
+        )
     cfg = get_cfg()
     add_disalign_config(cfg)
-    try:
-        cfg.merge_from_file(find_config(config), allow_unsafe=False)  # else YAML may call any function
-        cfg.MODEL.DEVICE = "cpu"
-        return build_model(cfg)
-    except InputError:
-        raise
-    except Exception as error:  # whatever building from a config raises is the config's fault
-        raise InputError(f"expected a config that can be built in {config!r}, but: {first_line(error)}") from error
+    cfg.merge_from_file(find_config(config), allow_unsafe=False)  # else YAML may call any function
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _d2(config: str, tensors: dict) -> nn.Module:
+    from disalign_d2 import build_model
+
+    with _built(config):
+        return build_model(_d2_config(config))
+
+
+def _unlike_the_backbone(config):
+    cfg = _d2_config(config)
+    said = {key: attrgetter(key)(cfg) for key in BACKBONE_CONFIG}
+    return [f"{key} {said[key]}, not {right}" for key, right in BACKBONE_CONFIG.items() if said[key] != right]
 
 
 def _timm(name: str, tensors: dict) -> nn.Module:
-    import timm
-
-    if os.path.isfile(name) or not timm.is_model(name.split(".")[0]):
-        raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
-    model = timm.create_model(name)
-    classifier = model.default_cfg["classifier"]
+    model, classifier = _timm_model(name)
     classes = next((len(tensors[key]) for key in tensors if key == f"{classifier}.weight"), None)
     if classes is None:
         raise InputError(
@@ -107,6 +134,32 @@ def _timm(name: str, tensors: dict) -> nn.Module:
         )
     model.reset_classifier(classes)
     return model
+
+
+def _timm_model(name):
+    import timm
+
+    if os.path.isfile(name) or not timm.is_model(name.split(".")[0]):
+        raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
+    with _built(name):
+        model = timm.create_model(name)
+    classifier = model.default_cfg["classifier"]
+    if not isinstance(classifier, str):
+        raise InputError(
+            f"expected a timm model of one classifier as --config, but {name!r} has {some(classifier)}; their scores "
+            "are averaged, take a model of one"
+        )
+    return model, classifier
+
+
+@contextmanager
+def _built(config):
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever building from a config raises is the config's fault
+        raise InputError(f"expected a config that can be built in {config!r}, but: {first_line(error)}") from error
 
 
 BUILDERS = {"cls": _cls, "d2": _d2, "mmseg": _mmseg, "timm": _timm}

@@ -19,6 +19,10 @@ from .resnet_names import to_torchvision
 LAST_LINEAR = ("fc", "classifier", "head", "head.fc", "last_linear", "head.l", "head.head.l", "head.fc.fc2", "head.fc2")
 #: Modules of a ResNet and a ResNeXt in torchvision's names.
 RESNET = re.compile(r"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.\w+")
+#: What a whole one has.
+RESNET_PARTS = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+#: A second classifier: of distillation, or an auxiliary one.
+SECOND = re.compile(r"(head_dist|aux_head|aux\d?|aux_?logits)\.", re.IGNORECASE)
 #: How timm names nothing.
 TORCHVISION_ONLY = re.compile(r"features\.\d+\.\d+\.|trunk_output\.|encoder\.layers\.encoder_layer_|classifier\.\d+\.")
 
@@ -33,7 +37,7 @@ def parse_cvpods(tensors, scale, classifier):
             others[renamed] = name
     parts = {"weight": Part(own["weight"], f"{layer}.weight")}
     calibrated = "logit_scale" in own or "logit_bias" in own or "confidence_layer.weight" in own
-    is_cosine = "scale" in own or "bias" not in own or scale is not None
+    is_cosine = "scale" in own or "bias" not in own
     if is_cosine:
         parts["scale"] = scale_part(own, layer, scale)
         value = float(parts["scale"].tensor)
@@ -73,7 +77,9 @@ def parse_cvpods(tensors, scale, classifier):
         "deviation, with the stride in the 3x3 convolution, as timm does; if yours set INPUT.FORMAT BGR or "
         "STRIDE_IN_1X1 True, the file can't tell"
     ]
-    return Content(IMAGES, others, [ScoreLayer(layer, parts, formula)], heading, notes)
+    return Content(
+        IMAGES, others, [ScoreLayer(layer, parts, formula)], heading, notes, trunk_known=is_whole_resnet(others)
+    )
 
 
 def parse_balancing(tensors, scale, classifier):
@@ -102,14 +108,15 @@ def parse_balancing(tensors, scale, classifier):
         return z if learnt_scales is None else z * learnt_scales.double()
 
     heading = f"classifier-balancing{', learnable weight scaling' if learnt_scales is not None else ''}"
-    return Content(IMAGES, others, [ScoreLayer(layer, parts, formula)], heading)
+    layers = [ScoreLayer(layer, parts, formula)]
+    return Content(IMAGES, others, layers, heading, trunk_known=is_whole_resnet(others))
 
 
 def parse_mmpretrain(tensors, scale, classifier):
-    layer = classifier or "head.fc"
     others = {name.removeprefix("backbone."): name for name in tensors if name.startswith("backbone.")}
     _require_resnet(others, "mmpretrain")
-    return Content(IMAGES, others, [_linear_layer(tensors, layer)], "mmpretrain or mmcls")
+    layers = [_linear_layer(tensors, "head.fc")]
+    return Content(IMAGES, others, layers, "mmpretrain or mmcls", trunk_known=is_whole_resnet(others))
 
 
 def parse_timm(tensors, scale, classifier):
@@ -121,17 +128,26 @@ def parse_timm(tensors, scale, classifier):
         )
     layer = classifier or _last_linear(tensors)
     others = {name: name for name in tensors if not name.startswith(f"{layer}.")}
+    second = [name for name in others if SECOND.match(name)]
+    if second:
+        raise InputError(
+            f"expected one classifier, got a second beside {layer!r}: {some(second, 2)}; the model may score by both, "
+            "so --drop it only if it is not used"
+        )
+    layers = [_linear_layer(tensors, layer)]
     heading = f"torchvision or timm, classifier {layer!r}"
-    notes = []
-    if not all(map(RESNET.fullmatch, others)):
-        notes.append("the trunk's names are taken for timm's as they are; --config checks it")
-    return Content(IMAGES, others, [_linear_layer(tensors, layer)], heading, notes, layer)
+    return Content(IMAGES, others, layers, heading, timm_name=layer, trunk_known=is_whole_resnet(others))
 
 
 def parse_disalign_cls(tensors, scale, classifier):
     others = {name.removeprefix("backbone."): name for name in tensors if name.startswith("backbone.")}
     layer = own_layer(tensors, "classifier", "classifier.calibration")
     return Content(IMAGES, others, [layer], f"disalign_cls, stage {'two' if layer.calibrated else 'one'}")
+
+
+def is_whole_resnet(others) -> bool:
+    """Whether the names are those of a plain ResNet or ResNeXt, from the stem to the last stage, and no others."""
+    return all(map(RESNET.fullmatch, others)) and {name.partition(".")[0] for name in others} == RESNET_PARTS
 
 
 def _linear_layer(tensors, layer):

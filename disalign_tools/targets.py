@@ -13,16 +13,27 @@ from disalign.unpickling import load_arrays
 
 from .classifiers import CALIBRATION
 from .content import BOXES, IMAGES, PIXELS, Content
+from .image_classifiers import is_whole_resnet
 from .resnet_names import to_detectron2
 
 #: Task of the source -> targets it goes to. (An image classifier goes to Detectron2 as a backbone to start from.)
 FITTING = {IMAGES: ("cls", "timm", "d2"), BOXES: ("d2",), PIXELS: ("mmseg",)}
+#: What a Detectron2 config must say for a backbone that has learnt from images as timm and torchvision show them.
+BACKBONE_CONFIG = {
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.280, 103.530],
+    "MODEL.PIXEL_STD": [58.395, 57.120, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+}
 WHAT = {IMAGES: "an image classifier", BOXES: "a detector", PIXELS: "a segmentor"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A package: ``arrange(content, classifier)`` gives the names, ``packed(tensors, meta)`` the file's content."""
+    """A package: ``arrange(content, classifier)`` gives the names, ``packed(tensors, meta)`` the file's content.
+
+    ``classifier`` is the name of timm's, where it was given.
+    """
 
     arrange: Callable
     packed: Callable[[dict, dict], dict]
@@ -67,7 +78,7 @@ def to_timm(content: Content, classifier: str | None) -> dict[str, str | None]:
             f"expected a stock classifier for timm, got a cosine one, {layer.name!r}; --fold makes it a norm and a "
             "linear layer"
         )
-    layer.place = content.timm_name or classifier or _timm_classifier(content.others)
+    layer.place = classifier or content.timm_name or _timm_classifier(content.others)
     return _with_counters(content.others)
 
 
@@ -101,25 +112,12 @@ def _with_counters(others: dict[str, str]) -> dict[str, str | None]:
     return found
 
 
-#: First names of a timm trunk -> its classifier's name; the first that matches.
-TIMM_CLASSIFIERS = (
-    ("layer1.", "fc"),
-    ("features.denseblock1.", "classifier"),
-    ("conv_stem.", "classifier"),
-    ("cls_token", "head"),
-    ("stages.0.", "head.fc"),
-    ("layers.0.", "head.fc"),
-    ("s1.", "head.fc"),
-)
-
-
 def _timm_classifier(others):
-    for start, name in TIMM_CLASSIFIERS:
-        if any(other.startswith(start) for other in others):
-            return name
+    if is_whole_resnet(others):
+        return "fc"
     raise InputError(
-        f"expected a backbone whose classifier's name in timm is known, got {some(others, 3)}; give it with "
-        "--classifier (model.default_cfg['classifier'])"
+        f"expected a plain ResNet, whose classifier timm calls fc, got {some(others, 3)}; name the model with "
+        "--config, or the classifier with --classifier (model.default_cfg['classifier'])"
     )
 
 

@@ -99,12 +99,29 @@ class Files:
     def layers(self):
         """As torchvision names them."""
         generator = torch.Generator().manual_seed(0)
-        shapes = {"layer1.0.conv1.weight": (64, 3, 7, 7), "fc.weight": (5, 64), "fc.bias": (5,)}
+        shapes = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "fc.weight": (5, 64), "fc.bias": (5,)}
+        shapes |= {f"layer{stage}.0.conv1.weight": (64, 1, 1, 1) for stage in (1, 2, 3, 4)}
         return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
     @cached_property
     def source(self):
         return self.torch("source.pth", self.layers)
+
+    @cached_property
+    def array_among_tensors(self):
+        return self.torch("array.pth", self.layers | {"fc.bias": self.layers["fc.bias"].numpy()})
+
+    @cached_property
+    def two_sets(self):
+        return self.torch("two_sets.pth", {"model": self.layers, "model_ema": self.layers})
+
+    @cached_property
+    def lone_classifier(self):
+        return self.torch("lone.pth", {name: self.layers[name] for name in ("fc.weight", "fc.bias")})
+
+    @cached_property
+    def other_trunk(self):
+        return self.torch("other_trunk.pth", self.layers | {"layer5.0.conv1.weight": torch.ones(2)})
 
     @cached_property
     def cut_source(self):
@@ -424,6 +441,31 @@ BAD = {
         "convert",
         ["{f.source}", *CONVERT, "--config", ONE],
         "expected all 20 tensors .* lacks 18",
+    ),
+    "convert: numpy among the weights": (
+        "convert",
+        ["{f.array_among_tensors}", *CONVERT],
+        "but 1 are none: fc.bias; .* --trust-checkpoint",
+    ),
+    "convert: two sets of weights": (
+        "convert",
+        ["{f.two_sets}", *CONVERT],
+        "got two; add --ema for the averaged ones .model_ema. or --no-ema for the trained ones .model.",
+    ),
+    "convert: a trunk that is none": (
+        "convert",
+        ["{f.lone_classifier}", *CONVERT],
+        "expected a trunk beside the class",
+    ),
+    "convert: an unknown trunk": (
+        "convert",
+        ["{f.other_trunk}", *CONVERT],
+        "expected --config for torchvision or timm",
+    ),
+    "convert: a fold in vain": (
+        "convert",
+        ["{f.source}", "out.pth", "--to", "d2", "--fold"],
+        "no --fold for a backbone",
     ),
     "convert: onto itself": (
         "convert",

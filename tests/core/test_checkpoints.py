@@ -482,3 +482,18 @@ def test_an_array_of_anything_but_numbers_is_refused(array, tmp_path):
         InputError, match=r"expected only tensors and plain values in '.*a\.pkl', but it holds an array of"
     ):
         load_file(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_pickled_arrays_of_either_byte_order_are_read(tmp_path, order):
+    array = np.linspace(0, 1, 5, dtype=np.float32)
+    save(tmp_path / "a.pkl", {"w": array.astype(array.dtype.newbyteorder(order))}, "protocol 2")
+    np.testing.assert_array_equal(load_file(tmp_path / "a.pkl")["w"].numpy(), array)
+
+
+def test_text_is_encoded_as_numpy_does_and_no_other_way(tmp_path):
+    call = b"\x80\x02c_codecs\nencode\nX\x03\x00\x00\x00abcX\x05\x00\x00\x00%b\x86R."
+    assert pickle.loads(call % b"UTF-8") == b"abc"
+    (tmp_path / "a.pkl").write_bytes(call % b"rot13")
+    with pytest.raises(InputError, match="text to encode as 'rot13'"):
+        load_file(tmp_path / "a.pkl")

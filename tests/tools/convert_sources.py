@@ -28,6 +28,13 @@ def small_resnet(**options):
     return model
 
 
+def tiny(**more) -> dict:
+    """A classifier in timm's names, a few numbers large, with every part of a ResNet."""
+    trunk = {f"layer{stage}.0.conv1.weight": torch.randn(2, 2, 1, 1) for stage in (1, 2, 3, 4)}
+    trunk |= {"conv1.weight": torch.randn(4, 3, 1, 1), "bn1.weight": torch.randn(4)}
+    return {**trunk, "fc.weight": torch.randn(5, 4), "fc.bias": torch.randn(5), **more}
+
+
 def cvpods_names(state: dict) -> dict:
     """A ResNet's state dict under cvpods' names, written out once more."""
     renamed = {}

@@ -6,6 +6,8 @@ pytest.importorskip("mmengine")
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
+import re
+
 import numpy as np
 import timm
 import torch
@@ -32,12 +34,13 @@ from .convert_sources import (
     run,
     saved,
     small_resnet,
+    tiny,
 )
 
 
-def config(folder, kind="DisAlignClassifier", num_classes=CLASSES, **options):
+def config(folder, kind="DisAlignClassifier", num_classes=CLASSES, backbone=BACKBONE, **options):
     path = folder / "config.py"
-    path.write_text(f"model = {dict(type=kind, backbone=BACKBONE, num_classes=num_classes, **options)}\n")
+    path.write_text(f"model = {dict(type=kind, backbone=backbone, num_classes=num_classes, **options)}\n")
     return path
 
 
@@ -61,14 +64,16 @@ def assert_same_trunk(model, source):
 # --------------------------------------------------------------------------------------------- official DisAlign
 
 
-def test_the_official_stage_two_loads_whole_and_scores_as_its_formula(tmp_path):
+def test_the_official_stage_two_loads_whole_and_scores_as_its_formula(tmp_path, capsys):
     source = small_resnet()
     state = cvpods_names(source.state_dict()) | below("network.linear", calibration(CLASSES, WIDTH))
+    state["loss_evaluator.weight"] = torch.rand(CLASSES)  # a buffer of the official GRWCrossEntropyLoss
     path = saved(tmp_path, {"model": state, "optimizer": {"state": {}}, "iteration": 7})
     assert run(path, tmp_path / "out.pth", "--to", "cls", "--config", config(tmp_path)) == 0
     model = stage_two()
     model.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"])
     x = features()
+    assert re.search("dropped +1 +loss_evaluator.weight", capsys.readouterr().out)
     linear = {name.removeprefix("network.linear."): tensor for name, tensor in state.items() if "linear" in name}
     z = linear_by_hand(x, linear["weight"], linear["bias"])
     confidence = confidence_by_hand(x, linear["confidence_layer.weight"], linear["confidence_layer.bias"])
@@ -138,6 +143,14 @@ def test_classifier_balancing_starts_stage_two(tmp_path):
     model, x = stage_two(), features()
     load_stage_one(model, tmp_path / "out.pth", model.freeze_report.trainable)
     assert_scores(model.classifier, x, linear_by_hand(x, fc["fc.weight"], fc["fc.bias"]))
+
+
+def test_of_classifier_balancings_weights_the_best_are_taken(tmp_path):
+    fc = {"fc.weight": torch.randn(CLASSES, WIDTH), "fc.bias": torch.randn(CLASSES)}
+    path = balancing(tmp_path, fc, state_dict={"feat_model": {}, "classifier": {}})
+    assert run(path, tmp_path / "out.pth", "--to", "cls") == 0
+    result = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    assert torch.equal(result["classifier.weight"], fc["fc.weight"])
 
 
 def test_learnable_weight_scaling_is_a_magnitude_with_confidence_one(tmp_path):
@@ -221,14 +234,22 @@ def test_mmpretrains_other_architectures_are_refused(tmp_path, capsys):
         ("regnetx_002", {}, "head.fc"),
     ],
 )
-def test_timm_and_back(architecture, options, classifier, tmp_path):
+def test_timm_and_back(architecture, options, classifier, tmp_path, capsys):
     state = timm.create_model(architecture, num_classes=CLASSES, **options).state_dict()
     there, back = tmp_path / "there.pth", tmp_path / "back.pth"
-    assert run(saved(tmp_path, state), there, "--to", "cls") == 0
-    model = MODELS.build(dict(type="ImageClassifier", backbone=dict(name=architecture, **options), num_classes=CLASSES))
+    backbone = dict(name=architecture, **options)
+    path = saved(tmp_path, state | {"layers.0.attn_mask": torch.ones(2)})  # which timm now computes
+    fit = config(tmp_path, "ImageClassifier", backbone=backbone)
+    assert run(path, there, "--to", "cls", "--config", fit) == 0
+    model = MODELS.build(dict(type="ImageClassifier", backbone=backbone, num_classes=CLASSES))
     model.load_state_dict(torch.load(there, weights_only=True)["state_dict"])
     assert torch.equal(model.classifier.weight, state[f"{classifier}.weight"])
-    assert run(there, back, "--to", "timm") == 0
+    if architecture == "resnet18":
+        assert run(there, back, "--to", "timm") == 0
+    else:  # the config's model has the name, and must fit
+        assert "--classifier" in refused(capsys, tmp_path, there, back, "--to", "timm")
+        named = ["--classifier", classifier] if options else ["--config", architecture]
+        assert run(there, back, "--to", "timm", *named) == 0
     again = torch.load(back, weights_only=True)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
@@ -243,6 +264,11 @@ def test_torchvisions_resnet_fits_timms(tmp_path):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(images), source.eval()(images))
+    # Under another name, the model's own is taken.
+    renamed = {name.replace("fc.", "top."): tensor for name, tensor in source.state_dict().items()}
+    path, again = saved(tmp_path, renamed), tmp_path / "again.pth"
+    assert run(path, again, "--to", "timm", "--config", "resnet18", "--classifier", "top") == 0
+    assert torch.load(again, weights_only=True).keys() == model.state_dict().keys()
 
 
 def test_a_trunk_from_before_batch_counters_gets_them(tmp_path, capsys):
@@ -254,13 +280,12 @@ def test_a_trunk_from_before_batch_counters_gets_them(tmp_path, capsys):
 
 
 def test_a_classifier_named_by_hand(tmp_path, capsys):
-    state = {"body.weight": torch.randn(4, 3, 1, 1), "top.weight": torch.randn(5, 4), "top.bias": torch.randn(5)}
+    state = {name.replace("fc.", "top."): tensor for name, tensor in tiny().items()}
     path, out = saved(tmp_path, state), tmp_path / "out.pth"
     assert "--classifier" in refused(capsys, tmp_path, path, out, "--to", "cls")
     assert "no none.weight" in refused(capsys, tmp_path, path, out, "--to", "cls", "--classifier", "none")
-    assert "shape (4, 3, 1, 1)" in refused(capsys, tmp_path, path, out, "--to", "cls", "--classifier", "body")
+    assert "shape (4, 3, 1, 1)" in refused(capsys, tmp_path, path, out, "--to", "cls", "--classifier", "conv1")
     assert run(path, out, "--to", "cls", "--classifier", "top") == 0
-    assert "--classifier" in refused(capsys, tmp_path, out, tmp_path / "back.pth", "--to", "timm")
     assert run(out, tmp_path / "back.pth", "--to", "timm", "--classifier", "top") == 0
     assert torch.load(tmp_path / "back.pth", weights_only=True).keys() == state.keys()
 
@@ -351,4 +376,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(tmp_path, capsys):
     assert "shapes" in refused(capsys, tmp_path, path, out, "--to", "cls", "--config", other)
     assert "lacks" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", "resnet18")
     assert "timm model" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", "nothing")
+    assert "pretrained tag" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", "resnet18.nothing")
+    distilled = "deit_tiny_distilled_patch16_224"
+    assert "head, head_dist" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", distilled)
     assert "config" in refused(capsys, tmp_path, path, out, "--to", "cls", "--config", "nothing.py")

@@ -181,6 +181,12 @@ def test_an_image_classifiers_trunk_becomes_the_backbone(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "a backbone has no classifier" in said
     assert "INPUT.FORMAT RGB" in said
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 True, not False" in said
+    assert "INPUT.FORMAT BGR, not RGB" in said
+    right = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.RESNETS.STRIDE_IN_1X1", False]
+    right += ["MODEL.PIXEL_STD", [58.395, 57.12, 57.375]]
+    assert run(path, out, "--force", "--to", "d2", "--config", config_file(tmp_path, *options, *right)) == 0
+    assert ", not " not in capsys.readouterr().out
     model = build_model(tiny_cfg(*options)).eval()
     state = torch.load(out, weights_only=True)["model"]
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -203,4 +209,7 @@ def test_what_does_not_fit_is_said(tmp_path, capsys):
     assert "shapes" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", other)
     other.write_text("{VERSION: 2, MODEL: {NOTHING: 1}}\n")
     assert "can be built" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", other)
+    lazy = tmp_path / "lazy.py"
+    lazy.write_text("model = dict()\n")
+    assert "the LazyConfig" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", lazy)
     assert "--to d2" in refused(capsys, tmp_path, path, out, "--to", "cls")

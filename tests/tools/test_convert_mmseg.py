@@ -66,6 +66,7 @@ def test_the_zoos_files_start_stage_two(version, kind, tmp_path):
     assert run(path, out, "--to", "mmseg", "--config", config) == 0
     result = torch.load(out, weights_only=True)
     assert result["meta"]["dataset_meta"]["classes"] == list(NAMES)
+    assert result["meta"]["dataset_meta"].get("palette") == (None if version == "0.x" else [[1, 2, 3]])
     assert result.keys() == {"state_dict", "meta"}
     model = toy_models.stage_two(kind)
     load_stage_one(model, result, model.freeze_report.trainable)
