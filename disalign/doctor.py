@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from .libraries import (
     FRAMEWORKS,
@@ -28,7 +28,8 @@ from .libraries import (
     OPENCV,
     OPENMMLAB,
     PARTS,
-    SAME_BUILD,
+    PIP,
+    PYTHON,
     install,
     installed,
     is_there,
@@ -37,6 +38,8 @@ from .libraries import (
     own_install,
     reinstall,
     requirements,
+    same_build,
+    shadow,
     version_of,
 )
 from .probes import try_all
@@ -108,19 +111,34 @@ def look_at(library, outcome) -> tuple | None:
     name = installed(library)
     version = version_of(name) if name else None
     wanted = requirements().get(name, "")
-    upgrade = None if not version or satisfies(version, wanted) else install([library._replace(distributions=(name,))])
+    folder = shadow(library)
+    fits = folder or not version or satisfies(version, wanted)
+    upgrade = None if fits else install([library._replace(distributions=(name,))])
     shown = " ".join(filter(None, [version or outcome.value, name and name != library.name and f"({name})"]))
+    if folder and name:
+        shown = f"{outcome.value or ''} taken from {folder}, not the installed {shown}".strip()
+        shown += f" (remove that folder from PYTHONPATH, or rename {library.name} there)"
     if outcome.error:
         # Without colours, and short: some errors are pages.
         error = re.sub(r"\x1b\[[0-9;]*m", "", outcome.error)[: 100 if library.lost else 200]
         detail = "; ".join(filter(None, [library.lost, error]))
-        mend = upgrade or mend_of(library, outcome.error)
+        # What pip installs stays in the shadow.
+        mend = None if folder else upgrade or mend_of(library, outcome.error)
+        if mend == same_build():
+            detail += same_index()
         return NOTE if library.lost else PROBLEM, ": ".join(filter(None, [shown, detail])), mend
     if upgrade:
         return PROBLEM, f"{shown}: expected {wanted}", upgrade
+    if folder and name:
+        return NOTE, shown
     if version == "":
         return NOTE, ": ".join(filter(None, [shown, "its metadata names no version"])), reinstall(library)
     return OK, shown or "works"
+
+
+def same_index() -> str:
+    build = (version_of("torch") or "").partition("+")[2]
+    return f"; torch is a +{build} build and needs torchvision from the index that it came from" if build else ""
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -139,15 +157,22 @@ def gpus(build, names, said) -> tuple:
     if warnings:
         return NOTE, f"none that torch can use, everything runs on the CPU: {warnings[0].splitlines()[0][:200]}"
     if shutil.which("nvidia-smi"):
-        detail = f"none that torch ({f'for CUDA {build}' if build else 'for CPUs'}) can use, though there is nvidia-smi"
-        return NOTE, detail, None if build else SAME_BUILD
+        kind = f"for CUDA {build}" if build else "for CPUs"
+        return NOTE, f"none that torch ({kind}) can use, though there is nvidia-smi"
     return OK, "none that torch can use: everything runs on the CPU"
 
 
 def python() -> tuple:
     if sys.version_info < (3, 11):  # noqa: UP036 (the doctor starts on older ones, to say so)
-        return PROBLEM, f"{sys.version.split()[0]}: expected 3.11 or later", "python3.11 -m venv disalign-env"
+        return PROBLEM, f"{sys.version.split()[0]}: expected 3.11 or later; make a virtual environment with one"
     return OK, sys.version.split()[0]
+
+
+def pip() -> tuple | None:
+    if find_spec("pip"):
+        return None
+    mend = f"{PYTHON} -m ensurepip" if find_spec("ensurepip") else None
+    return NOTE, "not there, though commands that mend need it", mend
 
 
 def installation() -> tuple:
@@ -157,6 +182,8 @@ def installation() -> tuple:
         direct = json.loads(each.read_text("direct_url.json") or "{}")
         folder = Path(each.locate_file("")).resolve()
         if direct.get("dir_info", {}).get("editable"):
+            from urllib.request import url2pathname  # with much behind it that may be broken
+
             folder = Path(url2pathname(urlparse(direct["url"]).path)).resolve()
         elif folder == HERE and own_install():
             continue  # a checkout's egg-info: built here, not installed
@@ -175,7 +202,7 @@ def packaging() -> tuple | None:
     try:
         import packaging.specifiers  # noqa: F401
     except Exception:
-        return NOTE, "not compared with what disalign asks for: no packaging", "python -m pip install packaging"
+        return NOTE, "not compared with what disalign asks for: no packaging", f"{PIP} install packaging"
     return None
 
 
@@ -208,7 +235,7 @@ def torch_of_torchvision() -> tuple | None:
     for line in metadata.requires("torchvision") or ():
         match = re.match(r"torch\s*\(?([^;)]*)\)?\s*$", line)
         if match and not satisfies(version, match[1].strip()):
-            return NOTE, f"{version}, but torchvision asks for {match[1].strip()}", SAME_BUILD
+            return NOTE, f"{version}, but torchvision asks for {match[1].strip()}{same_index()}", same_build()
     return None
 
 
@@ -228,7 +255,7 @@ def float_of_numpy() -> tuple | None:
 
 
 CONFLICTS = {
-    "core": (("Python", python), ("installation", installation), ("versions", packaging)),
+    "core": (("Python", python), ("pip", pip), ("installation", installation), ("versions", packaging)),
     "cls": (("OpenMMLab", openmmlab), ("OpenCV", opencv), ("torch", torch_of_torchvision)),
     "mmseg": (("OpenMMLab", openmmlab), ("OpenCV", opencv)),
     "d2": (("OpenCV", opencv), ("torch", torch_of_torchvision), ("lvis", float_of_numpy)),
@@ -248,7 +275,7 @@ def as_text(checks, works: bool) -> str:
     parts = dict.fromkeys(check.part for check in checks if check.state != ABSENT)
     broken = dict.fromkeys(check.part for check in checks if check.state == PROBLEM)
     lines += ["", f"works: {', '.join(parts)}" if works else f"does not work: {', '.join(broken)}"]
-    return "\n".join(lines).encode("ascii", "backslashreplace").decode()
+    return "\n".join(lines)
 
 
 def as_json(checks, works: bool) -> str:
@@ -256,6 +283,16 @@ def as_json(checks, works: bool) -> str:
     versions = {name: version_of(name) for name in sorted(names) if version_of(name) is not None}
     report = {"ok": works, "python": sys.version.split()[0], "versions": versions}
     return json.dumps({**report, "checks": [check._asdict() for check in checks]}, indent=2)
+
+
+def write(text: str) -> None:
+    """To stdout, in its encoding; where nobody reads on, or the disk is full, the exit status is the report."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv=None) -> int:
@@ -271,7 +308,7 @@ def main(argv=None) -> int:
         parser.error(f"expected a timeout of 0 to 3600 seconds, got {arguments.timeout:g}")
     checks = examine(arguments.parts, arguments.timeout)
     works = all(check.state != PROBLEM for check in checks)
-    print((as_json if arguments.json else as_text)(checks, works))
+    write((as_json if arguments.json else as_text)(checks, works))
     return 0 if works else 1
 
 

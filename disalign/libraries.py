@@ -5,8 +5,11 @@ None of them is imported here: what they must do is code for :mod:`disalign.prob
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import sys
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,6 +19,11 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent.parent
 # What is said of a library that was not imported.
 NOT_INSTALLED, NOT_TRIED, NOT_CHECKED = "not installed", "not tried", "could not be checked"
+NO_EXCEPTION = ("no answer", "it ")  # how a process ends that is too slow, or gone
+# How a shell calls the Python that is examined. The folder counts: a virtual environment's python is a link.
+_PYTHONS = [(os.path.dirname(each), os.path.realpath(each)) for each in (shutil.which("python") or "", sys.executable)]
+PYTHON = "python" if _PYTHONS[0] == _PYTHONS[1] else shlex.quote(sys.executable)
+PIP = f"{PYTHON} -m pip"
 
 
 class Library(NamedTuple):
@@ -39,8 +47,7 @@ class Library(NamedTuple):
 
 # The detectron2 on package registries cannot be built (see the README).
 DETECTRON2 = "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
-SAME_BUILD = "python -m pip install --force-reinstall torch torchvision"
-HEADLESS = "python -m pip install --force-reinstall --no-deps opencv-python-headless"
+HEADLESS = f"{PIP} install --force-reinstall --no-deps opencv-python-headless"
 # The same import names from two distributions, which overwrite each other's files: the maintained one, and upstream's.
 OPENMMLAB = {
     "onedl-mmengine": ("mmengine",),
@@ -88,11 +95,12 @@ with tempfile.TemporaryDirectory() as folder:
     CheckpointLoader.load_checkpoint(path, "cpu")
 value = "MMEngine loads its own"
 """
+OPERATORS = "CCHead, PSAHead, PointHead and SANHead need an mmcv built with its operators"
 
 CV2 = Library("cv2", OPENCV)
-TORCHVISION = Library("torchvision", ("torchvision",), ("torch",), NMS)
-TQDM = Library("tqdm", ("tqdm",))
 PILLOW = Library("PIL", ("pillow",), works="import PIL.Image")
+TORCHVISION = Library("torchvision", ("torchvision",), ("torch", "PIL"), NMS)
+TQDM = Library("tqdm", ("tqdm",))
 MMENGINE = Library(
     "mmengine",
     ("onedl-mmengine", "mmengine"),
@@ -117,12 +125,13 @@ PARTS = {
     ),
     "cls": (
         CV2,
+        PILLOW,
         TORCHVISION,
         Library("timm", ("timm",), ("torch", "torchvision")),
         MMENGINE,
         CHECKPOINTS,
         Library("sklearn", ("scikit-learn",), ("numpy",), "import sklearn.datasets"),
-        Library("matplotlib", ("matplotlib",), ("numpy",), "import matplotlib.figure"),
+        Library("matplotlib", ("matplotlib",), ("numpy", "PIL"), "import matplotlib.figure"),
         Library("tensorboard", ("tensorboard",), ("torch",), "import torch.utils.tensorboard"),
         TQDM,
         Library("disalign_cls", needs=("timm", "mmengine")),
@@ -132,7 +141,7 @@ PARTS = {
         MMENGINE,
         CHECKPOINTS,
         Library("mmcv", ("onedl-mmcv", "mmcv", "mmcv-lite"), ("mmengine",)),
-        Library("mmcv._ext", needs=("mmcv",), lost="only CCHead and PSAHead need it"),
+        Library("mmcv._ext", needs=("mmcv",), lost=OPERATORS),
         Library("mmseg", ("onedl-mmsegmentation", "mmsegmentation"), ("mmcv",), "import mmseg.apis"),
         Library("mim", ("onedl-mim", "openmim"), lost="python -m disalign_mmseg.train does what mim train does"),
         TQDM,
@@ -140,6 +149,7 @@ PARTS = {
     ),
     "d2": (
         CV2,
+        PILLOW,
         TORCHVISION,
         Library("fvcore", ("fvcore",), ("torch",), "import fvcore.common.config"),
         Library("pkg_resources", ("setuptools",)),
@@ -222,9 +232,9 @@ def install(libraries) -> str:
         commands = [maintained(names)]
     elif names:
         wanted = requirements()
-        commands = [f"python -m pip install {shlex.join(name + wanted.get(name, '') for name in names)}"]
+        commands = [f"{PIP} install {shlex.join(name + wanted.get(name, '') for name in names)}"]
     if len(names) < len(libraries):
-        commands.append(f"python -m pip install {DETECTRON2}")
+        commands.append(f"{PIP} install {DETECTRON2}")
     return " && ".join(commands)
 
 
@@ -233,48 +243,87 @@ def maintained(names=()) -> str:
     there = [name for name in OPENMMLAB if any(version_of(each) is not None for each in (name, *OPENMMLAB[name]))]
     doubled = [name for name in there if version_of(name) is not None]
     return (
-        f"python -m pip uninstall -y {' '.join(upstream() + doubled)} && "
-        f"python -m pip install {' '.join(dict.fromkeys([*there, *names]))}"
+        f"{PIP} uninstall -y {' '.join(upstream() + doubled)} && "
+        f"{PIP} install {' '.join(dict.fromkeys([*there, *names]))}"
     )
 
 
 def own_install() -> str | None:
     """The command that installs the checkout at hand; None where this is no checkout."""
-    return f"python -m pip install --no-deps -e {shlex.quote(str(HERE))}" if (HERE / "setup.py").is_file() else None
+    return f"{PIP} install --no-deps -e {shlex.quote(str(HERE))}" if (HERE / "setup.py").is_file() else None
+
+
+def same_build() -> str:
+    """The command for a torchvision that fits the torch at hand, which stays."""
+    match = re.match(r"2\.(\d+)\.", version_of("torch") or "")
+    # To torch 2.13, each torchvision is for one torch (0.28 for 2.13); 0.29 is for 2.14 and later.
+    version = f"==0.{int(match[1]) + 15}.*" if match and int(match[1]) < 14 else ""
+    return f"{PIP} install --force-reinstall --no-deps {shlex.quote('torchvision' + version)}"
+
+
+def shadow(library: Library) -> str | None:
+    """The folder that a library is taken from, where it is not the one that it is installed in."""
+    module = (library.module or library.name).partition(".")[0]
+    try:
+        spec, distribution = find_spec(module), metadata.distribution(installed(_PROVIDERS[module]))
+        folder = os.path.dirname(os.path.dirname(spec.origin) if spec.submodule_search_locations else spec.origin)
+        editable = re.search(r'"editable": *true', distribution.read_text("direct_url.json") or "")
+        return None if editable or os.path.samefile(folder, distribution.locate_file("")) else folder
+    except Exception:  # there is nothing to compare
+        return None
 
 
 def mend_of(library: Library, error: str) -> str | None:
-    """The command for what trying a library said; None where we know of none."""
+    """The command for what trying a library said; None where we know of none that surely mends it."""
     if error == NOT_INSTALLED:
         return install([library])
-    if error.startswith((NOT_TRIED, NOT_CHECKED)):
+    if error.startswith((NOT_TRIED, NOT_CHECKED, *NO_EXCEPTION)):
         return None
     if re.search(r"torchvision::nms|torchvision\S*\.so|[Cc]ustom C\+\+ ops", error):
-        return SAME_BUILD
+        return same_build()
     if re.search(r"lib(GL|gthread|glib|SM|Xext|Xrender)\b", error):
         return HEADLESS
-    if library.name in ("checkpoints", "mmcv._ext") or re.search(r"mmcv[./]_ext", error):
-        return maintained() if upstream() else None
+    operators = re.search(r"mmcv[./]_ext", error)
+    if operators or library.name == "checkpoints":
+        # No registry has an mmcv with operators for every torch; the maintained mmseg starts without.
+        return maintained() if upstream() and library.name in ("checkpoints", "mmseg") else None
     absent = re.search(r"No module named '([^'.]+)|there is no (\w+);", error)
     absent = absent and (absent[1] or absent[2])
     if absent and absent.startswith("disalign"):
         return own_install()
     if absent and (absent == "pkg_resources" or absent != library.name.partition(".")[0]):
-        return install([_PROVIDERS.get(absent) or Library(absent, (absent.replace("_", "-"),))])
+        return _with_module(library, absent)
     if library.name.startswith("detectron2"):
-        return f"python -m pip install --force-reinstall --no-deps {DETECTRON2}"
+        return f"{PIP} install --force-reinstall --no-deps {DETECTRON2}"
     return reinstall(library) if library.distributions else None
+
+
+def _with_module(library: Library, module: str) -> str | None:
+    """The command for a library that lacks another's module; a distribution of that name may be a stranger's."""
+    provider, name = _PROVIDERS.get(module), installed(library)
+    if provider and (module == "pkg_resources" or not is_there(provider)):
+        return install([provider])
+    if not name or name in ("torch", "torchvision", "detectron2", *upstream()):
+        return None
+    if is_there(Library(module, (module,))):  # but not the part that is asked for: the library is too old for it
+        return f"{PIP} install --upgrade {shlex.quote(name + requirements().get(name, ''))}"
+    asked = {re.match(r"[\w.-]+", line)[0] for line in metadata.requires(name) or () if ";" not in line} - {*OPENCV}
+    # Pip brings what is asked for, and what is not is not known.
+    return f"{PIP} install {_as_it_is(name)}" if any(version_of(each) is None for each in asked) else None
 
 
 def reinstall(library: Library) -> str:
     """The command that installs a library again, as it is."""
     name = installed(library) or library.distributions[0]
-    version = (version_of(name) or "").partition("+")[0]
     # Torch's own libraries (CUDA's) are distributions too, and may be what is missing.
     options = "--force-reinstall" if name == "torch" else "--force-reinstall --no-deps"
-    return f"python -m pip install {options} {name}{version and '=='}{version}"
+    return f"{PIP} install {options} {_as_it_is(name)}"
+
+
+def _as_it_is(distribution: str) -> str:
+    version = (version_of(distribution) or "").partition("+")[0]
+    return f"{distribution}{version and '=='}{version}"
 
 
 # Who has a module whose name is not its distribution's.
 _PROVIDERS = {library.name: library for part in PARTS.values() for library in part if library.distributions}
-_PROVIDERS.update(yaml=Library("yaml", ("pyyaml",)), google=Library("google", ("protobuf",)))

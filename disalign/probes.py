@@ -109,7 +109,7 @@ def try_pieces(pieces, timeout: float) -> list:
             if outcomes[-1].error:
                 break  # what follows is tried in a process that has not seen it fail
     except queue.Empty:
-        outcomes.append(Outcome(error=f"no answer within {timeout:g} seconds"))
+        outcomes.append(Outcome(error=f"no answer within {timeout:g} seconds: give --timeout more seconds"))
     finally:
         _end(process)
     return outcomes

@@ -22,16 +22,20 @@ OURS = ("doctor.py", "libraries.py", "probes.py")
 
 # Stands for whatever is not spelled out.
 ANYTHING = """
-from unittest.mock import MagicMock
+class Anything:
+    def __getattr__(self, name):
+        return self
+    def __call__(self, *arguments, **options):
+        return self
+    __add__ = __call__
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
-    return MagicMock()
+    return Anything()
 """
-DISALIGN = """
-from unittest.mock import MagicMock
+DISALIGN = f"""{ANYTHING}
 def wrap_classifier(*arguments, **options):
-    return MagicMock(), MagicMock()
+    return Anything(), Anything()
 """
 TORCH = f"""
 class version:
@@ -74,7 +78,8 @@ OWN = {
 }
 REQUIREMENTS = ("torch>=2.6", "timm>=1.0.9; extra == 'cls'", "setuptools<82,>=80; extra == 'd2'")
 DETECTRON2 = "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
-SAME_BUILD = "python -m pip install --force-reinstall torch torchvision"
+SAME_BUILD = "python -m pip install --force-reinstall --no-deps torchvision"
+OPERATORS = "CCHead, PSAHead, PointHead and SANHead need an mmcv built with its operators"
 HEADLESS = "python -m pip install --force-reinstall --no-deps opencv-python-headless"
 
 
@@ -95,6 +100,9 @@ class Environment:
         for name in OURS:
             shutil.copy(ROOT / "disalign" / name, folder / "disalign" / name)
         self.metadata("disalign", "0.1.0", *REQUIREMENTS)
+        self.module("pip")
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
         (folder / "packaging").symlink_to(Path(packaging.__file__).parent)
         for name, (distribution, version, *modules) in HEALTHY.items():
             self.module(name, TORCH if name == "torch" else ANYTHING)
@@ -131,11 +139,15 @@ class Environment:
             shutil.rmtree(self.folder / name)
             self.no_metadata(HEALTHY[name][0])
 
+    def variables(self, **variables):
+        path = f"{self.python.parent}{os.pathsep}{os.defpath}"
+        return {"PATH": path, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+
     def run(self, *arguments, **variables):
         """Exit status and text of the doctor."""
-        variables = {"PATH": os.defpath, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **variables}
         command = [self.python, "-m", "disalign.doctor", *arguments]
-        done = subprocess.run(command, env=variables, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        variables = self.variables(**variables)
+        done = subprocess.run(command, env=variables, cwd=self.elsewhere, capture_output=True, text=True, timeout=60)
         assert "Traceback" not in done.stdout + done.stderr
         assert done.returncode == 2 or done.stderr == ""
         return done.returncode, done.stdout
@@ -183,7 +195,7 @@ BREAKAGES = {
     "import os, signal; print('noise'); os.kill(os.getpid(), signal.SIGSEGV)": "it crashes Python (SIGSEGV)",
     "import sys; sys.exit(0)": "it ends Python, with exit status 0",
     "import os; os._exit(7)": "it ends Python, with exit status 7",
-    "import time; time.sleep(60)": "no answer within 0.5 seconds",
+    "import time; time.sleep(60)": "no answer within 0.5 seconds: give --timeout more seconds",
     "input()": "EOFError: EOF when reading a line",
     "raise Exception": "Exception",
     "raise KeyboardInterrupt": "KeyboardInterrupt",
@@ -196,7 +208,9 @@ def test_a_torch_that_does_not_import(environment, code):
     environment.module("torch", code)
     status, lines = environment.report("core", "cls", "--timeout", "0.5" if "sleep" in code else "20")
     assert status == 1
-    mend = "python -m pip install --force-reinstall torch==2.15.0"
+    # More time is no command, and what crashes may be anything.
+    unclear = BREAKAGES[code].startswith(("it ", "no answer"))
+    mend = None if unclear else "python -m pip install --force-reinstall torch==2.15.0"
     assert lines.pop("torch") == ["problem", f"2.15.0: {BREAKAGES[code]}", mend]
     assert set(lines) == {"disalign", "torchvision", "timm", "mmengine", "tensorboard", "disalign_cls"}
     assert all("not tried, since" in detail for _, detail, _ in lines.values())
@@ -232,15 +246,140 @@ def test_a_folder_that_an_uninstalled_library_left_is_not_the_library(environmen
     assert (status, lines["timm"]) == (1, ["problem", f"1.0.31: {left}"[:208], mend])
 
 
-def test_what_a_library_lacks_is_what_is_installed(environment):
-    environment.module("timm", "import safe_tensors.torch")
-    environment.module("sklearn", "import yaml")
-    environment.module("disalign_cls", "import tensorboard_plugin")
-    _, lines = environment.report("cls")
-    assert lines["timm"][2] == "python -m pip install safe-tensors"
-    assert lines["sklearn"][2] == "python -m pip install pyyaml"
-    environment.module("timm", "import PIL.nothing")
-    assert environment.report("cls")[1]["timm"][2] == "python -m pip install pillow"
+def test_a_modules_name_is_not_taken_for_a_distributions(environment):
+    # What timm asks for, pip brings; what sklearn and ours do not ask for, nobody knows.
+    environment.module("timm", "import absl.flags")
+    environment.metadata("timm", "1.0.31", "torch", "absl_py>=2")
+    environment.module("sklearn", "import hydra")
+    environment.metadata("scikit-learn", "1.9.1", "numpy>=1", "colorama; os_name == 'nt'", "opencv-contrib-python")
+    environment.module("disalign_tools", "import google.protobuf")
+    _, lines = environment.report("cls", "tools")
+    assert lines.pop("timm")[2] == "python -m pip install timm==1.0.31"
+    assert lines.pop("sklearn") == [
+        "problem",
+        "1.9.1 (scikit-learn): ModuleNotFoundError: No module named 'hydra'",
+        None,
+    ]
+    assert lines.pop("disalign_tools") == ["problem", "ModuleNotFoundError: No module named 'google'", None]
+    environment.metadata("absl-py", "2.3")
+    assert environment.report("cls")[1]["timm"][2] is None
+
+
+def test_a_library_of_ours_that_is_not_there_is_installed(environment):
+    environment.without("tqdm")
+    environment.module("timm", "import tqdm.auto")
+    assert environment.report("cls")[1]["timm"][2] == "python -m pip install tqdm"
+
+
+def test_a_library_too_old_for_another_is_upgraded(environment):
+    environment.module("torchvision/transforms")
+    for module in ("torchvision.transforms.functional_tensor", "PIL.nothing"):
+        environment.module("timm", f"import {module}")
+        status, lines = environment.report("cls")
+        detail = f"1.0.31: ModuleNotFoundError: No module named '{module}'"
+        assert (status, lines["timm"]) == (1, ["problem", detail, "python -m pip install --upgrade 'timm>=1.0.9'"])
+    # Neither gigabytes nor what stands still.
+    environment.module("timm", ANYTHING)
+    environment.module("torch", "import numpy.nothing")
+    assert environment.report("core")[1]["torch"][2] is None
+    environment.module("torch", TORCH)
+    to_upstream(environment)
+    environment.module("mmseg", "import torch.nothing")
+    assert environment.report("mmseg")[1]["mmseg"][2] is None
+
+
+def shadowed(environment, name, code):
+    """A folder that comes first on the path, with a module."""
+    folder = environment.folder / "shadows"
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(code)
+    return folder, f"{folder}{os.pathsep}{environment.folder}"
+
+
+def test_a_broken_module_in_the_way(environment):
+    folder, path = shadowed(environment, "torch", "__version__ = '1'\nraise RuntimeError('not me')")
+    where = f"taken from {folder}, not the installed 2.15.0 (remove that folder from PYTHONPATH, or rename torch there)"
+    status, lines = environment.report("core", PYTHONPATH=path)
+    assert (status, lines["torch"]) == (1, ["problem", f"{where}: RuntimeError: not me", None])
+    assert environment.report("core") == (0, {})
+
+
+def test_a_working_module_in_the_way(environment):
+    folder, path = shadowed(environment, "mmengine", f"__version__ = '0.10.7'\n{ANYTHING}")
+    for module in ("runner", "logging"):
+        (folder / "mmengine" / f"{module}.py").write_text(ANYTHING)
+    where = f"taken from {folder}, not the installed 0.10.12 (onedl-mmengine) "
+    where += "(remove that folder from PYTHONPATH, or rename mmengine there)"
+    status, lines = environment.report("cls", PYTHONPATH=path)
+    assert (status, lines) == (0, {"mmengine": ["note", f"0.10.7 {where}", None]})
+
+
+def test_an_editable_installation_is_not_in_the_way(environment):
+    folder, path = shadowed(environment, "timm", "")
+    direct = [metadata / "direct_url.json" for metadata in environment.folder.glob("timm-*.dist-info")]
+    direct[0].write_text(json.dumps({"dir_info": {"editable": True}, "url": folder.as_uri()}))
+    assert environment.report("cls", PYTHONPATH=path) == (0, {})
+
+
+def test_a_broken_pillow_is_what_is_blamed(environment):
+    environment.module("PIL", "raise ImportError('_imaging')")
+    for name in ("torchvision", "matplotlib"):
+        environment.module(name, "import PIL.Image")
+    for part, needs in (("cls", {"torchvision", "matplotlib"}), ("d2", {"torchvision"})):
+        status, lines = environment.report(part)
+        mend = "python -m pip install --force-reinstall --no-deps pillow==13.0.0"
+        assert (status, lines["PIL"]) == (1, ["problem", "13.0.0 (pillow): ImportError: _imaging", mend])
+        assert {lines[name][2] for name in needs} == {None}
+        assert all("not tried, since PIL does not work" in lines[name][1] for name in needs)
+
+
+def test_the_python_that_is_examined_is_the_one_that_is_mended(environment):
+    environment.without("timm")
+    mend = "-m pip install 'timm>=1.0.9'"
+    assert environment.report("cls")[1]["timm"][2] == f"python {mend}"
+    other = environment.folder / "a bin" / "python"
+    other.parent.mkdir()
+    for found in (other.parent / "nothing", other):  # another virtual environment's, of the same Python
+        found.symlink_to(environment.python.resolve())
+        mended = environment.report("cls", PATH=str(other.parent))[1]["timm"][2]
+        assert mended == f"{environment.python} {mend}"
+
+
+def test_without_pip(environment):
+    shutil.rmtree(environment.folder / "pip")
+    detail = "not there, though commands that mend need it"
+    assert environment.report("core") == (0, {"pip": ["note", detail, "python -m ensurepip"]})
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_where_nobody_reads_the_exit_status_says_it(environment, reader, broken):
+    if broken:
+        environment.without("timm")
+    if reader == "gone":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open("/dev/full", os.O_WRONLY)
+    command = [environment.python, "-m", "disalign.doctor", "cls" if broken else "core"]
+    with os.fdopen(write, "w") as stdout:
+        done = subprocess.run(
+            command, env=environment.variables(), cwd=environment.elsewhere, stdout=stdout, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (int(broken), b"")
+
+
+def test_a_folder_with_an_umlaut_stays_itself_in_a_command(environment):
+    folder = environment.folder / "f\u00fcr"
+    folder.mkdir()
+    shutil.move(environment.folder / "disalign", folder)
+    environment.no_metadata("disalign")
+    (folder / "setup.py").touch()
+    path = f"{folder}{os.pathsep}{environment.folder}"
+    mend = f"python -m pip install --no-deps -e '{folder}'\n"
+    assert mend in environment.run("core", PYTHONPATH=path, PYTHONUTF8="1")[1]
+    mend = mend.replace("\u00fc", "\\xfc")
+    assert mend in environment.run("core", PYTHONPATH=path, PYTHONIOENCODING="ascii")[1]
 
 
 # What is asked for decides the exit status.
@@ -366,8 +505,11 @@ def test_an_mmengine_that_does_not_load_its_own_checkpoints(environment):
 def test_mmcv_without_operators(environment):
     shutil.rmtree(environment.folder / "mmcv" / "_ext")
     status, lines = environment.report("mmseg")
-    detail = "only CCHead and PSAHead need it; ModuleNotFoundError: No module named 'mmcv._ext'"
+    detail = f"{OPERATORS}; ModuleNotFoundError: No module named 'mmcv._ext'"
     assert (status, lines) == (0, {"mmcv._ext": ["note", detail, None]})
+    # Nor does the maintained one have them.
+    to_upstream(environment)
+    assert environment.report("mmseg") == (0, {"mmcv._ext": ["note", detail, None]})
 
 
 def test_upstream_mmcv_without_operators(environment):
@@ -377,6 +519,7 @@ def test_upstream_mmcv_without_operators(environment):
     status, lines = environment.report("mmseg")
     detail = "1.2.2 (mmsegmentation): ModuleNotFoundError: No module named 'mmcv._ext'"
     assert (status, lines["mmseg"]) == (1, ["problem", detail, FROM_UPSTREAM])
+    assert lines["mmcv._ext"][2] is None
 
 
 def test_setuptools_without_pkg_resources(environment):
@@ -432,6 +575,21 @@ def test_a_torchvision_for_another_torch(environment):
     assert (status, lines) == (0, {"torch": ["note", detail, SAME_BUILD]})
     environment.metadata("torchvision", "0.20.1", "torch==2.15.0")
     assert environment.report("cls") == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("torch", "fits"),
+    [("2.6.0", "'torchvision==0.21.*'"), ("2.13.0+cpu", "'torchvision==0.28.*'"), ("2.14.1", "torchvision")],
+)
+def test_torch_stays_and_the_torchvision_that_fits_is_installed(environment, torch, fits):
+    environment.metadata("torch", torch)
+    environment.metadata("torchvision", "0.20.1", "torch==2.5.1")
+    environment.module("torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
+    index = "; torch is a +cpu build and needs torchvision from the index that it came from" if "+" in torch else ""
+    lines = environment.report("cls")[1]
+    assert lines["torch"][1:] == [f"{torch}, but torchvision asks for ==2.5.1{index}", lines["torchvision"][2]]
+    assert lines["torchvision"][1].endswith(f"nms does not exist{index}")
+    assert lines["torchvision"][2] == f"python -m pip install --force-reinstall --no-deps {fits}"
 
 
 def test_a_cv2_that_needs_libgl(environment):
@@ -507,7 +665,7 @@ def test_a_gpu_that_torch_does_not_see(environment):
     (environment.folder / "nvidia-smi").chmod(0o755)
     status, lines = environment.report("core", PATH=str(environment.folder))
     detail = "none that torch (for CPUs) can use, though there is nvidia-smi"
-    assert (status, lines["GPU"]) == (0, ["note", detail, SAME_BUILD])
+    assert (status, lines["GPU"]) == (0, ["note", detail, None])
     environment.module("torch", TORCH + "class version:\n    cuda = '13.2'\n    hip = None\n")
     lines = environment.report("core", PATH=str(environment.folder))[1]
     assert lines["GPU"] == ["note", detail.replace("CPUs", "CUDA 13.2"), None]
@@ -560,7 +718,8 @@ def test_an_old_python(environment):
     (environment.folder / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 10, 1)\n")
     status, lines = environment.report("core")
     assert (status, lines["Python"][0]) == (1, "problem")
-    assert "expected 3.11 or later" in lines["Python"][1]
+    assert lines["Python"][1].endswith(": expected 3.11 or later; make a virtual environment with one")
+    assert lines["Python"][2] is None
 
 
 # disalign itself.
