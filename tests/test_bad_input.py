@@ -297,6 +297,7 @@ class Files:
 
     @cached_property
     def annotations(self):
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
         from d2 import runs
 
         return runs.write_dataset(self.folder / "lvis", 6, seed=0)
