@@ -37,6 +37,11 @@ def sentence_of(error: InputError) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("disalign.errors.InputError: ")
 
 
+def usable_cpus() -> int:
+    """The number of CPUs that this process may use: fewer than the machine's in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def shipped_configs() -> Path:
     """The folder of the shipped configs, in a checkout and in an installed wheel alike."""
     checkout = Path(__file__).parent.parent

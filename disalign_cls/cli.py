@@ -28,6 +28,17 @@ def without_pretrained(config: Config) -> None:
         config.model.backbone.pretrained = False
 
 
+def build_model(config: Config):
+    """The config's model, without any weights.
+
+    Raises:
+        InputError: a config that can't be built.
+    """
+    with cli.config_errors(config.filename):
+        without_pretrained(config)
+        return MODELS.build(config.model)
+
+
 def load_model(config: Config, path: str):
     """The config's model with a checkpoint's tensors, all of them and no others, in eval mode; and the checkpoint.
 
@@ -35,9 +46,7 @@ def load_model(config: Config, path: str):
         InputError: a config that can't be built, or no checkpoint of its model.
     """
     checkpoint = load_file(path)
-    with cli.config_errors(config.filename):
-        without_pretrained(config)
-        model = MODELS.build(config.model)
+    model = build_model(config)
     tensors = state_dict_of(checkpoint)
     require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {path!r}")
     model.load_state_dict(tensors)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from disalign import InputError
 from disalign.checkpoints import write_json
-from disalign.cli import command
+from disalign.cli import command, usable_cpus
 from disalign.files import require_folder
 from disalign.splits import percent
 from disalign_mmengine.cli import load_config
@@ -51,7 +51,7 @@ def main(argv=None):
     )
     print(f"{len(args.seeds)} seeds x {len(METHODS)} classifiers, stage one and DisAlign")
     # Several processes of one thread: torch's own threads only slow so small a network.
-    workers = min(len(tasks), usable_cores(), 8)
+    workers = min(len(tasks), usable_cpus(), 8)
     # On the CPU everywhere, so that the figures do not depend on the machine's GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with (
@@ -67,11 +67,6 @@ def main(argv=None):
     write_json(out / "results.json", results)
     pictures(runs, out)
     print(f"\nwritten to {out}: results.json, accuracy_per_class.png, calibration.png")
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine's in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_thread() -> None:

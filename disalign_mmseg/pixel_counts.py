@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from disalign.checkpoints import write_json
+from disalign.cli import usable_cpus
 from disalign.errors import InputError, some
 from disalign.files import read_json
 
@@ -194,7 +195,7 @@ def read(samples: Dataset, chosen: Iterable[int] | None = None, workers: int | N
     """The items of ``samples`` in order, read by ``workers`` processes, with a progress bar of this name."""
     chosen = range(len(samples)) if chosen is None else list(chosen)
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        workers = min(8, usable_cpus())
     if len(chosen) < 50:
         workers = 0  # not worth their start
     # A generator of its own: a run draws the same random numbers whether its counts were kept or counted.

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from disalign.annotations import IMAGE_SUFFIXES, image_files
 from disalign.checkpoints import write_json
-from disalign.cli import command
+from disalign.cli import command, usable_cpus
 from disalign.errors import InputError, some
 from disalign.files import require_place
 from disalign.splits import frequent_common_rare, head_body_tail, many_medium_few
@@ -48,10 +48,7 @@ def main(argv=None):
     if args.out is None:
         print(json.dumps(record, indent=2))
     else:
-        try:
-            write_json(args.out, record)
-        except OSError as error:
-            raise InputError(f"expected a place to write {args.out!r}, but: {error}") from None
+        write_json(args.out, record)
     say = sys.stderr if args.out is None else sys.stdout
     print(f"{args.out or 'counted'}: {summary(record)}", file=say)
     for warning in warnings(record):
@@ -136,7 +133,7 @@ def count(
         raise InputError(f"expected each source once, or it counts twice, got {some(map(repr, sources))}")
     function, known = KINDS[kind]
     if "workers" in known:
-        options["workers"] = _cpus() if workers is None else workers
+        options["workers"] = min(8, usable_cpus()) if workers is None else workers
     names = [os.path.basename(os.path.normpath(source)) for source in sources]
     return {
         "dataset": " + ".join(names),
@@ -145,10 +142,6 @@ def count(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **function(sources, num_classes, **options),
     }
-
-
-def _cpus():
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def kind_of(sources: Sequence[str]) -> str:

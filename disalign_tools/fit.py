@@ -69,15 +69,10 @@ def _require_package(to):
 
 
 def _cls(config: str, tensors: dict) -> nn.Module:
-    from mmengine.registry import MODELS
+    from disalign_cls.cli import build_model
+    from disalign_mmengine.cli import load_config
 
-    from disalign_cls.cli import without_pretrained
-    from disalign_mmengine.cli import config_errors, load_config
-
-    config = load_config(config, {})
-    with config_errors(config.filename):
-        without_pretrained(config)
-        return MODELS.build(config.model)
+    return build_model(load_config(config, {}))
 
 
 def _mmseg(config: str, tensors: dict) -> nn.Module:
