@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from disalign import AdaptiveCalibration, GRWCrossEntropyLoss, load_stage_one
-from disalign.checkpoints import write_json
 from disalign.cli import command
+from disalign.io import write_json
 from disalign_mmengine.cli import load_config, parser
 
 THRESHOLD = 0.05

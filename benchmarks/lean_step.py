@@ -32,8 +32,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
-from disalign.checkpoints import write_json
 from disalign.cli import command
+from disalign.io import write_json
 from disalign_d2 import DisAlignOutputLayers, build_model
 from disalign_d2.freezing import LeanRPN
 from disalign_d2.train_net import Trainer, setup

@@ -19,7 +19,7 @@ from lvis import LVIS, LVISEval, LVISResults
 from pycocotools import mask as mask_api
 from tqdm import tqdm
 
-from disalign.checkpoints import write_json
+from disalign.io import write_json
 from disalign_d2.lvis_metrics import SHAPE, evaluate_lvis
 
 SIZE = 240

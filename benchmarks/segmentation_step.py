@@ -32,8 +32,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from tqdm import tqdm
 
-from disalign.checkpoints import write_json
 from disalign.cli import command
+from disalign.io import write_json
 from disalign_mmseg import mmseg_config
 
 STEPS = {

@@ -1,11 +1,12 @@
 """The public names of ``disalign``, each from the module that holds it."""
 
-from .checkpoints import HandOver, load_file, load_stage_one
 from .counts import load_class_counts
 from .errors import InputError
 from .folding import fold_classifier, fold_model, fold_tensors
 from .freezing import FreezeReport, assert_frozen, freeze_except
 from .functional import calibrate, generalized_reweight, grw_cross_entropy
+from .hand_over import HandOver, load_stage_one
+from .io import load_file
 from .losses import GRWCrossEntropyLoss
 from .modules import (
     CALIBRATED,
@@ -14,11 +15,11 @@ from .modules import (
     CalibratedCosineClassifier,
     CalibratedLinear,
     CosineClassifier,
-    at_identity,
     calibrate_classifier,
     wrap_classifier,
 )
 from .splits import frequent_common_rare, group_means, head_body_tail, many_medium_few
+from .stage_two import at_identity
 
 __all__ = [
     "CALIBRATED",

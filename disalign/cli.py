@@ -3,25 +3,22 @@
 import functools
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, first_line, in_user_code
 
 
-def command(main):
-    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2, and Ctrl-C into 130.
-
-    With ``DISALIGN_TRACEBACK=1`` in the environment the error keeps its traceback, for those whose own code raised it.
-    """
+def command(main: Callable[[Sequence[str] | None], object]) -> Callable[[Sequence[str] | None], int]:
+    """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2, and Ctrl-C into 130."""
 
     @functools.wraps(main)
-    def wrapped(argv=None) -> int:
+    def wrapped(argv: Sequence[str] | None = None) -> int:
         try:
             main(argv)
         except InputError as error:
-            if os.environ.get("DISALIGN_TRACEBACK"):
-                raise
             print(f"error: {sentence_of(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -30,6 +27,32 @@ def command(main):
         return 0
 
     return wrapped
+
+
+#: What a config that does not fit raises while a framework builds from it.
+BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
+
+
+@contextmanager
+def config_errors(where: str, errors: tuple[type[Exception], ...] = BUILD_ERRORS) -> Iterator[None]:
+    """Errors of building from a config become one sentence; those of a user's own code keep their traceback.
+
+    Args:
+        where: the config, for the message.
+        errors: what the config may be at fault for.
+
+    Raises:
+        InputError: the config can't be built.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        if in_user_code(error):
+            raise
+        reason = " ".join(first_line(error).split())
+        raise InputError(f"expected a config that can be built in {where!r}, but: {reason}; correct it") from error
 
 
 def sentence_of(error: InputError) -> str:

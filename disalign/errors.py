@@ -1,5 +1,13 @@
 """The one exception a user's input can cause."""
 
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from traceback import walk_tb
+
+_STDLIB = sysconfig.get_path("stdlib")
+_OURS = str(Path(__file__).parent)  # and disalign_cls, disalign_d2 and so on beside it
+
 
 class InputError(ValueError):
     """Bad input: one sentence that says what was expected, what came, and what to do.
@@ -14,8 +22,21 @@ def first_line(error: BaseException) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0]
 
 
-def some(items, limit=5):
+def in_user_code(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, passed through a module that is neither installed nor ours."""
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            file = Path(frame.f_code.co_filename)
+            installed = {"site-packages", "dist-packages"} & {*file.parts} or file.is_relative_to(_STDLIB)
+            # A config that a framework executes is input, not a module, and has no name.
+            if "__name__" in frame.f_globals and file.is_file() and not installed and not str(file).startswith(_OURS):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def some(items: Iterable[object], limit: int = 5) -> str:
     """The first few of many, for a sentence: ``"a, b, c and 12 more"``."""
-    items = [str(item) for item in items]
-    shown = ", ".join(items[:limit])
-    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+    texts = [str(item) for item in items]
+    shown = ", ".join(texts[:limit])
+    return shown if len(texts) <= limit else f"{shown} and {len(texts) - limit} more"

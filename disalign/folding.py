@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .errors import InputError
 from .freezing import unhold
 from .functional import calibrate
-from .modules import AdaptiveCalibration, Calibrated, CalibratedCosineClassifier, CalibratedLinear, CosineClassifier
+from .modules import Calibrated, CalibratedCosineClassifier, CalibratedLinear, CosineClassifier
+from .stage_two import calibrations
 
 
 def fold_tensors(
@@ -53,7 +54,7 @@ def fold_tensors(
 
     def fold(columns, added):
         # The d weights of each class are d samples' scores of it; a weight takes no margin, the bias does.
-        return calibrate(columns, columns.new_ones(len(columns), 1), magnitude, added, k)
+        return calibrate(columns, columns.new_ones(len(columns), 1), magnitude, added, passthrough)
 
     rows = fold(precise.reshape(outputs, -1).T, torch.zeros_like(margin)).T.reshape(weight.shape)
     folded = rows.to(weight.dtype).contiguous(), fold(offset[None], margin)[0].to(weight.dtype)
@@ -136,10 +137,10 @@ def fold_model(model: nn.Module) -> nn.Module:
         name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Calibrated)
     }
     distinct = set(found.values())
-    calibrations = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
-    if not found or len(calibrations) != len(distinct):
+    total = len(calibrations(model))
+    if not found or total != len(distinct):
         raise InputError(
-            f"expected calibrated classifiers to fold, got {len(distinct)} for {len(calibrations)} calibrations; fold "
+            f"expected calibrated classifiers to fold, got {len(distinct)} for {total} calibrations; fold "
             "tensors with fold_tensors, or export the model instead"
         )
     folded = {module: fold_classifier(module) for module in distinct}

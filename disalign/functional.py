@@ -20,7 +20,7 @@ def calibrate(
     confidence: Tensor,
     magnitude: Tensor,
     margin: Tensor,
-    num_calibrated: int | None = None,
+    passthrough: int = 0,
 ) -> Tensor:
     """Blend the calibrated scores with the original ones (eq. 4-5).
 
@@ -33,8 +33,7 @@ def calibrate(
         confidence: (N, 1, *) values in [0, 1], sigma(x) of eq. 5.
         magnitude: (K,) alpha of eq. 4; 1 leaves the score as it is.
         margin: (K,) beta of eq. 4; 0 leaves the score as it is.
-        num_calibrated: leading classes to calibrate, when C > K; the rest (a detector's background) pass through
-            untouched. Default: all C, so C must equal K.
+        passthrough: trailing columns that are not calibrated, C - K (1 for a detector's background).
 
     Returns:
         (N, C, *) calibrated scores, in the dtype that the inputs promote to.
@@ -42,7 +41,7 @@ def calibrate(
     Raises:
         InputError: shapes that do not fit.
     """
-    k = logits.shape[1] if num_calibrated is None else num_calibrated
+    k = logits.shape[1] - passthrough
     if not torch.jit.is_scripting() and not torch.jit.is_tracing():
         _check_shapes(logits, confidence, magnitude, margin, k)
     result = torch.promote_types(torch.promote_types(logits.dtype, magnitude.dtype), confidence.dtype)
@@ -52,16 +51,16 @@ def calibrate(
     # a - (0 - b) is a + b, and leaves a negative zero as it is.
     shift = (magnitude.to(precise) - 1).view(per_class) * z - (0 - margin.to(precise)).view(per_class)
     calibrated = (z + confidence.to(precise) * shift).to(result)
-    if num_calibrated is None:
+    if passthrough == 0:
         return calibrated
     return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
 
 
 def _check_shapes(logits, confidence, magnitude, margin, k):
-    if magnitude.shape != (k,) or margin.shape != (k,) or k > logits.shape[1]:
+    if magnitude.shape != (k,) or margin.shape != (k,):
         raise InputError(
             f"expected magnitude and margin of length {k} for logits of shape {tuple(logits.shape)}, got "
-            f"{tuple(magnitude.shape)} and {tuple(margin.shape)}; give num_calibrated if only leading classes are meant"
+            f"{tuple(magnitude.shape)} and {tuple(margin.shape)}; passthrough counts the other trailing columns"
         )
     if confidence.shape != (logits.shape[0], 1, *logits.shape[2:]):
         raise InputError(

@@ -38,6 +38,7 @@ class GRWCrossEntropyLoss(nn.Module):
         self,
         class_counts=None,
         rho: float = 1.2,
+        *,
         reduction: str = "weighted_mean",
         ignore_index: int = -100,
         normalize: str = "mean",

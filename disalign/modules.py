@@ -1,7 +1,6 @@
 """The trainable parts of stage two, and how any classifier gets them."""
 
 import functools
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ class AdaptiveCalibration(nn.Module):
         num_classes: K, classes to calibrate.
         feature_dim: d, length of the feature that the classifier sees.
         spatial: confidence by a 1x1 convolution on (N, d, H, W) features rather than a linear layer on (N, d).
-        magnitude, margin: learn it, or leave it at 1, at 0 (the paper's Table 5).
+        learn_magnitude, learn_margin: learn it, or leave it at 1, at 0 (the paper's Table 5).
         confidence: ``"learnt"``, or ``"one"`` for a fixed 1.
         passthrough: trailing score columns that are not calibrated (1 for a detector's background).
 
@@ -38,20 +37,20 @@ class AdaptiveCalibration(nn.Module):
         num_classes: int,
         feature_dim: int,
         spatial: bool = False,
-        magnitude: bool = True,
-        margin: bool = True,
+        learn_magnitude: bool = True,
+        learn_margin: bool = True,
         confidence: str = "learnt",
         passthrough: int = 0,
     ) -> None:
         super().__init__()
         if confidence not in ("learnt", "one"):
             raise InputError(f"expected confidence 'learnt' or 'one', got {confidence!r}")
-        if not (magnitude or margin):
+        if not (learn_magnitude or learn_margin):
             raise InputError("expected magnitude or margin to be learnt, got neither; switch one of them on")
         self.num_classes = num_classes
         self.passthrough = passthrough
-        self._register("magnitude", torch.ones(num_classes), magnitude)
-        self._register("margin", torch.zeros(num_classes), margin)
+        self._register("magnitude", torch.ones(num_classes), learn_magnitude)
+        self._register("margin", torch.zeros(num_classes), learn_margin)
         self.confidence: nn.Module | None = None
         if confidence == "learnt":
             layer = (nn.Conv2d, feature_dim, 1, 1) if spatial else (nn.Linear, feature_dim, 1)
@@ -81,8 +80,7 @@ class AdaptiveCalibration(nn.Module):
             self._check_columns(logits)
             if self.training or not torch.compiler.is_compiling():  # torch.export refuses to keep anything
                 self._last_confidence = confidence.detach()
-        num_calibrated = self.num_classes if self.passthrough else None
-        return calibrate(logits, confidence, self.magnitude, self.margin, num_calibrated)
+        return calibrate(logits, confidence, self.magnitude, self.margin, self.passthrough)
 
     def _check_columns(self, logits: Tensor) -> None:
         expected = self.num_classes + self.passthrough
@@ -106,24 +104,6 @@ class AdaptiveCalibration(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, passthrough={self.passthrough}"
-
-
-@contextmanager
-def at_identity(model: nn.Module):
-    """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
-    modules = [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
-    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
-    with torch.no_grad():
-        for module in modules:
-            module.magnitude.fill_(1)
-            module.margin.zero_()
-    try:
-        yield model
-    finally:
-        with torch.no_grad():
-            for module, magnitude, margin in saved:
-                module.magnitude.copy_(magnitude)
-                module.margin.copy_(margin)
 
 
 class CosineClassifier(nn.Module):
@@ -295,7 +275,7 @@ def wrap_classifier(
         rho: scale of eq. 11.
         classifier: name of the classifier within the model; found by its number of outputs if not given.
         reduction: of the loss.
-        options: ``magnitude``, ``margin`` and ``confidence`` of :class:`AdaptiveCalibration`.
+        options: ``learn_magnitude``, ``learn_margin`` and ``confidence`` of :class:`AdaptiveCalibration`.
 
     Returns:
         The same model, frozen but for its calibration, and the loss to train it with.
@@ -303,7 +283,7 @@ def wrap_classifier(
     Raises:
         InputError: the classifier is not found, is of another type, or does not fit the counts.
     """
-    loss = GRWCrossEntropyLoss(class_counts, rho, reduction)
+    loss = GRWCrossEntropyLoss(class_counts, rho, reduction=reduction)
     outputs = len(loss.class_counts)
     name = find_classifier(model, outputs) if classifier is None else classifier
     try:

@@ -82,8 +82,3 @@ def group_means(values: Sequence[float] | Tensor, groups: Mapping[str, Tensor]) 
         evaluated = values[members & ~values.isnan()]
         means[name] = float(evaluated.mean()) if evaluated.numel() else None
     return means
-
-
-def percent(value: float | None) -> str:
-    """``0.4567`` -> ``"45.7"``; ``None`` (an empty group) -> ``"n/a"``."""
-    return "n/a" if value is None else f"{100 * value:.1f}"

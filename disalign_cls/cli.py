@@ -5,7 +5,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from disalign import load_file
-from disalign.checkpoints import require_tensors, state_dict_of
+from disalign.hand_over import require_tensors, state_dict_of
 from disalign_mmengine import cli
 
 

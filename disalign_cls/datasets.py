@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from disalign.annotations import class_folders, image_files, read_list
 from disalign.errors import InputError, some
-from disalign.files import missing_files
+from disalign.io import missing_files
+from disalign.io.annotations import class_folders, image_files, read_list
 
 
 def build_transforms(steps: Sequence[dict]) -> v2.Compose:

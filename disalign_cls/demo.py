@@ -19,9 +19,8 @@ from mmengine.runner import Runner
 from tqdm import tqdm
 
 from disalign import InputError
-from disalign.checkpoints import write_json
 from disalign.cli import command, usable_cpus
-from disalign.files import require_folder
+from disalign.io import require_folder, write_json
 from disalign.splits import percent
 from disalign_mmengine.cli import load_config
 

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 import disalign
 from disalign import InputError
-from disalign.checkpoints import atomic_file
 from disalign.cli import command
 from disalign.errors import first_line
-from disalign.files import require_place
+from disalign.io import atomic_file, require_place
 from disalign_mmengine.checkpoints import class_names, metadata
 from disalign_mmengine.cli import config_errors, load_config, parser
 

@@ -8,8 +8,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from disalign import InputError, load_class_counts, load_file, load_stage_one
-from disalign.checkpoints import require_tensors, state_dict_of, write_json
 from disalign.errors import some
+from disalign.hand_over import require_tensors, state_dict_of
+from disalign.io import write_json
 from disalign_mmengine.checkpoints import metadata
 from disalign_mmengine.hooks import FrozenHook, unwrapped
 

@@ -7,7 +7,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from disalign.checkpoints import atomic_file
+from disalign.io import atomic_file
 
 BEFORE, AFTER, MARGIN = "#9aa5b1", "#c0392b", "#2c6fbb"
 STYLE = {

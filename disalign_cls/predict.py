@@ -13,10 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from disalign import InputError
-from disalign.annotations import IMAGE_SUFFIXES
-from disalign.checkpoints import write_json
 from disalign.cli import command
-from disalign.files import require_place
+from disalign.io import require_place, write_json
+from disalign.io.annotations import IMAGE_SUFFIXES
 from disalign_mmengine.cli import config_errors, load_config, parser
 
 from .cli import load_model

@@ -7,8 +7,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
 from disalign import InputError, load_file, load_stage_one
-from disalign.checkpoints import IGNORABLE, atomic_file, require_tensors, state_dict_of
 from disalign.errors import first_line
+from disalign.hand_over import require_tensors, state_dict_of
+from disalign.io import atomic_file
 
 from .freezing import calibrations
 

@@ -10,8 +10,8 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from torch import nn
 
-from disalign.checkpoints import write_json
 from disalign.freezing import fingerprints, frozen_tensors
+from disalign.io import write_json
 
 from .freezing import calibrations
 

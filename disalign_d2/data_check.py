@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from disalign.errors import InputError, some
-from disalign.files import missing_files, read_json
+from disalign.io import missing_files, read_json
 
 from .class_counts import class_counts_from_config, count_annotations
 from .datasets import load_records, place_of, unreadable

@@ -9,8 +9,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
-from disalign.annotations import category_names, read_annotations
 from disalign.errors import InputError, first_line, some
+from disalign.io.annotations import category_names, read_annotations
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ import argparse
 import sys
 
 from disalign import InputError
-from disalign.checkpoints import write_json
 from disalign.cli import command
-from disalign.files import read_json, require_place
+from disalign.io import read_json, require_place, write_json
 
 from .lvis_metrics import SHAPE, evaluation_report, table
 

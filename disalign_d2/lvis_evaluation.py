@@ -6,7 +6,7 @@ import os
 
 from detectron2.evaluation import LVISEvaluator
 
-from disalign.checkpoints import atomic_file, write_json
+from disalign.io import atomic_file, write_json
 
 from .lvis_metrics import evaluation_report, table
 

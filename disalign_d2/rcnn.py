@@ -4,7 +4,7 @@ import logging
 
 from detectron2.modeling import GeneralizedRCNN
 
-from disalign.checkpoints import IGNORABLE, require_tensors
+from disalign.hand_over import require_tensors
 
 from .freezing import calibrations, freeze
 

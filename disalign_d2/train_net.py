@@ -25,10 +25,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from disalign import InputError, at_identity, load_file
-from disalign.checkpoints import state_dict_of
 from disalign.cli import command, find_config, sentence_of
 from disalign.errors import first_line
-from disalign.files import require_folder
+from disalign.hand_over import state_dict_of
+from disalign.io import require_folder
 
 from . import comparison
 from .checkpoint import DisAlignCheckpointer, is_calibrated

@@ -7,7 +7,7 @@ from mmengine.dist import barrier, is_main_process
 
 from disalign import InputError, load_file
 from disalign.errors import first_line
-from disalign.unpickling import records_left_out
+from disalign.io.unpickling import records_left_out
 
 
 def load_checkpoint(source) -> dict:

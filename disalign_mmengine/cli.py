@@ -15,7 +15,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from disalign import InputError
 from disalign.cli import find_config
 from disalign.errors import first_line
-from disalign.files import require_folder
+from disalign.io import require_folder
 
 #: What the system says of a disk that is full or has become read-only.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -7,9 +7,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from disalign import AdaptiveCalibration, InputError
-from disalign.checkpoints import atomic_file
-from disalign.files import require_folder
 from disalign.freezing import fingerprints, frozen_tensors, refuse_changes
+from disalign.io import atomic_file, require_folder
 
 from .checkpoints import metadata
 

@@ -10,10 +10,9 @@ import sys
 from mmseg.utils import register_all_modules
 
 from disalign import InputError, head_body_tail
-from disalign.checkpoints import write_json
 from disalign.cli import command
 from disalign.errors import some
-from disalign.files import require_place
+from disalign.io import require_place, write_json
 from disalign_mmengine.cli import config_errors, load_config, parser
 
 from .data_check import SAMPLE, build_dataset, dataset_problems

@@ -15,7 +15,7 @@ from prettytable import PrettyTable
 from torch import nn
 
 from disalign import AdaptiveCalibration, at_identity
-from disalign.checkpoints import write_json
+from disalign.io import write_json
 from disalign_mmengine.hooks import unwrapped
 
 from .metrics import GROUPS, LongTailIoUMetric, shown

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from disalign.errors import InputError, first_line, some
-from disalign.files import missing_files
+from disalign.io import missing_files
 
 from .annotations import Guarded, class_names, loader_of, plain_datasets
 from .pixel_counts import Annotations, read

@@ -14,8 +14,8 @@ from prettytable import PrettyTable
 from disalign import InputError, group_means, head_body_tail, load_class_counts
 from disalign.counts import bundled
 from disalign.errors import some
-from disalign.files import read_json
 from disalign.functional import check_labels
+from disalign.io import read_json
 
 #: The paper's groups (Sec. 4.2): head above 1 % of all pixels, tail at most 0.1 %.
 THRESHOLDS = {"head": 0.01, "tail": 0.001}

@@ -11,10 +11,9 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from disalign.checkpoints import write_json
 from disalign.cli import usable_cpus
 from disalign.errors import InputError, some
-from disalign.files import read_json
+from disalign.io import read_json, write_json
 
 from .annotations import Guarded, class_names, loader_of, plain_datasets
 

@@ -7,8 +7,8 @@ from mmengine.runner import Runner
 from mmseg.models import SegTTAModel
 
 from disalign import InputError, load_stage_one
-from disalign.checkpoints import require_tensors, state_dict_of
 from disalign.errors import some
+from disalign.hand_over import require_tensors, state_dict_of
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
 from disalign_mmengine.cli import latest_checkpoint
 from disalign_mmengine.hooks import unwrapped

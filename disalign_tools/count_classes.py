@@ -15,11 +15,10 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from disalign.annotations import IMAGE_SUFFIXES, image_files
-from disalign.checkpoints import write_json
 from disalign.cli import command, usable_cpus
 from disalign.errors import InputError, some
-from disalign.files import require_place
+from disalign.io import require_place, write_json
+from disalign.io.annotations import IMAGE_SUFFIXES, image_files
 from disalign.splits import frequent_common_rare, head_body_tail, many_medium_few
 
 from .count_files import MOST_CLASSES

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from disalign.annotations import class_folders, image_files, read_list
 from disalign.errors import InputError, some
+from disalign.io.annotations import class_folders, image_files, read_list
 
 from .count_files import (
     Unreadable,

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from disalign.annotations import category_names, read_annotations
 from disalign.errors import InputError
+from disalign.io.annotations import category_names, read_annotations
 
 from .count_files import checksum_of_bytes
 

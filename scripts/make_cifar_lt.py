@@ -13,10 +13,9 @@ import numpy as np
 from torchvision import datasets
 
 from disalign import InputError
-from disalign.checkpoints import atomic_file
 from disalign.cli import command
 from disalign.errors import first_line
-from disalign.files import require_place
+from disalign.io import atomic_file, require_place
 
 DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 

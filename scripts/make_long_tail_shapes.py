@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from disalign import InputError
 from disalign.cli import command
-from disalign.files import require_folder
+from disalign.io import require_folder
 from disalign.splits import frequent_common_rare
 
 SIZE = 128  # of an image, in pixels

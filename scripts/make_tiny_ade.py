@@ -18,7 +18,7 @@ from PIL import Image
 
 from disalign import InputError
 from disalign.cli import command
-from disalign.files import require_folder
+from disalign.io import require_folder
 
 MOST_CLASSES = 150
 FEWEST_PATCHES = 6  # per image

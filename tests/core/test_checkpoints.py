@@ -17,8 +17,9 @@ import torch
 import disalign
 from core.models import COUNTS, SmallCNN
 from disalign import InputError, load_file, load_stage_one, wrap_classifier
-from disalign.checkpoints import atomic_file, state_dict_of, write_json
 from disalign.freezing import fingerprints
+from disalign.hand_over import state_dict_of
+from disalign.io import atomic_file, write_json
 
 NEW = tuple(f"fc.calibration.{part}" for part in ("magnitude", "margin", "confidence.weight", "confidence.bias"))
 

@@ -1,15 +1,17 @@
-"""Reading files, finding those that are missing, and places to write that are none."""
+"""JSON, missing files, and files that appear whole or not at all in places that can be written to."""
 
 import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
 
-from .errors import InputError
+from ..errors import InputError, first_line
 
 
-def read_json(path, what: str):
+def read_json(path: str | os.PathLike, what: str) -> Any:
     """The content of a JSON file.
 
     Args:
@@ -29,6 +31,49 @@ def read_json(path, what: str):
         raise InputError(f"expected {what} as JSON in {path!r}, but: {error}") from None
 
 
+@contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that appears under ``path`` only once it is whole: written beside it, then renamed.
+
+    Raises:
+        InputError: it can't be written (no such place, read-only, disk full); what was at ``path`` is still there.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(path) or "."
+    temporary = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+        with os.fdopen(descriptor, mode) as file:
+            yield file
+        os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's is private
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        # torch.save wraps it in a RuntimeError.
+        reason = error.__context__ if type(error) is RuntimeError else error
+        if isinstance(reason, OSError):
+            raise InputError(
+                f"expected a place to write {path!r}, but: {reason.strerror or first_line(reason)}; free it, or give "
+                "another"
+            ) from error
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON (NaN refused), whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic_file(path, "w") as file:
+        file.write(text + "\n")
+
+
 def missing_files(paths: Sequence[str]) -> list[str]:
     """Those that do not exist. Each folder is read once: seconds for iNaturalist's 437,513 files."""
     folders: dict[str, set[str]] = {}
@@ -42,7 +87,7 @@ def missing_files(paths: Sequence[str]) -> list[str]:
     return absent
 
 
-def require_folder(path) -> None:
+def require_folder(path: str | os.PathLike) -> None:
     """Refuse, before the work, a folder that its results could not be written to. Nothing is made, nothing left.
 
     Raises:
@@ -51,7 +96,7 @@ def require_folder(path) -> None:
     _require_room(os.fspath(path), os.path.abspath(path))
 
 
-def _require_room(path, place):
+def _require_room(path: str, place: str) -> None:
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     try:
@@ -65,7 +110,7 @@ def _require_room(path, place):
         ) from None
 
 
-def require_place(path, reads: Iterable = (), option: str = "--out") -> None:
+def require_place(path: str | os.PathLike, reads: Iterable[str | os.PathLike] = (), option: str = "--out") -> None:
     """Refuse, before the work, a file that its result could not be written to, or that the work itself reads.
 
     Raises:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable
 from math import isfinite
 
-from .errors import InputError, some
+from ..errors import InputError, some
 from .files import read_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")

@@ -1,4 +1,4 @@
-"""Reads a pickle of numpy arrays (Detectron2's model zoo) without letting the file call anything.
+"""Reads a pickle of numpy arrays without letting the file call anything.
 
 The names that such a pickle asks for get stand-ins below; any other name is refused. numpy's own are not safe: its
 dtype takes flags from the file that make it follow numbers as pointers.
@@ -7,7 +7,9 @@ dtype takes flags from the file that make it follow numbers as pointers.
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -94,7 +96,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it holds a {module}.{name}") from None
 
 
-def load_arrays(file):
+def load_arrays(file: BinaryIO) -> Any:
     """Unpickle numpy arrays of numbers, plain values and builtin containers from a binary file.
 
     Returns:
@@ -137,29 +139,31 @@ class _Dropped:
 
 
 # The real getattr and the real numpy would let a file do harm; a stand-in under their names can't.
-_RECORDS = [
-    (_Dropped, name)
-    for name in (
-        # mmengine's log buffers (meta and message_hub), pickled with getattr and numpy.
-        "mmengine.logging.history_buffer.HistoryBuffer",
-        "builtins.getattr",
-        "__builtin__.getattr",
-        # The command line that torchvision's and timm's scripts save.
-        "argparse.Namespace",
-        # A best accuracy and the like; where numpy 1 and 2 keep it.
-        "_codecs.encode",
-        "numpy.ndarray",
-        "numpy.dtype",
-        *(
-            f"{multiarray}.{function}"
-            for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray")
-            for function in ("_reconstruct", "scalar")
-        ),
-        *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int64")),
-    )
-]
+_RECORDS = (
+    "argparse.Namespace",  # the command line, as many training scripts save it
+    "builtins.getattr",
+    "__builtin__.getattr",
+    # A best accuracy and the like; where numpy 1 and 2 keep it.
+    "_codecs.encode",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(
+        f"{multiarray}.{function}"
+        for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for function in ("_reconstruct", "scalar")
+    ),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int64")),
+)
 
 
-def records_left_out():
-    """Within it ``torch.load(weights_only=True)`` takes files with such records, and leaves the records out."""
-    return torch.serialization.safe_globals(_RECORDS)
+@contextmanager
+def records_left_out(names: Iterable[str]) -> Iterator[None]:
+    """Within it ``torch.load(weights_only=True)`` takes files with such objects, and leaves the objects out.
+
+    Args:
+        names: full names of classes (a framework's log buffers); if there are any, a script's arguments and numpy's
+            scalars are left out too. Without names nothing changes.
+    """
+    records = [(_Dropped, name) for name in (*names, *_RECORDS)] if names else []
+    with torch.serialization.safe_globals(records):
+        yield

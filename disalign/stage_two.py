@@ -1,0 +1,190 @@
+"""What every host asks of a run of stage two, from its first step to its last."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .errors import InputError, some
+from .freezing import FreezeReport, fingerprints, freeze_except, frozen_tensors, refuse_changes
+from .hand_over import state_dict_of
+from .io import load_file
+from .losses import GRWCrossEntropyLoss
+from .modules import AdaptiveCalibration
+
+
+def calibrations(model: nn.Module) -> dict[str, AdaptiveCalibration]:
+    """All calibrations of a model by name, wrappers (DDP, test-time augmentation) included; empty in stage one."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptiveCalibration)}
+
+
+def is_calibrated(names: Iterable[str]) -> bool:
+    """Whether the names of a state dict are stage two's."""
+    return any(".calibration." in f".{name}" for name in names)
+
+
+def trained_parts(model: nn.Module) -> list[str]:
+    """Names of what stage two does not freeze: the calibrations, and the losses, which have no parameters."""
+    kept = (AdaptiveCalibration, GRWCrossEntropyLoss)
+    return [name for name, module in model.named_modules() if isinstance(module, kept)]
+
+
+def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
+    """Freeze a model but for its calibrations, in place; before DDP wraps it.
+
+    Args:
+        model: with calibrations.
+        held: see :func:`disalign.freeze_except`.
+
+    Raises:
+        InputError: the model has no calibration.
+    """
+    if not calibrations(model):
+        raise InputError(f"expected a model with a calibration, got none in {type(model).__name__}; calibrate it first")
+    return freeze_except(model, trained_parts(model), held)
+
+
+@contextmanager
+def at_identity(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
+    modules = calibrations(model).values()
+    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
+    with torch.no_grad():
+        for module in modules:
+            module.magnitude.fill_(1)
+            module.margin.zero_()
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, magnitude, margin in saved:
+                module.magnitude.copy_(magnitude)
+                module.margin.copy_(margin)
+
+
+def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Move the magnitudes to a parameter group without weight decay, in place: their identity is 1, not 0.
+
+    To be called before a scheduler is built over the optimizer's groups.
+    """
+    for group, magnitudes in _decaying(optimizer, model):
+        others = [one for one in group["params"] if not any(one is magnitude for magnitude in magnitudes)]
+        if others:
+            group["params"] = others
+            optimizer.add_param_group({**group, "params": magnitudes, "weight_decay": 0.0})
+        else:
+            group["weight_decay"] = 0.0
+
+
+def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict, list]]:
+    magnitudes = {id(module.magnitude) for module in calibrations(model).values()}
+    groups = ((group, [one for one in group["params"] if id(one) in magnitudes]) for group in optimizer.param_groups)
+    return [(group, found) for group, found in groups if found and group.get("weight_decay")]
+
+
+class StageTwoRun:
+    """Watches a run of stage two: nothing but the calibrations changes, and the confidence does not collapse.
+
+    Args:
+        model: frozen but for its calibrations.
+        optimizer: of the run.
+        advice: what to do in this host when the confidence collapses, for the warning.
+        threshold: of a batch's mean confidence; below it magnitude and margin hardly get gradients any more.
+
+    Raises:
+        InputError: weight decay on a magnitude.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, advice: str, threshold: float = 0.05
+    ) -> None:
+        if _decaying(optimizer, model):
+            raise InputError(
+                "expected no weight decay on the magnitude, whose identity is 1 and not 0; call "
+                "disalign.stage_two.keep_magnitude_from_decay(optimizer, model) where the optimizer is built"
+            )
+        self._model, self._advice, self._threshold = model, advice, threshold
+        self._warned = False
+        self._before = self._fingerprints()
+
+    def _fingerprints(self) -> dict[str, str]:
+        return fingerprints(frozen_tensors(self._model, trained_parts(self._model)))
+
+    def warning(self, iteration: int) -> str | None:
+        """After a step: a sentence, once, when the mean confidence of a batch has collapsed (docs/deviations.md)."""
+        for calibration in () if self._warned else calibrations(self._model).values():
+            mean = calibration.statistics().get("confidence_mean")
+            if mean is not None and float(mean) < self._threshold:
+                self._warned = True
+                return (
+                    f"the mean confidence fell to {float(mean):.3f} at iteration {iteration}: magnitude and margin "
+                    f"hardly get gradients any more and stage two may end as stage one; {self._advice}"
+                )
+        return None
+
+    def finish(self) -> str:
+        """After the last step: how many frozen tensors are what they were.
+
+        Raises:
+            RuntimeError: some changed.
+        """
+        refuse_changes(self._before, self._fingerprints())
+        count = len(self._before)
+        return f"{count} of {count} frozen tensors are bit-identical to what this run started from"
+
+
+def require_own_folder(
+    folder: str | os.PathLike,
+    checkpoints: Iterable[str | os.PathLike],
+    calibrated: bool,
+    option: str,
+    load: Callable[[str], Mapping] = load_file,
+) -> None:
+    """Refuse a folder for a new run whose checkpoints would replace those of the other stage.
+
+    Args:
+        folder: the run's.
+        checkpoints: those that this run could replace or continue; missing and unreadable files do not count.
+        calibrated: whether the run is of stage two.
+        option: that names the folder, for the message.
+        load: reads a checkpoint.
+
+    Raises:
+        InputError: one of them is of the other stage.
+    """
+    ours, theirs = ("two", "one") if calibrated else ("one", "two")
+    for path in dict.fromkeys(os.fspath(path) for path in checkpoints):
+        try:
+            other = is_calibrated(state_dict_of(load(path))) != calibrated
+        except InputError:
+            continue
+        if other:
+            raise InputError(
+                f"expected {option} of stage {ours}'s own, got {os.fspath(folder)!r} with a checkpoint of stage "
+                f"{theirs} ({path!r}), which has the same names; give stage {ours} another {option}"
+            )
+
+
+def require_same_classes(
+    expected: Sequence[str] | None, found: Sequence[str] | None, where: str, whose: str = "the training set"
+) -> None:
+    """Refuse classes of other names, or in another order; where names are not known they are not compared.
+
+    Args:
+        expected, found: names in the order of the labels, or nothing.
+        where: the found ones are from, for the message: "the val set".
+        whose: the expected ones.
+
+    Raises:
+        InputError: they differ.
+    """
+    if not expected or not found or list(expected) == list(found):
+        return
+    pairs = enumerate(zip(found, expected, strict=False))
+    differing = [f"class {label} is {theirs!r}, not {ours!r}" for label, (theirs, ours) in pairs if theirs != ours]
+    raise InputError(
+        f"expected the {len(expected)} classes of {whose} in {where}, in the same order, got {len(found)}"
+        f"{': ' if differing else ''}{some(differing, 3)}; give both the same classes"
+    )
