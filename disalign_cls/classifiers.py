@@ -5,7 +5,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from disalign import CosineClassifier, GRWCrossEntropyLoss, InputError, calibrate_classifier, freeze_except
+from disalign import CosineClassifier, GRWCrossEntropyLoss, InputError, calibrate_classifier
+from disalign.stage_two import freeze
 
 from .backbones import build_backbone
 
@@ -95,14 +96,12 @@ class DisAlignClassifier(ImageClassifier):
         options: :class:`ImageClassifier`'s.
     """
 
-    trained = ("classifier.calibration", "loss")
-
     def __init__(self, *args, calibration: dict | None = None, loss: dict | None = None, **options) -> None:
         super().__init__(*args, **options)
         calibrate_classifier(self.classifier, **(calibration or {}))
         self.loss = GRWCrossEntropyLoss(**(loss or {}))
         self._given_counts = self.loss.class_counts
-        self.freeze_report = freeze_except(self, self.trained)
+        self.freeze_report = freeze(self)
 
     def set_class_counts(self, class_counts: Tensor) -> None:
         super().set_class_counts(class_counts)

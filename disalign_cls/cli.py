@@ -3,23 +3,24 @@
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from torch import nn
 
 from disalign import load_file
-from disalign.hand_over import require_tensors, state_dict_of
+from disalign.cli import config_errors
 from disalign_mmengine import cli
+from disalign_mmengine.checkpoints import load_whole
+from disalign_mmengine.hooks import stage_one_of
 
 
 def build_runner(config: Config, args) -> Runner:
     """A Runner for the parsed arguments.
 
     Raises:
-        InputError: see :func:`disalign_mmengine.cli.prepare`; or a checkpoint that holds more than plain values.
+        InputError: see :func:`disalign_mmengine.cli.build_runner`.
     """
-    cli.prepare(config, args)
-    if config.get("load_from"):
-        load_file(config.load_from)  # mmengine itself would unpickle whatever the file holds
+    if stage_one_of(config):
         without_pretrained(config)
-    return cli.build_runner(config)
+    return cli.build_runner(config, args)
 
 
 def without_pretrained(config: Config) -> None:
@@ -28,18 +29,18 @@ def without_pretrained(config: Config) -> None:
         config.model.backbone.pretrained = False
 
 
-def build_model(config: Config):
+def build_model(config: Config) -> nn.Module:
     """The config's model, without any weights.
 
     Raises:
         InputError: a config that can't be built.
     """
-    with cli.config_errors(config.filename):
+    with config_errors(config.filename):
         without_pretrained(config)
         return MODELS.build(config.model)
 
 
-def load_model(config: Config, path: str):
+def load_model(config: Config, path: str) -> tuple[nn.Module, dict]:
     """The config's model with a checkpoint's tensors, all of them and no others, in eval mode; and the checkpoint.
 
     Raises:
@@ -47,7 +48,5 @@ def load_model(config: Config, path: str):
     """
     checkpoint = load_file(path)
     model = build_model(config)
-    tensors = state_dict_of(checkpoint)
-    require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {path!r}")
-    model.load_state_dict(tensors)
+    load_whole(model, checkpoint, path)
     return model.eval(), checkpoint

@@ -15,13 +15,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from tqdm import tqdm
 
 from disalign import InputError
 from disalign.cli import command, usable_cpus
 from disalign.io import require_folder, write_json
-from disalign.splits import percent
+from disalign.report import text_table
 from disalign_mmengine.cli import load_config
 
 from .datasets import DigitsLT
@@ -90,9 +91,7 @@ def run(task: tuple[int, str], folder: str) -> dict:
     return {
         "seed": seed,
         "classifier": classifier,
-        "class_counts": report["class_counts"],
-        "stage_one": report["stage_one"],
-        "disalign": report["figures"],
+        "report": report,
         "magnitude": calibration.magnitude.tolist(),
         "margin": calibration.margin.tolist(),
     }
@@ -105,37 +104,29 @@ def train(config: str, seed: int, work_dir: str, **options) -> Runner:
     cfg = load_config(config, {"randomness.seed": seed, **split_seeds, **quiet, **options})
     cfg.work_dir = work_dir
     cfg.experiment_name = work_dir
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg)
     runner.train()
     return runner
 
 
 def table(runs: list[dict]) -> str:
     """Mean and spread over the seeds, and the gain of each seed."""
-    lines = [f"\n{'test accuracy, %':<24}{'average':>14}{'many > 30':>14}{'medium 6-30':>14}{'few <= 5':>14}"]
+    rows, gains = [["test accuracy, %", "average", "many > 30", "medium 6-30", "few <= 5"]], []
     for classifier in METHODS:
-        mine = [one for one in runs if one["classifier"] == classifier]
+        mine = [one["report"] for one in runs if one["classifier"] == classifier]
         star = "*" if classifier == "cosine" else ""
-        for key, title in (
-            ("stage_one", f"Baseline{star}, {classifier}"),
-            ("disalign", f"DisAlign{star}, {classifier}"),
-        ):
-            cells = [mean_and_spread([one[key][group] for one in mine]) for group in GROUPS]
-            lines.append(f"{title:<24}" + "".join(f"{cell:>14}" for cell in cells))
-        gains = [gain(one) for one in mine]
-        each = " ".join(f"{value:+.1f}" for value in gains)
-        lines.append(f"{'gain':<24}{statistics.mean(gains):>+14.1f}   seeds: {each}")
-    return "\n".join(lines)
-
-
-def gain(one: dict) -> float:
-    """Points of average accuracy."""
-    return 100 * (one["disalign"]["top1"] - one["stage_one"]["top1"])
+        before, after = ([report["figures"] for report in stage] for stage in ([r["stage_one"] for r in mine], mine))
+        for title, figures in ((f"Baseline{star}, {classifier}", before), (f"DisAlign{star}, {classifier}", after)):
+            rows.append([title, *(mean_and_spread([one[group] for one in figures]) for group in GROUPS)])
+        gain = [two["top1"] - one["top1"] for one, two in zip(before, after, strict=True)]
+        each = " ".join(f"{value:+.1f}" for value in gain)
+        gains.append(f"gain of DisAlign{star}: {statistics.mean(gain):+.1f}   seeds: {each}")
+    return "\n".join(["", text_table(rows), "", *gains])
 
 
 def mean_and_spread(values: list[float]) -> str:
-    spread = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return percent(statistics.mean(values)) + spread
+    spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def pictures(runs: list[dict], out: Path) -> None:
@@ -145,14 +136,14 @@ def pictures(runs: list[dict], out: Path) -> None:
         """Title -> per run the picked values of its classes, from many training images to few."""
         result = {f"long-tailed digits, {classifier} classifier": [] for classifier in METHODS}
         for one in runs:
-            counts = one["class_counts"]
+            counts = one["report"]["class_counts"]
             order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
             values = pick(one)
             result[f"long-tailed digits, {one['classifier']} classifier"].append([values[label] for label in order])
         return result
 
-    before = panels(lambda one: one["stage_one"]["per_class"])
-    after = panels(lambda one: one["disalign"]["per_class"])
+    before = panels(lambda one: one["report"]["stage_one"]["per_class"]["accuracy"])
+    after = panels(lambda one: one["report"]["per_class"]["accuracy"])
     plot_accuracy(out / "accuracy_per_class.png", DigitsLT.profile, before, after)
     magnitude, margin = panels(lambda one: one["magnitude"]), panels(lambda one: one["margin"])
     plot_calibration(out / "calibration.png", DigitsLT.profile, magnitude, margin)

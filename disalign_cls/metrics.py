@@ -6,7 +6,7 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 
 from disalign import group_means, load_class_counts, many_medium_few
-from disalign.splits import percent
+from disalign.report import report, table
 
 COLUMNS = {
     "top1": "top-1",
@@ -23,9 +23,9 @@ COLUMNS = {
 class LongTailAccuracy(BaseMetric):
     """Top-1, top-5, class-balanced mean, macro F1, and many/medium/few means of the per-class accuracy.
 
-    Every metric is named after the evaluated split (``test/top1``). A group without an evaluated class is left out of
-    the metrics, null in the JSON and n/a in the table. A stage-two model reports stage one's figures beside its own:
-    the trunk is frozen, so both come from one pass.
+    All in percent, and named after the evaluated split (``test/top1``). A group without an evaluated class is left
+    out of the metrics, null in the JSON and n/a in the table. A stage-two model reports stage one's figures beside its
+    own: the trunk is frozen, so both come from one pass.
 
     Args:
         class_counts: training counts, anything :func:`disalign.load_class_counts` takes; default: those that the
@@ -56,56 +56,46 @@ class LongTailAccuracy(BaseMetric):
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         labels = np.stack([result["label"] for result in results])
-        figures = {"figures": self._figures(labels, np.stack([result["top"] for result in results]))}
+        figures, per_class = self._figures(labels, np.stack([result["top"] for result in results]))
+        before = before_per_class = None
         if self.stage_one and "stage_one" in results[0]:
-            figures["stage_one"] = self._figures(labels, np.stack([result["stage_one"] for result in results]))
-        counts = None if self.class_counts is None else self.class_counts.tolist()
+            before, before_per_class = self._figures(labels, np.stack([result["stage_one"] for result in results]))
         meta = self.dataset_meta or {}
-        self.report = {
-            "dataset": meta.get("dataset"),
-            "split": self.prefix,
-            "images": len(results),
-            "groups": {"many": f"> {self.many} training images", "few": f"< {self.few}"},
-            "classes": meta.get("classes"),
-            "class_counts": counts,
-            **figures,
-        }
-        print_log(table(self.report), logger="current")
-        own = {name: value for name, value in figures["figures"].items() if isinstance(value, float)}
-        before = figures.get("stage_one", {})
-        return own | {f"stage_one_{name}": before[name] for name in own if name in before}
+        self.report = report(
+            figures,
+            before,
+            per_class=per_class,
+            stage_one_per_class=before_per_class,
+            dataset=meta.get("dataset"),
+            split=self.prefix,
+            images=len(results),
+            groups={"many": f"> {self.many} training images", "few": f"< {self.few}"},
+            classes=meta.get("classes"),
+            class_counts=None if self.class_counts is None else self.class_counts.tolist(),
+        )
+        title = f"{meta.get('dataset') or 'dataset'} {self.prefix}, {len(results)} images, accuracy"
+        print_log(f"{title}\n{table(self.report, COLUMNS)}", logger="current")
+        own = {name: value for name, value in figures.items() if value is not None}
+        return own | {f"stage_one_{name}": before[name] for name in own if before}
 
-    def _figures(self, labels: np.ndarray, top: np.ndarray) -> dict:
+    def _figures(self, labels: np.ndarray, top: np.ndarray) -> tuple[dict, dict]:
         num_classes = len(self.class_counts) if self.class_counts is not None else int(max(labels.max(), top.max())) + 1
         best = top[:, 0]
         hits, seen, predicted = (
             np.bincount(chosen, minlength=num_classes).astype(np.float64)
             for chosen in (labels[best == labels], labels, best)
         )
-        accuracy = np.divide(hits, seen, out=np.full(num_classes, np.nan), where=seen > 0)
+        accuracy = np.divide(100 * hits, seen, out=np.full(num_classes, np.nan), where=seen > 0)
         # F1 of the classes that were evaluated: 2 TP / (images + predictions).
-        f1 = np.divide(2 * hits, seen + predicted, out=np.full(num_classes, np.nan), where=seen > 0)
+        f1 = np.divide(200 * hits, seen + predicted, out=np.full(num_classes, np.nan), where=seen > 0)
         groups = dict.fromkeys(("many", "medium", "few"))
         if self.class_counts is not None:
             groups = group_means(accuracy, many_medium_few(self.class_counts, self.many, self.few))
-        return {
-            "top1": float(hits.sum() / len(labels)),
-            "top5": float((top == labels[:, None]).any(1).mean()),
+        figures = {
+            "top1": 100 * float(hits.sum() / len(labels)),
+            "top5": 100 * float((top == labels[:, None]).any(1).mean()),
             "balanced": float(np.nanmean(accuracy)),
             "f1": float(np.nanmean(f1)),
             **groups,
-            "per_class": [None if np.isnan(value) else float(value) for value in accuracy],
         }
-
-
-def table(report: dict) -> str:
-    """A report as text: one row, or stage one, DisAlign and the gain."""
-    before, after = report.get("stage_one"), report["figures"]
-    rows = {"": after} if before is None else {"stage one": before, "DisAlign": after}
-    lines = [f"{report['dataset'] or 'dataset'} {report['split']}, {report['images']} images, accuracy in %"]
-    lines.append(" " * 10 + "".join(f"{title:>16}" for title in COLUMNS.values()))
-    lines += [f"{title:<10}" + "".join(f"{percent(row[name]):>16}" for name in COLUMNS) for title, row in rows.items()]
-    if before is not None:
-        gains = ["n/a" if after[name] is None else f"{100 * (after[name] - before[name]):+.1f}" for name in COLUMNS]
-        lines.append(f"{'gain':<10}" + "".join(f"{gain:>16}" for gain in gains))
-    return "\n".join(lines)
+        return figures, {"accuracy": accuracy.tolist()}

@@ -37,7 +37,7 @@ def plot_accuracy(path, counts, before, after) -> None:
     Args:
         path: PNG to write.
         counts: (K,) training images, from many to few.
-        before, after: title of a panel -> (runs, K) accuracies in [0, 1], classes in counts' order.
+        before, after: title of a panel -> (runs, K) accuracies in percent, classes in counts' order.
     """
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
@@ -49,7 +49,7 @@ def plot_accuracy(path, counts, before, after) -> None:
                 (before[title], BEFORE, "stage one", -0.2),
                 (after[title], AFTER, "DisAlign", 0.2),
             ):
-                values = 100 * np.asarray(values)
+                values = np.asarray(values)
                 spread = values.std(0, ddof=1) if len(values) > 1 else 0
                 panel.bar(x + shift, values.mean(0), 0.38, color=color, label=f"{label}, mean {values.mean():.1f} %")
                 panel.errorbar(x + shift, values.mean(0), spread, fmt="none", ecolor="#444444", elinewidth=0.8)

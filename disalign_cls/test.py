@@ -16,7 +16,7 @@ from .cli import build_runner
 def main(argv=None):
     args = runner_arguments(parser(__doc__, checkpoint="of the config's model")).parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    config.load_from = args.checkpoint
+    config.load_from, config.stage_one = args.checkpoint, None
     runner = build_runner(config, args)
     with config_errors(config.filename):
         _ = runner.test_loop

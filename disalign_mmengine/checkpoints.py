@@ -4,14 +4,19 @@ import os
 
 import torch
 from mmengine.dist import barrier, is_main_process
+from torch import Tensor, nn
 
 from disalign import InputError, load_file
 from disalign.errors import first_line
+from disalign.hand_over import require_tensors, state_dict_of
 from disalign.io.unpickling import records_left_out
 
+#: What MMEngine keeps in meta and message_hub beside plain values; it only smooths the first log lines after a resume.
+LOG_BUFFERS = ("mmengine.logging.history_buffer.HistoryBuffer",)
 
-def load_checkpoint(source) -> dict:
-    """Read a checkpoint of mmengine's, on the CPU, log buffers left out (``weights_only`` stays on).
+
+def load_checkpoint(source: str | os.PathLike) -> dict:
+    """Read a checkpoint of MMEngine's, on the CPU, log buffers left out (``weights_only`` stays on).
 
     Args:
         source: a file, or an http(s) address, whose file torch keeps in its hub folder.
@@ -20,31 +25,49 @@ def load_checkpoint(source) -> dict:
         InputError: see :func:`disalign.load_file`; or a download that fails.
     """
     source = os.fspath(source)
-    with records_left_out():
-        if not source.startswith(("http://", "https://")):
-            return load_file(source)
-        try:
-            if not is_main_process():
-                barrier()  # the main process downloads, the others find the file
+    if not source.startswith(("http://", "https://")):
+        return load_file(source, LOG_BUFFERS)
+    try:
+        if not is_main_process():
+            barrier()  # the main process downloads, the others find the file
+        with records_left_out(LOG_BUFFERS):
             checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-            if is_main_process():
-                barrier()
-            return checkpoint
-        except Exception as error:  # network, disk or content
-            raise InputError(
-                f"expected a checkpoint at {source!r}, but it can't be had ({first_line(error)}); download it and give "
-                "the file"
-            ) from error
+        if is_main_process():
+            barrier()
+        return checkpoint
+    except Exception as error:  # network, disk or content
+        raise InputError(
+            f"expected a checkpoint at {source!r}, but it can't be downloaded or read ({first_line(error)}); download "
+            "it and give the file"
+        ) from error
 
 
-def metadata(checkpoint) -> dict:
+def load_whole(model: nn.Module, checkpoint: dict, name: str) -> None:
+    """Load a checkpoint that holds exactly the model's tensors, or nothing.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        InputError: a tensor is missing, mis-shaped, not finite or unknown.
+    """
+    tensors: dict[str, Tensor] = state_dict_of(checkpoint)
+    try:
+        require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {name!r}")
+    except InputError as error:
+        hint = "stage one's checkpoint belongs in stage_one=FILE or its own config, a run to resume in its own work_dir"
+        raise InputError(f"{error} ({hint})") from None
+    model.load_state_dict(tensors)
+
+
+def metadata(checkpoint: dict) -> dict:
     """Its ``meta``, ``{}`` if it has none."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     return meta if isinstance(meta, dict) else {}
 
 
-def class_names(checkpoint) -> list[str] | None:
-    """The classes that it was trained with, as mmengine's or 0.x's checkpoints name them."""
+def class_names(checkpoint: dict) -> list[str] | None:
+    """The classes that it was trained with, as MMEngine's or 0.x's checkpoints name them."""
     meta = metadata(checkpoint)
     names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
     return list(names) if names else None

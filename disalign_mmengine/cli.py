@@ -4,24 +4,23 @@ import argparse
 import errno
 import inspect
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from disalign import InputError
-from disalign.cli import find_config
-from disalign.errors import first_line
+from disalign.cli import config_errors, find_config
 from disalign.io import require_folder
+
+from .checkpoints import load_checkpoint
+from .hooks import stage_one_of
+from .runner import latest_checkpoint
 
 #: What the system says of a disk that is full or has become read-only.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-#: What a config that does not fit raises while mmengine builds from it.
-BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
 
 
 class KeyValue(DictAction):
@@ -57,10 +56,8 @@ def load_config(path: str, options: dict) -> Config:
         InputError: no such file, a file that is no config, or an option whose first word the config does not know.
     """
     path = find_config(path)
-    try:
+    with config_errors(path, (Exception,)):  # a config is Python: anything may come
         config = Config.fromfile(path)
-    except Exception as error:  # a config is Python: anything may come
-        raise InputError(f"expected a config in {path!r}, but: {first_line(error)}") from error
     known = set(config) | set(inspect.signature(Runner.__init__).parameters)
     unknown = sorted({key.split(".")[0] for key in options} - known)
     if unknown:
@@ -68,17 +65,6 @@ def load_config(path: str, options: dict) -> Config:
     with config_errors(path):
         config.merge_from_dict(options)
     return config
-
-
-@contextmanager
-def config_errors(path: str):
-    """Whatever building from a config raises is the config's fault, in one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except BUILD_ERRORS as error:
-        raise InputError(f"expected a config that can be built in {path!r}, but: {first_line(error)}") from error
 
 
 def prepare(config: Config, args) -> None:
@@ -111,12 +97,16 @@ def prepare(config: Config, args) -> None:
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
 
 
-def build_runner(config: Config) -> Runner:
-    """The config's Runner.
+def build_runner(config: Config, args) -> Runner:
+    """The config's Runner for the parsed arguments; what it starts from is read once beforehand.
 
     Raises:
-        InputError: a config that can't be built.
+        InputError: see :func:`prepare`; a checkpoint that can't be read; or a config that can't be built.
     """
+    prepare(config, args)
+    path = config.get("load_from") if config.get("resume") else stage_one_of(config)
+    if path and "://" not in path:
+        load_checkpoint(path)  # said before the Runner opens its log folder
     with config_errors(config.filename):
         return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
@@ -144,15 +134,3 @@ def train(runner: Runner, config: Config) -> None:
         raise InputError(
             f"expected room to write in {config.work_dir!r}, but: {error.strerror}; free some, then add --resume"
         ) from error
-
-
-def latest_checkpoint(work_dir: str) -> str:
-    """The checkpoint to resume in a work folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = find_latest_checkpoint(work_dir) if os.path.isdir(work_dir) else None
-    if path is None:
-        raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")
-    return path

@@ -1,26 +1,25 @@
-"""What a run adds on MMEngine: plain and whole checkpoints, the proof of freezing, the watch over the confidence."""
+"""What a run adds on MMEngine: plain and whole checkpoints, and the watch over stage two from its first step on."""
+
+import os
 
 import numpy as np
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from mmengine.runner import find_latest_checkpoint
 
-from disalign import AdaptiveCalibration, InputError
-from disalign.freezing import fingerprints, frozen_tensors, refuse_changes
+from disalign import InputError, load_stage_one
 from disalign.io import atomic_file, require_folder
+from disalign.stage_two import StageTwoRun, calibrations, require_own_folder, require_same_classes
 
-from .checkpoints import metadata
-
-
-def unwrapped(model):
-    """The model itself, not DDP's wrapper."""
-    return model.module if is_model_wrapper(model) else model
+from .checkpoints import class_names, load_checkpoint, load_whole, metadata
+from .models import unwrapped
+from .runner import DisAlignRunner
 
 
 @register_backend("disalign_atomic")
 class AtomicBackend(LocalBackend):
-    """mmengine's own, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
+    """MMEngine's own, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
 
     def put(self, obj: bytes, filepath) -> None:
         with atomic_file(filepath) as file:
@@ -31,7 +30,7 @@ class AtomicBackend(LocalBackend):
 class PlainCheckpointHook(Hook):
     """Keeps checkpoints whole, and plain: tensors and values that ``weights_only`` loads.
 
-    mmengine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
+    MMEngine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
     only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
     """
 
@@ -43,7 +42,7 @@ class PlainCheckpointHook(Hook):
                 hook.backend_args = {"backend": "disalign_atomic"}
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
-        # On resuming mmengine would run the config in it, which is Python.
+        # On resuming MMEngine would run the config in it, which is Python.
         metadata(checkpoint).pop("config", None)
 
     def before_save_checkpoint(self, runner, checkpoint) -> None:
@@ -56,58 +55,91 @@ class PlainCheckpointHook(Hook):
 
 
 @HOOKS.register_module()
-class FrozenHook(Hook):
-    """Says what trains, and proves at the end of a run that nothing else changed by a bit.
+class StageTwoHook(Hook):
+    """Starts stage two from ``stage_one`` of the config, and watches the run (:class:`disalign.stage_two.StageTwoRun`).
 
-    For models that froze themselves (with ``trained`` and a ``freeze_report``); others train as they are.
-    """
-
-    def before_train(self, runner) -> None:
-        model = unwrapped(runner.model)
-        if not hasattr(model, "freeze_report"):
-            return
-        _refuse_magnitude_decay(model, runner.optim_wrapper.optimizer)
-        runner.logger.info(str(model.freeze_report))
-        self._before = fingerprints(frozen_tensors(model, model.trained))
-
-    def after_train(self, runner) -> None:
-        model = unwrapped(runner.model)
-        if not hasattr(model, "freeze_report"):
-            return
-        refuse_changes(self._before, fingerprints(frozen_tensors(model, model.trained)))
-        count = len(self._before)
-        runner.logger.info(f"{count} of {count} frozen tensors are bit-identical to what this run started from")
-
-
-@HOOKS.register_module()
-class ConfidenceHook(Hook):
-    """Warns when the confidence has collapsed to 0: magnitude and margin then get no gradient (docs/deviations.md).
+    A resumed run starts from its own checkpoint. Of a model without a calibration only the work folder is checked.
 
     Args:
-        threshold: of the batch's mean confidence.
+        threshold: of a batch's mean confidence, below which the run warns once that it has collapsed.
     """
+
+    # Before the hooks that train or copy the model.
+    priority = "HIGH"
 
     def __init__(self, threshold: float = 0.05) -> None:
         self.threshold = threshold
-        self._warned = False
+        self._run: StageTwoRun | None = None
+
+    def before_run(self, runner) -> None:
+        path = runner.cfg.get("load_from")
+        if path and not isinstance(runner, DisAlignRunner):
+            # `mim test` takes MMEngine's own Runner, which would unpickle whatever the file holds, and only warn.
+            load_whole(unwrapped(runner.model), load_checkpoint(path), path)
+
+    def before_train(self, runner) -> None:
+        model = unwrapped(runner.model)
+        if runner.iter == 0:
+            _require_own_folder(runner, bool(calibrations(model)))
+        if not calibrations(model):
+            return
+        if runner.iter == 0:
+            hand_over(runner, model)
+        if hasattr(model, "freeze_report"):
+            runner.logger.info(str(model.freeze_report))
+        advice = "keep optim_wrapper.clip_grad=dict(max_norm=1.0), or lower the learning rate or rho"
+        self._run = StageTwoRun(model, runner.optim_wrapper.optimizer, advice, self.threshold)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        confidence = next((v for name, v in (outputs or {}).items() if name.endswith("confidence_mean")), None)
-        if confidence is None or self._warned or float(confidence) >= self.threshold:
-            return
-        self._warned = True
-        runner.logger.warning(
-            f"the mean confidence fell to {float(confidence):.3f} at iteration {runner.iter + 1}: magnitude and margin "
-            "hardly get gradients any more and stage two may end as stage one; keep "
-            "optim_wrapper.clip_grad=dict(max_norm=1.0), or lower the learning rate or rho"
+        if self._run and (warning := self._run.warning(runner.iter + 1)):
+            runner.logger.warning(warning)
+
+    def after_train(self, runner) -> None:
+        if self._run:
+            runner.logger.info(self._run.finish())
+
+
+def stage_one_of(config) -> str | None:
+    """The stage-one checkpoint of a training config: ``stage_one``, or ``load_from``, which is another name for it.
+
+    Raises:
+        InputError: both are given and differ.
+    """
+    stage_one, load_from = config.get("stage_one"), config.get("load_from")
+    if stage_one and load_from and stage_one != load_from:
+        raise InputError(
+            f"expected one stage-one checkpoint, got stage_one={stage_one!r} and load_from={load_from!r}; give one of "
+            "them, and set the other to None"
         )
+    return stage_one or load_from
 
 
-def _refuse_magnitude_decay(model, optimizer) -> None:
-    magnitudes = {id(module.magnitude) for module in model.modules() if isinstance(module, AdaptiveCalibration)}
-    for group in optimizer.param_groups:
-        if group.get("weight_decay") and any(id(parameter) in magnitudes for parameter in group["params"]):
-            raise InputError(
-                "expected no weight decay on the magnitude, whose identity is 1 and not 0; set optim_wrapper."
-                'paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)})'
-            )
+def hand_over(runner, model) -> None:
+    """Load the config's stage one into stage two's model, strictly (:func:`disalign.load_stage_one`).
+
+    Raises:
+        InputError: there is none, it does not fit, or it was trained on other classes.
+    """
+    path = stage_one_of(runner.cfg)
+    if not path:
+        raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")
+    checkpoint = load_checkpoint(path)
+    dataset = runner.train_dataloader.dataset
+    require_same_classes(dataset.metainfo.get("classes"), class_names(checkpoint), repr(path))
+    theirs = (metadata(checkpoint).get("disalign") or {}).get("class_counts")
+    ours = getattr(dataset, "class_counts", None)
+    if theirs and ours is not None and theirs != ours.tolist():
+        runner.logger.warning(
+            f"stage one saw another training set ({sum(theirs)} images, here {int(ours.sum())}); make sure that none "
+            "of its images is evaluated"
+        )
+    report = load_stage_one(model, checkpoint, ignorable=getattr(model, "not_needed", ()), name=path)
+    runner.logger.info(f"{os.path.basename(path)}: {report}")
+
+
+def _require_own_folder(runner, calibrated: bool) -> None:
+    folder = os.path.realpath(runner.work_dir)
+    found = (find_latest_checkpoint(folder), runner.cfg.get("stage_one"), runner.cfg.get("load_from"))
+    paths = [path for path in found if path and os.path.dirname(os.path.realpath(path)) == folder]
+    named = [path for path in paths if os.path.basename(path).startswith(("epoch_", "iter_", "best_"))]
+    require_own_folder(runner.work_dir, named, calibrated, "work_dir", load_checkpoint)

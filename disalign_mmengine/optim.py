@@ -4,22 +4,22 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from disalign import AdaptiveCalibration
-
-from .hooks import unwrapped
+from disalign.stage_two import calibrations, keep_magnitude_from_decay
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's, over the calibration alone if the model is a stage two; over the whole model otherwise.
+    """MMEngine's, over the calibration alone if the model is a stage two; over the whole model otherwise.
 
-    ``paramwise_cfg`` knows the calibration's parameters as ``calibration.magnitude`` and so on.
+    ``paramwise_cfg`` knows the calibration's parameters as ``calibration.magnitude`` and so on. The magnitude has no
+    weight decay.
     """
 
     def __call__(self, model: nn.Module):
-        model = unwrapped(model)
-        for module in model.modules():
-            if isinstance(module, AdaptiveCalibration) and any(one.requires_grad for one in module.parameters()):
-                model = nn.ModuleDict({"calibration": module})
-                break
-        return super().__call__(model)
+        found = [module for module in calibrations(model).values() if any(p.requires_grad for p in module.parameters())]
+        if not found:
+            return super().__call__(model)
+        (calibration,) = found
+        wrapper = super().__call__(nn.ModuleDict({"calibration": calibration}))
+        keep_magnitude_from_decay(wrapper.optimizer, calibration)
+        return wrapper

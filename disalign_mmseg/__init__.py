@@ -4,10 +4,10 @@ try:
     import disalign_mmengine  # noqa: F401  (importing registers)
 
     from . import comparison, hooks, metrics  # noqa: F401
-    from .bases import disalign_config, mmseg_config
+    from .bases import disalign_config, mmseg_config, stage_two
     from .decode_heads import DisAlignHead, calibrated
     from .losses import GRWCrossEntropyLoss
-    from .runner import DisAlignRunner
+    from .runner import DisAlignSegRunner
     from .segmentors import DisAlignCascadeEncoderDecoder, DisAlignEncoderDecoder
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -20,9 +20,10 @@ __all__ = [
     "DisAlignCascadeEncoderDecoder",
     "DisAlignEncoderDecoder",
     "DisAlignHead",
-    "DisAlignRunner",
+    "DisAlignSegRunner",
     "GRWCrossEntropyLoss",
     "calibrated",
     "disalign_config",
     "mmseg_config",
+    "stage_two",
 ]

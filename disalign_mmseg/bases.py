@@ -1,8 +1,9 @@
-"""Where MMSegmentation keeps its configs, and we ours: the one place that knows."""
+"""Configs to build on: MMSegmentation's, ours, and stage two laid over any of them."""
 
 from pathlib import Path
 
 import mmseg
+from mmengine.config import Config, ConfigDict
 
 from disalign import InputError
 from disalign.cli import shipped_configs
@@ -44,3 +45,39 @@ def disalign_config(name: str) -> str:
     if not path.is_file():
         raise InputError(f"expected {name!r} among the shipped configs, but {str(path)!r} is no file")
     return str(path)
+
+
+def stage_two(base: ConfigDict, settings: str = "_base_/disalign_4k.py", **loss) -> None:
+    """Turn a stage-one config into stage two's, in place: the one line of a config over it.
+
+    ::
+
+        _base_ = "my_stage_one.py"
+        __import__("disalign_mmseg").stage_two(_base_, rho=0.5)
+
+    Runner, segmentor, the (last) decode head, loss, schedule, hooks and metric become those of stage two.
+
+    Args:
+        base: the config's ``_base_``, of an encoder and one or several decode heads.
+        settings: what is laid over it, a config of ours (see :func:`disalign_config`).
+        loss: options of :class:`disalign_mmseg.GRWCrossEntropyLoss`, over those of ``settings``.
+
+    Raises:
+        InputError: a base without a segmentor that can be calibrated.
+    """
+    over = Config.fromfile(disalign_config(settings)).stage_two
+    model = base.get("model") or {}
+    segmentor, heads = model.get("type"), model.get("decode_head")
+    if segmentor not in ("EncoderDecoder", "CascadeEncoderDecoder") or not heads:
+        raise InputError(
+            f"expected the config of an EncoderDecoder or CascadeEncoderDecoder as _base_, got a model of {segmentor!r}"
+        )
+    head = heads[-1] if isinstance(heads, list) else heads
+    head.merge(over.model.pop("decode_head"))
+    head.loss_decode.update(loss)
+    head.type = f"DisAlign{head.type}"
+    over.model.type = f"DisAlign{segmentor}"
+    imports = base.get("custom_imports", {}).get("imports", [])
+    imports = [imports] if isinstance(imports, str) else imports
+    over.custom_imports.imports = list(dict.fromkeys([*imports, *over.custom_imports.imports]))
+    base.merge(over)

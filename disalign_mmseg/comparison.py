@@ -11,21 +11,16 @@ from mmengine.hooks import Hook
 from mmengine.runner import TestLoop, autocast
 from mmseg.models import SegTTAModel
 from mmseg.registry import HOOKS
-from prettytable import PrettyTable
 from torch import nn
 
-from disalign import AdaptiveCalibration, at_identity
+from disalign import at_identity
 from disalign.io import write_json
-from disalign_mmengine.hooks import unwrapped
+from disalign.report import table
+from disalign.stage_two import calibrations
 
-from .metrics import GROUPS, LongTailIoUMetric, shown
+from .metrics import GROUPS, LongTailIoUMetric
 
 COLUMNS = ("mIoU", "mAcc", "aAcc", *(f"{mean}.{group}" for mean in ("mIoU", "mAcc") for group in GROUPS))
-
-
-def calibrations(model: nn.Module) -> list[AdaptiveCalibration]:
-    """All below ``model``, wrappers (DDP, test-time augmentation) included."""
-    return [module for module in model.modules() if isinstance(module, AdaptiveCalibration)]
 
 
 @contextmanager
@@ -74,22 +69,6 @@ def evaluate(runner, loop) -> dict | None:
     return metric.report
 
 
-def table(before: dict, after: dict) -> str:
-    """Before and after as text: figures in percent, gains in points.
-
-    Args:
-        before, after: reports of :class:`LongTailIoUMetric`, of stage one and of stage two.
-    """
-    before, after = before["figures"], after["figures"]
-    columns = [name for name in COLUMNS if name in after]
-    gains = (None if None in (before[name], after[name]) else after[name] - before[name] for name in columns)
-    rows = PrettyTable(["", *columns])
-    rows.add_row(["stage one", *(shown(before[name]) for name in columns)])
-    rows.add_row(["DisAlign", *(shown(after[name]) for name in columns)])
-    rows.add_row(["gain", *(shown(gain, "+z.1f") for gain in gains)])
-    return rows.get_string()
-
-
 @HOOKS.register_module()
 class ComparisonHook(Hook):
     """Prints stage one's figures beside stage two's after training and after testing, and writes both.
@@ -133,7 +112,7 @@ class ComparisonHook(Hook):
                 before = evaluate(runner, loop)
         if not is_main_process():
             return
-        augmented = isinstance(unwrapped(runner.model), SegTTAModel)
+        augmented = any(isinstance(module, SegTTAModel) for module in runner.model.modules())
         results = {
             "dataset": type(loop.dataloader.dataset).__name__,
             "split": split,
@@ -143,7 +122,9 @@ class ComparisonHook(Hook):
         }
         if before is not None:
             results["stage_one"] = {name: before[name] for name in ("figures", "per_class")}
-            runner.logger.info(f"{split}, {after['images']} images, before and after\n{table(before, after)}")
+            columns = [name for name in COLUMNS if name in after["figures"]]
+            title = f"{split}, {after['images']} images, before and after"
+            runner.logger.info(f"{title}\n{table(results, columns)}")
         path = os.path.join(runner.work_dir, f"results_{split}{'_tta' if augmented else ''}.json")
         write_json(path, results)
         runner.logger.info(f"all figures, per class too, are in {path}")

@@ -4,14 +4,14 @@ from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
 from disalign import InputError, load_class_counts
-from disalign_mmengine.checkpoints import load_checkpoint, metadata
+from disalign_mmengine.checkpoints import metadata
+from disalign_mmengine.models import unwrapped
 
 from .annotations import guard
 from .data_check import check_dataset
 from .decode_heads import DisAlignHead
 from .losses import GRWCrossEntropyLoss
 from .pixel_counts import class_counts_of, on_main_process
-from .runner import DisAlignRunner, segmentor, whole
 from .segmentors import FrozenSegmentor
 
 
@@ -34,12 +34,6 @@ class ClassCountsHook(Hook):
     def __init__(self) -> None:
         self._kept: dict = {}
         self._total_pixels: int | None = None
-
-    def before_run(self, runner) -> None:
-        path = runner.cfg.get("load_from")
-        if path and not isinstance(runner, DisAlignRunner):
-            # mim test takes MMEngine's own Runner, which would unpickle whatever the file holds, and only warn.
-            whole(segmentor(runner.model), load_checkpoint(path), where=f" in {path!r}")
 
     def before_train(self, runner) -> None:
         head = calibrated_head(runner.model)
@@ -109,7 +103,7 @@ def calibrated_head(model) -> DisAlignHead:
     Raises:
         InputError: none is calibrated.
     """
-    model = segmentor(model)
+    model = unwrapped(model)
     if not isinstance(model, FrozenSegmentor):
         raise InputError(f"expected a segmentor with a calibrated head, got {type(model).__name__}")
     return model.calibrated_head

@@ -40,6 +40,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         self,
         class_counts="dataset",
         rho: float = 0.2,
+        *,
         reduction: str = "weighted_mean",
         normalize: str = "mean",
         zero_count: str = "error",
@@ -67,7 +68,15 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         if not loss_name.startswith("loss_"):
             raise InputError(f"expected a loss_name that begins with 'loss_', or it is not trained, got {loss_name!r}")
         known = None if isinstance(class_counts, str) and class_counts == "dataset" else class_counts
-        super().__init__(known, rho, reduction, ignore_index, normalize, zero_count, sync)
+        super().__init__(
+            known,
+            rho,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            normalize=normalize,
+            zero_count=zero_count,
+            sync=sync,
+        )
         self.loss_weight = loss_weight
         self.avg_non_ignore = avg_non_ignore
         self.upsample = upsample

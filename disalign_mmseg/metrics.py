@@ -9,13 +9,13 @@ import torch
 from mmengine.logging import print_log
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
-from prettytable import PrettyTable
 
 from disalign import InputError, group_means, head_body_tail, load_class_counts
 from disalign.counts import bundled
 from disalign.errors import some
 from disalign.functional import check_labels
 from disalign.io import read_json
+from disalign.report import report, shown, text_table
 
 #: The paper's groups (Sec. 4.2): head above 1 % of all pixels, tail at most 0.1 %.
 THRESHOLDS = {"head": 0.01, "tail": 0.001}
@@ -213,29 +213,28 @@ class LongTailIoUMetric(IoUMetric):
         values = {name: 100 * torch.from_numpy(fractions) for name, fractions in stock.items()}
         pixels = areas[-1].long()
         members = self.members() or {}
-        figures = {"aAcc": None if math.isnan(overall) else overall}
+        figures = {"aAcc": overall}
         for name, of_classes in values.items():
             figures |= group_means(of_classes, {f"m{name}": torch.ones(len(pixels), dtype=torch.bool)})
             means = dict.fromkeys(GROUPS) | group_means(of_classes, members)
             figures |= {f"m{name}.{group}": mean for group, mean in means.items()}
-        return {
-            "images": images,
-            "unit": "percent",
-            "groups": {
+        return report(
+            figures,
+            per_class={
+                "group": [next((group for group in members if members[group][j]), None) for j in range(len(pixels))],
+                "pixels": pixels.tolist(),
+                **{name: column.tolist() for name, column in values.items()},
+            },
+            images=images,
+            groups={
                 "split": self._split(),
                 "classes": {group: int(chosen.sum()) for group, chosen in members.items()},
                 "evaluated": {group: int((chosen & (pixels > 0)).sum()) for group, chosen in members.items()},
             },
-            "classes": list(self.dataset_meta["classes"]),
-            "class_counts": None if self.class_counts is None else self.class_counts.tolist(),
-            "total_pixels": self.total_pixels,
-            "figures": figures,
-            "per_class": {
-                "group": [next((group for group in members if members[group][j]), None) for j in range(len(pixels))],
-                "pixels": pixels.tolist(),
-                **{name: [None if math.isnan(x) else x for x in column.tolist()] for name, column in values.items()},
-            },
-        }
+            classes=list(self.dataset_meta["classes"]),
+            class_counts=None if self.class_counts is None else self.class_counts.tolist(),
+            total_pixels=self.total_pixels,
+        )
 
     def _split(self) -> str:
         if self.groups == "ade20k":
@@ -247,22 +246,17 @@ class LongTailIoUMetric(IoUMetric):
         return f"head: more than {head} of {pixels} training pixels, tail: at most {tail}, body: between them"
 
 
-def table(report: dict) -> PrettyTable:
+def table(content: dict) -> str:
     """A report's means, in percent: a row for all classes and one for each group."""
-    figures, groups = report["figures"], report["groups"]
+    figures, groups = content["figures"], content["groups"]
     means = [name for name in figures if name.startswith("m") and "." not in name]
-    rows = PrettyTable(["", "classes", "evaluated", *means, "aAcc"])
-    evaluated = sum(pixels > 0 for pixels in report["per_class"]["pixels"])
-    rows.add_row(["all", len(report["classes"]), evaluated, *(shown(figures[name]) for name in (*means, "aAcc"))])
+    evaluated = sum(pixels > 0 for pixels in content["per_class"]["pixels"])
+    rows = [["percent", "classes", "evaluated", *means, "aAcc"]]
+    rows.append(["all", len(content["classes"]), evaluated, *(shown(figures[name]) for name in (*means, "aAcc"))])
     for group in groups["classes"]:
         sizes = groups["classes"][group], groups["evaluated"][group]
-        rows.add_row([group, *sizes, *(shown(figures[f"{name}.{group}"]) for name in means), ""])
-    return rows
-
-
-def shown(percentage: float | None, form: str = ".1f") -> str:
-    """A figure for a table; n/a if it is not available."""
-    return "n/a" if percentage is None else format(percentage, form)
+        rows.append([group, *sizes, *(shown(figures[f"{name}.{group}"]) for name in means), ""])
+    return text_table(rows)
 
 
 def _ade20k_ratios() -> list[float]:

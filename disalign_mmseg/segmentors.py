@@ -5,7 +5,8 @@ from mmseg.registry import MODELS
 from mmseg.utils import add_prefix
 from torch import Tensor
 
-from disalign import InputError, freeze_except
+from disalign import InputError
+from disalign.stage_two import freeze
 
 from .decode_heads import REFUSED, DisAlignHead
 
@@ -19,12 +20,14 @@ class FrozenSegmentor:
     ``init_cfg``: stage one's checkpoint holds all of it.
 
     Attributes:
-        trained: names of the modules that train (the loss follows ``train()`` and has no parameters).
+        not_needed: patterns of stage one's tensors that stage two has no use for.
         freeze_report: a :class:`disalign.FreezeReport`.
 
     Raises:
         InputError: a decode head without a calibration.
     """
+
+    not_needed = ("auxiliary_head.*",)
 
     def __init__(self, *args, auxiliary_head=None, pretrained=None, **options) -> None:
         super().__init__(*args, **options)
@@ -33,8 +36,7 @@ class FrozenSegmentor:
             kind = type(head).__name__
             why = f"it can't have one: {REFUSED[kind]}" if kind in REFUSED else f"set its type to DisAlign{kind}"
             raise InputError(f"expected a decode head with a calibration, got {kind}; {why}")
-        self.trained = (f"{self._last_head}.calibration", f"{self._last_head}.loss_decode")
-        self.freeze_report = freeze_except(self, self.trained)
+        self.freeze_report = freeze(self)
 
     @property
     def calibrated_head(self) -> DisAlignHead:

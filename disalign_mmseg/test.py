@@ -8,9 +8,7 @@ import sys
 
 from disalign import InputError
 from disalign.cli import command
-from disalign_mmengine.cli import config_errors, load_config, parser, runner_arguments
-
-from .cli import build_runner
+from disalign_mmengine.cli import build_runner, config_errors, load_config, parser, runner_arguments
 
 
 @command
@@ -19,8 +17,8 @@ def main(argv=None):
     arguments.add_argument("--tta", action="store_true", help="flip and multi-scale testing, by the config's tta_model")
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    config.load_from = args.checkpoint
-    config.setdefault("runner_type", "DisAlignRunner")  # reads stage one's own checkpoints safely too
+    config.load_from, config.stage_one = args.checkpoint, None
+    config.setdefault("runner_type", "DisAlignSegRunner")  # reads stage one's own checkpoints safely too
     if args.tta:
         if not (config.get("tta_model") and config.get("tta_pipeline")):
             raise InputError("expected tta_model and tta_pipeline in the config for --tta, got none; test without it")

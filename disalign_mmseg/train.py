@@ -1,4 +1,4 @@
-"""Train from a config without mim: python -m disalign_mmseg.train CONFIG --cfg-options load_from=FILE
+"""Train from a config without mim: python -m disalign_mmseg.train CONFIG --cfg-options stage_one=FILE
 
 Stage two starts from stage one's checkpoint, trains 2K + d + 1 numbers, and ends with both stages' figures side by
 side.
@@ -7,10 +7,7 @@ side.
 import sys
 
 from disalign.cli import command
-from disalign_mmengine.cli import load_config, parser, runner_arguments
-from disalign_mmengine.cli import train as train_with
-
-from .cli import build_runner
+from disalign_mmengine.cli import build_runner, load_config, parser, runner_arguments, train
 
 
 @command
@@ -23,7 +20,7 @@ def main(argv=None):
     config.resume = args.resume or config.get("resume", False)
     if args.amp:
         config.optim_wrapper.type = "AmpOptimWrapper"
-    train_with(build_runner(config, args), config)
+    train(build_runner(config, args), config)
 
 
 if __name__ == "__main__":

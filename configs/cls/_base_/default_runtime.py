@@ -1,15 +1,14 @@
 # What every run has: hooks, logs (text, JSON, TensorBoard), one seed.
 custom_imports = dict(imports=["disalign_cls"], allow_failed_imports=False)
 default_scope = "mmengine"
+runner_type = "DisAlignRunner"
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),
     plain_checkpoint=dict(type="PlainCheckpointHook"),
-    whole_checkpoint=dict(type="WholeCheckpointHook"),
     class_counts=dict(type="ClassCountsHook"),
     broadcast_buffers=dict(type="BroadcastBuffersHook"),
-    stage_one=dict(type="StageOneHook"),
-    confidence=dict(type="ConfidenceHook"),
+    stage_two=dict(type="StageTwoHook"),
     results=dict(type="ResultsHook"),
 )
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])

@@ -35,7 +35,5 @@ test_cfg = dict()
 optim_wrapper = dict(
     constructor="CalibrationOptimWrapperConstructor",
     optimizer=dict(type="SGD", lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-3),
-    # Weight decay would pull stage two's magnitude to 0; its identity is 1.
-    paramwise_cfg=dict(custom_keys={"calibration.magnitude": dict(decay_mult=0.0)}),
 )
 param_scheduler = dict(type="CosineAnnealingLR", T_max=60, by_epoch=True)

@@ -1,11 +1,7 @@
 # DisAlign: ADE20K, FCN, ResNeSt-101
-#   mim train mmseg configs/mmseg/ade20k/disalign_fcn_s101-d8_8xb4-4k_ade20k-512x512.py --launcher pytorch --gpus 8 --cfg-options load_from=FILE
-# On one GPU: python -m disalign_mmseg.train mmseg/ade20k/disalign_fcn_s101-d8_8xb4-4k_ade20k-512x512.py --cfg-options load_from=FILE
+#   mim train mmseg configs/mmseg/ade20k/disalign_fcn_s101-d8_8xb4-4k_ade20k-512x512.py --launcher pytorch --gpus 8 --cfg-options stage_one=FILE
+# On one GPU: python -m disalign_mmseg.train mmseg/ade20k/disalign_fcn_s101-d8_8xb4-4k_ade20k-512x512.py --cfg-options stage_one=FILE
 # Stage one, in MMSegmentation's zoo: fcn_s101-d8_512x512_160k_ade20k_20200807_145416-d3160329.pth, mIoU 45.62, multi-scale and flip 46.16
 # Not in the paper: Table 6 has no FCN with S-101. The official logs have its stage one, multi-scale and flip (--tta): mIoU 46.16 (67.56/47.99/39.12), mean accuracy 57.34 (79.37/61.73/48.24). Ours: not measured yet.
-_base_ = [
-    __import__("disalign_mmseg").mmseg_config("resnest/resnest_s101-d8_fcn_4xb4-160k_ade20k-512x512.py"),
-    "../_base_/disalign_4k_ade20k.py",
-]
-_base_.merge(_base_.pop("stage_two"))
-model = dict(decode_head=dict(type="DisAlignFCNHead"))
+_base_ = __import__("disalign_mmseg").mmseg_config("resnest/resnest_s101-d8_fcn_4xb4-160k_ade20k-512x512.py")
+__import__("disalign_mmseg").stage_two(_base_, "_base_/disalign_4k_ade20k.py")

@@ -1,11 +1,10 @@
 # Stage two: DisAlign on CamVid, over the small FCN of the baseline beside. An example of ours, not in the paper.
-#   mim train mmseg configs/mmseg/camvid/disalign_fcn_r18_1xb8-400_camvid-160x224.py --cfg-options load_from=FILE
-# Without mim: python -m disalign_mmseg.train mmseg/camvid/disalign_fcn_r18_1xb8-400_camvid-160x224.py --cfg-options load_from=FILE
+#   mim train mmseg configs/mmseg/camvid/disalign_fcn_r18_1xb8-400_camvid-160x224.py --cfg-options stage_one=FILE
+# Without mim: python -m disalign_mmseg.train mmseg/camvid/disalign_fcn_r18_1xb8-400_camvid-160x224.py --cfg-options stage_one=FILE
 # rho 0.5 and lr 0.1 were chosen on the val set of seed 0.
 # Stage one: work_dirs/baseline_fcn_r18_1xb8-2k_camvid-160x224/iter_2000.pth. Figures of three seeds: docs/results.md.
-_base_ = ["baseline_fcn_r18_1xb8-2k_camvid-160x224.py", "../_base_/disalign_4k.py"]
-_base_.merge(_base_.pop("stage_two"))
-model = dict(decode_head=dict(type="DisAlignFCNHead", loss_decode=dict(class_counts="dataset", rho=0.5)))
+_base_ = "baseline_fcn_r18_1xb8-2k_camvid-160x224.py"
+__import__("disalign_mmseg").stage_two(_base_, class_counts="dataset", rho=0.5)
 train_dataloader = dict(batch_size=8)
 optim_wrapper = dict(optimizer=dict(lr=0.1))
 train_cfg = dict(max_iters=400, val_interval=400)
