@@ -108,17 +108,15 @@ class HandOver:
 def load_stage_one(
     model: nn.Module,
     checkpoint: str | os.PathLike | Mapping,
-    *,
-    ignorable: Iterable[str] = (),
     name: str | None = None,
 ) -> HandOver:
     """Load a stage-one checkpoint into a stage-two model, completely or not at all.
 
     Args:
-        model: the frozen stage-two model (see :func:`disalign.freeze_except`); what trains is new in stage two.
+        model: the frozen stage-two model (see :func:`disalign.freeze_except`); what trains is new in stage two. Its
+            attribute ``not_needed``, if it has one, lists patterns (as in ``fnmatch``) of keys that a stage-one
+            checkpoint may hold in vain, beside BatchNorm's counters.
         checkpoint: a file, or a loaded checkpoint or state dict.
-        ignorable: patterns (as in ``fnmatch``) of keys that the checkpoint may hold in vain, beside BatchNorm's
-            counters.
         name: of the file that a loaded checkpoint comes from, for the messages.
 
     Returns:
@@ -126,7 +124,7 @@ def load_stage_one(
 
     Raises:
         InputError: a frozen tensor is missing, mis-shaped, or not finite; a calibration in the checkpoint; or a key
-            that neither the model nor ``ignorable`` knows. The model is then unchanged.
+            that the model does not know. The model is then unchanged.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         name = os.fspath(checkpoint)
@@ -145,7 +143,7 @@ def load_stage_one(
             f"expected a stage-one checkpoint{where}, but it already holds a calibration ({some(calibrated)}); give "
             "the checkpoint that stage two started from"
         )
-    surplus = require_tensors(source, frozen, "frozen tensors", (COUNTERS, *ignorable), where)
+    surplus = require_tensors(source, frozen, "frozen tensors", (COUNTERS, *getattr(model, "not_needed", ())), where)
     with torch.no_grad():
         for key, tensor in frozen.items():
             tensor.copy_(source[key])

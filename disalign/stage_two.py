@@ -102,8 +102,8 @@ class StageTwoRun:
     ) -> None:
         if _decaying(optimizer, model):
             raise InputError(
-                "expected no weight decay on the magnitude, whose identity is 1 and not 0; call "
-                "disalign.stage_two.keep_magnitude_from_decay(optimizer, model) where the optimizer is built"
+                "expected no weight decay on the magnitude, whose identity is 1 and not 0; build the optimizer as the "
+                "shipped configs do, or call disalign.stage_two.keep_magnitude_from_decay(optimizer, model)"
             )
         self._model, self._advice, self._threshold = model, advice, threshold
         self._warned = False

@@ -9,7 +9,6 @@ from disalign import load_file
 from disalign.cli import config_errors
 from disalign_mmengine import cli
 from disalign_mmengine.checkpoints import load_whole
-from disalign_mmengine.hooks import stage_one_of
 
 
 def build_runner(config: Config, args) -> Runner:
@@ -18,7 +17,7 @@ def build_runner(config: Config, args) -> Runner:
     Raises:
         InputError: see :func:`disalign_mmengine.cli.build_runner`.
     """
-    if stage_one_of(config):
+    if config.get("stage_one") or config.get("load_from") or config.get("resume"):
         without_pretrained(config)
     return cli.build_runner(config, args)
 

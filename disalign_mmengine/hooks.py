@@ -133,7 +133,7 @@ def hand_over(runner, model) -> None:
             f"stage one saw another training set ({sum(theirs)} images, here {int(ours.sum())}); make sure that none "
             "of its images is evaluated"
         )
-    report = load_stage_one(model, checkpoint, ignorable=getattr(model, "not_needed", ()), name=path)
+    report = load_stage_one(model, checkpoint, name=path)
     runner.logger.info(f"{os.path.basename(path)}: {report}")
 
 

@@ -263,7 +263,7 @@ def test_a_folder_of_images(clone):
     assert stage_two["meta"]["disalign"]["class_counts"] == counted["train_counts"]
     results = json.loads(Path("work_dirs/flowers_disalign/results_test.json").read_text())
     assert results["images"] == 24
-    assert results["figures"].keys() == results["stage_one"].keys()
+    assert results["figures"].keys() == results["stage_one"]["figures"].keys()
     assert len(json.loads(Path("top5.json").read_text())) == 24
     assert Path("flowers.pt").stat().st_size
 

@@ -4,7 +4,7 @@
     python scripts/make_tiny_ade.py work_dirs/tiny_ade --classes 20 --train 48 --val 16
     python -m disalign_mmseg.train examples/mmseg_custom_head/stage_one.py
     python -m disalign_mmseg.train examples/mmseg_custom_head/stage_two.py \\
-        --cfg-options load_from=work_dirs/stage_one/iter_100.pth
+        --cfg-options stage_one=work_dirs/stage_one/iter_100.pth
 
 Data: coloured patches, 20 classes with a long tail, far from trained out after 100 iterations. It printed, in a quarter
 of a minute each on one CPU core (seed 0, validation images, %):

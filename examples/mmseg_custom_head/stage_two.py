@@ -1,8 +1,6 @@
-# Stage two: the same config, ours laid over it, and the head's new name.
-_base_ = ["stage_one.py", __import__("disalign_mmseg").disalign_config("_base_/disalign_4k.py")]
-_base_.merge(_base_.pop("stage_two"))
-custom_imports = dict(imports=["my_head", "disalign_mmseg"], allow_failed_imports=False)
-model = dict(decode_head=dict(type="DisAlignOwnHead", loss_decode=dict(rho=0.5)))
+# Stage two: the same config, ours laid over it.
+_base_ = "stage_one.py"
+__import__("disalign_mmseg").stage_two(_base_, rho=0.5)
 
 # Not 4,000 iterations of 32 images, but 100 of 8. Groups by share of all pixels, for so small a set.
 train_dataloader = dict(batch_size=8)

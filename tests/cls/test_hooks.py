@@ -32,7 +32,7 @@ def test_a_stage_one_of_other_classes_is_refused(stage_one, tmp_path):
     names = [str(digit) for digit in reversed(range(10))]
     other = changed(stage_one, tmp_path, dataset_meta={"classes": names})
     run = runner(DISALIGN["linear"], tmp_path, stage_one=str(other))
-    with pytest.raises(InputError, match=r"a stage one of the training set's classes, .*another order \(9, 8, 7 and 7"):
+    with pytest.raises(InputError, match=r"in '.*changed.pth', .*class 0 is '9', not '0'.* and 7 more"):
         run.train()
 
 
@@ -78,10 +78,22 @@ def test_other_counts_than_the_training_sets_are_the_metrics_own(stage_one, tmp_
     assert metric.report["class_counts"] == [300, 50, 3, 3, 3, 3, 3, 3, 3, 3]
 
 
-def test_a_fresh_stage_two_does_not_start_from_load_from(stage_one, stage_two, tmp_path):
-    run = runner(DISALIGN["linear"], tmp_path, stage_one=str(stage_one), load_from=str(stage_two))
-    with pytest.raises(InputError, match=r"to start from stage_one=FILE, got load_from; use stage_one or --resume"):
-        run.train()
+def test_load_from_is_another_name_for_stage_one(stage_one, tmp_path):
+    given = ("stage_one=None", f"load_from={stage_one}")
+    assert train_run(DISALIGN["linear"], tmp_path / "load_from", *given) == 0
+    assert train_run(DISALIGN["linear"], tmp_path / "both", f"stage_one={stage_one}", f"load_from={stage_one}") == 0
+    assert train_run(DISALIGN["linear"], tmp_path / "stage_one", f"stage_one={stage_one}") == 0
+    ends = [torch.load(path, weights_only=True)["state_dict"] for path in sorted(tmp_path.glob("*/epoch_2.pth"))]
+    assert len(ends) == 3
+    for end in ends[1:]:
+        assert all(torch.equal(end[name], tensor) for name, tensor in ends[0].items())
+
+
+def test_a_stage_one_and_another_load_from_are_refused(stage_one, stage_two, tmp_path, capsys):
+    given = (f"stage_one={stage_one}", f"load_from={stage_two}")
+    assert train_run(DISALIGN["linear"], tmp_path, *given) == 2
+    assert "expected one stage-one checkpoint, got stage_one=" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
 
 
 def evaluate_with_own_statistics(rank, store, answers):

@@ -133,10 +133,11 @@ def test_results_hold_everything_per_class(stage_two):
     assert (results["split"], results["images"]) == ("test", 500)
     assert results["class_counts"] == DigitsLT("train").class_counts.tolist()
     assert results["classes"] == [str(digit) for digit in range(10)]
-    for stage in ("figures", "stage_one"):
-        figures = results[stage]
-        assert len(figures["per_class"]) == 10
-        assert figures["balanced"] == pytest.approx(np.mean(figures["per_class"]))
+    assert results["unit"] == "percent"
+    for stage in (results, results["stage_one"]):
+        figures, accuracy = stage["figures"], stage["per_class"]["accuracy"]
+        assert len(accuracy) == 10
+        assert figures["balanced"] == pytest.approx(np.mean(accuracy))
         assert figures["top1"] == pytest.approx(figures["balanced"])  # 50 images of each class
 
 
@@ -144,15 +145,14 @@ def test_results_hold_everything_per_class(stage_two):
 def test_stage_ones_figures_beside_stage_twos_are_those_of_stage_ones_own_run(classifier, stage_ones, stage_twos):
     one, two = report(stage_ones[classifier].parent), report(stage_twos[classifier].parent)
     assert "stage_one" not in one
-    assert two["stage_one"] == one["figures"]
+    assert two["stage_one"] == {"figures": one["figures"], "per_class": one["per_class"]}
 
 
 @CLASSIFIERS
 def test_stage_two_moves_the_boundary_towards_the_few(classifier, stage_twos):
     results = report(stage_twos[classifier].parent)
-    assert results["figures"]["few"] + results["figures"]["medium"] > (
-        results["stage_one"]["few"] + results["stage_one"]["medium"]
-    )
+    before, after = results["stage_one"]["figures"], results["figures"]
+    assert after["few"] + after["medium"] > before["few"] + before["medium"]
 
 
 @CLASSIFIERS
@@ -234,7 +234,7 @@ def interrupted(patch, how):
         if runner.iter == KILLED_AT:
             how()
 
-    patch.setattr(disalign_mmengine.hooks.ConfidenceHook, "after_train_iter", stop)
+    patch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "after_train_iter", stop)
 
 
 class StoppedError(Exception):
@@ -284,6 +284,8 @@ def test_resuming_restores_the_checkpoint_bit_for_bit_and_completes(stage_one, t
     restored = {}
 
     def look(self, runner):
+        if restored:  # a later epoch
+            return
         restored.update(
             state_dict=copy.deepcopy(dict(runner.model.state_dict())),
             optimizer=copy.deepcopy(runner.optim_wrapper.state_dict()),
@@ -291,7 +293,7 @@ def test_resuming_restores_the_checkpoint_bit_for_bit_and_completes(stage_one, t
             place=(runner.epoch, runner.iter),
         )
 
-    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "before_train", look)
+    monkeypatch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "before_train_epoch", look)
     assert train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", epochs=EPOCHS, flags=["--resume"]) == 0
     assert restored.pop("place") == (checkpoint["meta"]["epoch"], checkpoint["meta"]["iter"]) == (2, 8)
     for part, state in restored.items():
@@ -401,7 +403,7 @@ def test_a_collapsed_confidence_is_warned_about_once(stage_one, stage_two, tmp_p
         with torch.no_grad():
             runner.model.classifier.calibration.confidence.bias.fill_(-20)
 
-    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "before_train", collapse)
+    monkeypatch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "before_train_epoch", collapse)
     assert train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}") == 0
     text = log(tmp_path)
     assert text.count("the mean confidence fell to 0.000 at iteration 1: ") == 1
@@ -415,7 +417,7 @@ def test_a_frozen_tensor_that_changes_is_found_at_the_end(tensor, stage_one, tmp
     def meddle(self, runner):
         runner.model.state_dict()[tensor].view(-1)[0] += 1e-3
 
-    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "after_train_epoch", meddle)
+    monkeypatch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "after_train_epoch", meddle)
     with pytest.raises(RuntimeError, match=rf"frozen tensors to stay bit-identical, but changed: {tensor}"):
         train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", epochs=1)
 
@@ -483,7 +485,7 @@ def test_both_stages_train_under_the_frameworks_amp(classifier, gpu_environment,
     train_with_amp(BASELINE[classifier], one)
     train_with_amp(DISALIGN[classifier], two, f"stage_one={one / 'epoch_2.pth'}")
     assert all(tensor.isfinite().all() for tensor in load(two / "epoch_2.pth")["state_dict"].values())
-    assert report(two)["stage_one"]["top1"] == pytest.approx(report(one)["figures"]["top1"], abs=0.01)
+    assert report(two)["stage_one"]["figures"]["top1"] == pytest.approx(report(one)["figures"]["top1"], abs=1)
 
 
 def test_stage_two_needs_class_counts_before_its_first_loss():

@@ -52,8 +52,8 @@ def test_the_commands_of_the_header(example, tmp_path, monkeypatch, few_iteratio
     with DefaultScope.overwrite_default_scope("mmseg"):
         options = ["experiment_name=example_one", *few_iterations]
         assert train.main([str(ROOT / one[3]), *one[4:], "--cfg-options", *options]) == 0
-        assert two[-1] == "load_from=work_dirs/stage_one/iter_100.pth"
-        stage_one = "load_from=work_dirs/stage_one/iter_4.pth"
+        assert two[-1] == "stage_one=work_dirs/stage_one/iter_100.pth"
+        stage_one = "stage_one=work_dirs/stage_one/iter_4.pth"
         options = ["experiment_name=example_two", stage_one, *few_iterations]
         assert train.main([str(ROOT / two[3]), *two[4:-1], *options]) == 0
     saved = [torch.load(f"work_dirs/stage_{name}/iter_4.pth", weights_only=False) for name in ("one", "two")]

@@ -60,5 +60,5 @@ def stage_two(configs, stage_one, tmp_path_factory):
     from .runs import train
 
     folder = tmp_path_factory.mktemp("stage_two")
-    assert train(configs.two, folder, f"load_from={stage_one}") == 0
+    assert train(configs.two, folder, f"stage_one={stage_one}") == 0
     return folder / "iter_4.pth"

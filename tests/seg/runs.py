@@ -61,14 +61,10 @@ randomness = dict(seed=0)
 """
 
 STAGE_TWO = """
-_base_ = [
-    __import__("disalign_mmseg.bases").bases.mmseg_config("fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py"),
-    {base!r},
-]
-_base_.merge(_base_.pop("stage_two"))
+_base_ = __import__("disalign_mmseg").mmseg_config("fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py")
+__import__("disalign_mmseg").stage_two(_base_, {base!r})
 DATA = {data!r}
 {tiny}
-model["decode_head"]["type"] = "DisAlignFCNHead"
 model.pop("auxiliary_head")
 train_cfg = dict(max_iters=4, val_interval=2)
 # Few steps must move the calibration far.
@@ -118,7 +114,7 @@ def make_ade(folder, *options: str) -> None:
 
 def write_configs(folder, data) -> SimpleNamespace:
     """Paths of configs over the set ``data``: ``one``, ``two``, and ``plain``, stage two without augmentation."""
-    base = str(ROOT / "configs" / "mmseg" / "_base_" / "disalign_4k_ade20k.py")
+    base = "_base_/disalign_4k_ade20k.py"
     made = SimpleNamespace(one=folder / "one.py", two=folder / "two.py", plain=folder / "plain.py")
     made.one.write_text(STAGE_ONE.format(data=str(data), tiny=TINY))
     made.two.write_text(STAGE_TWO.format(data=str(data), base=base, tiny=TINY))

@@ -56,7 +56,7 @@ def test_mmsegmentation_0x_and_ddp_name_it_otherwise(classes, configs, stage_one
     assert class_names(load_checkpoint(tmp_path / "zero.pth")) == (class_names(one) if meta else None)
 
     work = tmp_path / "work"
-    assert train(configs.two, work, f"load_from={tmp_path / 'zero.pth'}", *NO_VALIDATION, iterations=2) == 0
+    assert train(configs.two, work, f"stage_one={tmp_path / 'zero.pth'}", *NO_VALIDATION, iterations=2) == 0
     two = load(work / "iter_2.pth")["state_dict"]
     assert two.keys() - CALIBRATION == tensors(one).keys()
     assert all(torch.equal(two[name], tensor) for name, tensor in tensors(one).items())

@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from disalign import AdaptiveCalibration, at_identity
-from disalign_mmseg.comparison import ComparisonHook, evaluate, table
+from disalign.report import table
+from disalign_mmseg.comparison import COLUMNS, ComparisonHook, evaluate
 from disalign_mmseg.metrics import LongTailIoUMetric
 
 K = 4
@@ -208,7 +209,7 @@ def test_the_calibration_comes_back_after_an_exception():
 
 def test_a_part_that_is_left_out_needs_no_restoring():
     model, one = Toy(), Toy(calibrated=False)
-    model.calibration = AdaptiveCalibration(K, 6, spatial=True, margin=False, confidence="one")
+    model.calibration = AdaptiveCalibration(K, 6, spatial=True, learn_margin=False, confidence="one")
     nn.init.constant_(model.calibration.magnitude, 0.5)
     images = torch.randn(2, 3, 9, 11)
     with at_identity(model):
@@ -222,11 +223,11 @@ def test_a_part_that_is_left_out_needs_no_restoring():
 def test_the_table_shows_both_stages_and_the_gain():
     before = dict(zip(FIGURES, [34.44, 45.0, 77.0, 60.0, 35.0, None, 70.0, 50.0, None], strict=True))
     after = dict(zip(FIGURES, [36.06, 44.0, 77.01, 60.0, 36.0, None, 70.5, 51.0, 9.0], strict=True))
-    shown = table({"figures": before}, {"figures": after})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if line[0] == "|"]
+    shown = table({"figures": after, "stage_one": {"figures": before}})
+    header, _, *rows = (line.replace("stage one", "stage_one").split() for line in shown.splitlines())
+    assert header == ["percent", *FIGURES]
     assert rows == [
-        ["", *FIGURES],
-        ["stage one", "34.4", "45.0", "77.0", "60.0", "35.0", "n/a", "70.0", "50.0", "n/a"],
+        ["stage_one", "34.4", "45.0", "77.0", "60.0", "35.0", "n/a", "70.0", "50.0", "n/a"],
         ["DisAlign", "36.1", "44.0", "77.0", "60.0", "36.0", "n/a", "70.5", "51.0", "9.0"],
         ["gain", "+1.6", "-1.0", "+0.0", "+0.0", "+1.0", "n/a", "+0.5", "+1.0", "n/a"],
     ]
@@ -282,7 +283,8 @@ def test_after_training_both_stages_are_written_and_printed(tmp_path):
     # Two regular validations, and stage one's: the last validation is stage two's.
     assert runner.model.predicted == 3 * IMAGES
     (metric,) = runner.val_loop.evaluator.metrics
-    assert table({"figures": results["stage_one"]["figures"]}, metric.report) in log_of(tmp_path)
+    columns = [name for name in COLUMNS if name in results["figures"]]
+    assert table({**metric.report, "stage_one": results["stage_one"]}, columns) in log_of(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".py") == sorted(
         ["iter_4.pth", "last_checkpoint", "results_val.json"]
     )

@@ -200,7 +200,7 @@ def test_a_list_of_one_loss_is_that_loss():
 
 
 def test_options_of_the_calibration():
-    head = fcn(calibration=dict(confidence="one", margin=False))
+    head = fcn(calibration=dict(confidence="one", learn_margin=False))
     assert [name for name, _ in head.calibration.named_parameters()] == ["magnitude"]
 
 

@@ -15,10 +15,10 @@ from mmseg.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, R
 names = {
     "models": ["DisAlignEncoderDecoder", "DisAlignCascadeEncoderDecoder", "DisAlignFCNHead", "DisAlignUPerHead",
                "GRWCrossEntropyLoss"],
-    "hooks": ["ClassCountsHook", "ComparisonHook", "ConfidenceHook", "FrozenHook", "PlainCheckpointHook"],
+    "hooks": ["ClassCountsHook", "ComparisonHook", "PlainCheckpointHook", "StageTwoHook"],
     "metrics": ["LongTailIoUMetric"],
     "constructors": ["CalibrationOptimWrapperConstructor"],
-    "runners": ["DisAlignRunner"],
+    "runners": ["DisAlignRunner", "DisAlignSegRunner"],
 }
 registries = dict(models=MODELS, hooks=HOOKS, metrics=METRICS, constructors=OPTIM_WRAPPER_CONSTRUCTORS, runners=RUNNERS)
 found = {kind: {name: registries[kind].get(name).__module__ for name in of_kind} for kind, of_kind in names.items()}

@@ -79,8 +79,8 @@ def test_a_frozen_tensor_that_changes_is_found_at_the_end(tensor, configs, stage
         model = runner.model
         (dict(model.named_parameters()) | dict(model.named_buffers()))[tensor].data.view(-1)[0] += 1e-3
 
-    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "after_train_iter", meddle)
-    options = [f"load_from={stage_one}", "val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
+    monkeypatch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "after_train_iter", meddle)
+    options = [f"stage_one={stage_one}", "val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
     with pytest.raises(RuntimeError, match=rf"frozen tensors to stay bit-identical, but changed: {tensor}"):
         train(configs.two, tmp_path, *options, iterations=1)
 
@@ -184,7 +184,7 @@ def interrupted(patch, how, after):
         if runner.iter + 1 == after:
             how()
 
-    patch.setattr(disalign_mmengine.hooks.ConfidenceHook, "after_train_iter", stop)
+    patch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "after_train_iter", stop)
 
 
 def forked(target, *arguments):
@@ -196,14 +196,14 @@ def forked(target, *arguments):
 
 def killed(config, folder, stage_one):
     interrupted(pytest.MonkeyPatch(), lambda: os.kill(os.getpid(), signal.SIGKILL), after=3)
-    train(config, folder, f"load_from={stage_one}")
+    train(config, folder, f"stage_one={stage_one}")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(configs, stage_one, tmp_path_factory):
     """The folder of a run without random augmentation."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert train(configs.plain, folder, f"load_from={stage_one}") == 0
+    assert train(configs.plain, folder, f"stage_one={stage_one}") == 0
     return folder
 
 
@@ -239,7 +239,7 @@ def test_resuming_restores_the_checkpoint_bit_for_bit_and_completes(configs, sta
     with monkeypatch.context() as patch:
         interrupted(patch, stopped, after=3)
         with pytest.raises(StoppedError):
-            train(configs.two, tmp_path, f"load_from={stage_one}")
+            train(configs.two, tmp_path, f"stage_one={stage_one}")
     checkpoint = load(tmp_path / "iter_2.pth")
     restored = {}
 
@@ -251,7 +251,7 @@ def test_resuming_restores_the_checkpoint_bit_for_bit_and_completes(configs, sta
             iteration=runner.iter,
         )
 
-    monkeypatch.setattr(disalign_mmengine.hooks.ConfidenceHook, "before_train", look)
+    monkeypatch.setattr(disalign_mmengine.hooks.PlainCheckpointHook, "before_train_epoch", look)
     # The stage-one file is no longer needed.
     assert train(configs.two, tmp_path, "load_from=gone.pth", flags=["--resume"]) == 0
     assert restored.pop("iteration") == checkpoint["meta"]["iter"] == 2
@@ -280,7 +280,7 @@ def test_other_class_counts_are_refused_on_resume(configs, uninterrupted, capfd)
 def rank(number, port, errors, config, folder, stage_one):
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
-    options = [f"load_from={stage_one}", "train_dataloader.batch_size=2", "experiment_name=two_ranks"]
+    options = [f"stage_one={stage_one}", "train_dataloader.batch_size=2", "experiment_name=two_ranks"]
     with open(errors, "w") as sys.stderr:
         sys.exit(train(config, folder, *options, flags=["--launcher", "pytorch"]))
 
@@ -330,7 +330,7 @@ def test_counts_of_the_dataset_reach_the_loss_the_metric_and_the_checkpoint(conf
     counts = sum(np.bincount(label.ravel(), minlength=151) for label in labels)[1:].tolist()
     pixels = sum(label.size for label in labels)
     evaluator = [f"{part}_evaluator.{key}" for part in ("val", "test") for key in ("class_counts=None", "groups=None")]
-    options = [f"load_from={stage_one}", "model.decode_head.loss_decode.class_counts=dataset", *evaluator]
+    options = [f"stage_one={stage_one}", "model.decode_head.loss_decode.class_counts=dataset", *evaluator]
     assert train(configs.two, tmp_path, *options, iterations=2) == 0
 
     kept = load(tmp_path / "iter_2.pth")["meta"]["disalign"]
@@ -418,7 +418,7 @@ def test_an_all_ignored_batch_gives_zero_and_no_gradient(avg_non_ignore, segment
 @pytest.mark.gpu
 def test_stage_two_trains_under_the_frameworks_amp(configs, stage_one, gpu_environment, tmp_path):
     command = [sys.executable, "-m", "disalign_mmseg.train", configs.two, "--work-dir", tmp_path, "--amp"]
-    command += ["--cfg-options", f"load_from={stage_one}"]
+    command += ["--cfg-options", f"stage_one={stage_one}"]
     done = subprocess.run(list(map(str, command)), env=gpu_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / LAST)["optimizer"]["loss_scaler"]

@@ -161,7 +161,7 @@ def test_learnable_weight_scaling_is_a_magnitude_with_confidence_one(tmp_path):
     expected = [[s * one for s, one in zip(fc["scales"].tolist(), scores, strict=True)] for scores in z]
 
     assert run(path, tmp_path / "two.pth", "--to", "cls") == 0
-    model = stage_two(calibration=dict(margin=False, confidence="one"))
+    model = stage_two(calibration=dict(learn_margin=False, confidence="one"))
     model.load_state_dict(torch.load(tmp_path / "two.pth", weights_only=True)["state_dict"])
     assert_scores(model.classifier, x, expected)
 
