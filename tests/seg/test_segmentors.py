@@ -14,11 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 import disalign_mmseg  # noqa: F401
 from disalign import InputError, load_stage_one
 
-from .toy_models import COUNTS, FCN, OCR, samples, stage_one, stage_two, stage_two_config
+from .toy_models import COUNTS, FCN, OCR, THREE, samples, stage_one, stage_two, stage_two_config
 
-KINDS = pytest.mark.parametrize("config", [FCN, OCR], ids=["FCN", "OCR"])
-HEADS = {"EncoderDecoder": "decode_head", "CascadeEncoderDecoder": "decode_head.1"}
+KINDS = pytest.mark.parametrize("config", [FCN, OCR, THREE], ids=["FCN", "OCR", "three heads"])
 PARTS = ("magnitude", "margin", "confidence.weight", "confidence.bias")
+
+
+def last_head(config):
+    return f"decode_head.{len(config['decode_head']) - 1}" if isinstance(config["decode_head"], list) else "decode_head"
 
 
 def handed_over(config, **loss):
@@ -38,7 +41,7 @@ def batch(size=2):
 @KINDS
 def test_it_starts_at_stage_one_bit_for_bit(config):
     before, after, report = handed_over(config)
-    prefix = HEADS[config["type"]]
+    prefix = last_head(config)
     assert set(report.new) == {f"{prefix}.calibration.{part}" for part in PARTS}
     assert all(name.startswith("auxiliary_head.") for name in report.ignored)
     assert report.ignored
@@ -52,7 +55,7 @@ def test_it_starts_at_stage_one_bit_for_bit(config):
 @KINDS
 def test_only_the_calibration_trains(config):
     _, model, _ = handed_over(config)
-    prefix = HEADS[config["type"]]
+    prefix = last_head(config)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(trainable) == sorted(f"{prefix}.calibration.{part}" for part in PARTS)
     assert model.freeze_report.num_trainable == 2 * 5 + 6 + 1
@@ -98,6 +101,24 @@ def test_the_earlier_heads_of_a_cascade_are_only_run_once(monkeypatch):
     monkeypatch.setattr(first, "forward", lambda *args: calls.append(1) or type(first).forward(first, *args))
     model.loss(*batch())
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("config", [OCR, THREE], ids=["two heads", "three heads"])
+def test_the_loss_of_a_cascade_is_its_last_heads(config):
+    _, model, _ = handed_over(config)
+    images, targets = batch()
+    losses = model.loss(images, targets)
+    features = model.extract_feat(images)
+    scores = model.decode_head[0](features)
+    for head in list(model.decode_head)[1:]:
+        scores = head(features, scores)
+    upsampled = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear")
+    labels = torch.stack([sample.gt_sem_seg.data[0] for sample in targets])
+    rates = (1 / torch.tensor(COUNTS)) ** 0.2
+    expected = torch.nn.functional.cross_entropy(upsampled, labels, weight=rates, ignore_index=255)
+    name = f"decode_{len(config['decode_head']) - 1}"
+    assert {key for key in losses if "loss" in key} == {f"{name}.loss_grw"}
+    torch.testing.assert_close(losses[f"{name}.loss_grw"], expected)
 
 
 def test_nothing_is_downloaded_or_initialised():

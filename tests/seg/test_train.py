@@ -24,7 +24,7 @@ from disalign import load_class_counts
 from disalign.freezing import fingerprints
 from disalign_mmengine.cli import load_config
 
-from .runs import CALIBRATION, evaluate, load, log, train
+from .runs import CALIBRATION, evaluate, left_behind, load, log, train
 
 LAST = "iter_4.pth"
 MAGNITUDE, MARGIN = "decode_head.calibration.magnitude", "decode_head.calibration.margin"
@@ -425,3 +425,14 @@ def test_stage_two_trains_under_the_frameworks_amp(configs, stage_one, gpu_envir
     end = load(tmp_path / LAST)["state_dict"]
     assert all(tensor.isfinite().all() for tensor in end.values())
     assert not torch.equal(end[MAGNITUDE], torch.ones(150))
+
+
+def test_load_from_is_another_name_for_stage_one(configs, stage_one, tmp_path, capfd):
+    ends = []
+    for key in ("stage_one", "load_from"):
+        assert train(configs.plain, tmp_path / key, f"{key}={stage_one}", iterations=2) == 0
+        ends.append(load(tmp_path / key / "iter_2.pth")["state_dict"])
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+    assert train(configs.plain, tmp_path / "two", f"stage_one={stage_one}", "load_from=another.pth") == 2
+    assert "expected one stage-one checkpoint, got stage_one=" in capfd.readouterr().err
+    assert left_behind(tmp_path / "two") == []

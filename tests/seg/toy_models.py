@@ -54,6 +54,7 @@ OCR = {
         ),
     ],
 }
+THREE = {**OCR, "num_stages": 3, "decode_head": [*OCR["decode_head"], dict(OCR["decode_head"][-1])]}
 
 
 def stage_one(config=FCN):
