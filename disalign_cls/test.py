@@ -6,22 +6,11 @@ the work folder.
 
 import sys
 
-from disalign.cli import command
-from disalign_mmengine.cli import config_errors, load_config, parser, runner_arguments
+from disalign_mmengine.cli import command_to_test
 
-from .cli import build_runner
+from .cli import without_pretrained
 
-
-@command
-def main(argv=None):
-    args = runner_arguments(parser(__doc__, checkpoint="of the config's model")).parse_args(argv)
-    config = load_config(args.config, args.cfg_options)
-    config.load_from, config.stage_one = args.checkpoint, None
-    runner = build_runner(config, args)
-    with config_errors(config.filename):
-        _ = runner.test_loop
-    runner.test()
-
+main = command_to_test(__doc__, without_pretrained)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,21 +6,11 @@ stage one's figures beside its own.
 
 import sys
 
-from disalign.cli import command
-from disalign_mmengine.cli import load_config, parser, runner_arguments, train
+from disalign_mmengine.cli import command_to_train
 
-from .cli import build_runner
+from .cli import without_pretrained
 
-
-@command
-def main(argv=None):
-    arguments = runner_arguments(parser(__doc__))
-    arguments.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the work folder")
-    args = arguments.parse_args(argv)
-    config = load_config(args.config, args.cfg_options)
-    config.resume = args.resume or config.get("resume", False)
-    train(build_runner(config, args), config)
-
+main = command_to_train(__doc__, without_pretrained)
 
 if __name__ == "__main__":
     sys.exit(main())

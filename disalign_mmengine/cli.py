@@ -4,6 +4,7 @@ import argparse
 import errno
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from disalign import InputError
-from disalign.cli import config_errors, find_config
+from disalign.cli import command, config_errors, find_config
 from disalign.io import require_folder
 
 from .checkpoints import load_checkpoint
@@ -43,7 +44,54 @@ def parser(doc: str, **names: str) -> argparse.ArgumentParser:
     return result
 
 
-def runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParser:
+Adapt = Callable[[Config, argparse.Namespace], None]
+
+
+def command_to_train(doc: str, adapt: Adapt = lambda config, args: None) -> Callable:
+    """The ``main`` of a command that trains.
+
+    Args:
+        doc: its help.
+        adapt: called with the config and the parsed arguments before the Runner is built.
+    """
+
+    @command
+    def main(argv=None):
+        arguments = _runner_arguments(parser(doc))
+        arguments.add_argument("--resume", action="store_true", help="go on from the work folder's latest checkpoint")
+        arguments.add_argument("--amp", action="store_true", help="train with mixed precision")
+        args = arguments.parse_args(argv)
+        config = load_config(args.config, args.cfg_options)
+        config.resume = args.resume or config.get("resume", False)
+        if args.amp:
+            config.optim_wrapper.type = "AmpOptimWrapper"
+        adapt(config, args)
+        train(build_runner(config, args), config)
+
+    return main
+
+
+def command_to_test(doc: str, adapt: Adapt = lambda config, args: None, **switches: str) -> Callable:
+    """The ``main`` of a command that evaluates a checkpoint; ``switches`` are further options with their help."""
+
+    @command
+    def main(argv=None):
+        arguments = _runner_arguments(parser(doc, checkpoint="of the config's model"))
+        for name, text in switches.items():
+            arguments.add_argument(f"--{name}", action="store_true", help=text)
+        args = arguments.parse_args(argv)
+        config = load_config(args.config, args.cfg_options)
+        config.load_from, config.stage_one = args.checkpoint, None
+        adapt(config, args)
+        runner = build_runner(config, args)
+        with config_errors(config.filename):
+            _ = runner.test_loop
+        runner.test()
+
+    return main
+
+
+def _runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParser:
     result.add_argument("--work-dir", help="for logs, checkpoints and results; default: work_dirs/CONFIG'S NAME")
     result.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
     return result

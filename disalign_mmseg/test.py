@@ -7,28 +7,19 @@ work folder.
 import sys
 
 from disalign import InputError
-from disalign.cli import command
-from disalign_mmengine.cli import build_runner, config_errors, load_config, parser, runner_arguments
+from disalign_mmengine.cli import command_to_test
 
 
-@command
-def main(argv=None):
-    arguments = runner_arguments(parser(__doc__, checkpoint="of the config's model"))
-    arguments.add_argument("--tta", action="store_true", help="flip and multi-scale testing, by the config's tta_model")
-    args = arguments.parse_args(argv)
-    config = load_config(args.config, args.cfg_options)
-    config.load_from, config.stage_one = args.checkpoint, None
+def _adapt(config, args) -> None:
     config.setdefault("runner_type", "DisAlignSegRunner")  # reads stage one's own checkpoints safely too
     if args.tta:
         if not (config.get("tta_model") and config.get("tta_pipeline")):
             raise InputError("expected tta_model and tta_pipeline in the config for --tta, got none; test without it")
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = dict(config.tta_model, module=config.model)
-    runner = build_runner(config, args)
-    with config_errors(config.filename):
-        _ = runner.test_loop
-    runner.test()
 
+
+main = command_to_test(__doc__, _adapt, tta="flip and multi-scale testing, by the config's tta_model")
 
 if __name__ == "__main__":
     sys.exit(main())
