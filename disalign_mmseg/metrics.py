@@ -41,14 +41,11 @@ class LongTailIoUMetric(IoUMetric):
             the paper's 0.01 and 0.001.
         total_pixels: all pixels of the training set, unlabelled ones too, that the shares are of; default:
             ``"total_pixels"`` of the JSON file with the counts, or else the labelled ones, the sum of the counts.
-        ignore_index: label that is not evaluated.
         iou_metrics: ``"mIoU"``, ``"mDice"``, ``"mFscore"``; the figures of each are grouped in the same way.
-        nan_to_num: if given, a figure that is not available counts as this instead (mmseg's option).
-        beta: weight of the recall in ``"mFscore"``.
-        output_dir: folder for the predictions as PNG.
-        format_only: only write these, for a set without ground truth.
-        collect_device, collect_dir, prefix: see :class:`mmengine.evaluator.BaseMetric`.
         keep_results: set by ``mim test --out``; predictions in ``output_dir`` are always kept.
+        collect_dir: see :class:`mmengine.evaluator.BaseMetric`.
+        stock: other arguments of mmseg's ``IoUMetric`` (``ignore_index``, ``nan_to_num``, ``beta``, ``output_dir``,
+            ``format_only``, ``collect_device``, ``prefix``).
 
     Raises:
         InputError: an unknown argument or figure; thresholds out of order; counts of another number of classes than the
@@ -60,35 +57,21 @@ class LongTailIoUMetric(IoUMetric):
         class_counts=None,
         groups: str | Mapping[str, float] | None = None,
         total_pixels: float | None = None,
-        ignore_index: int = 255,
         iou_metrics=("mIoU",),
-        nan_to_num: float | None = None,
-        beta: int = 1,
-        output_dir: str | None = None,
-        format_only: bool = False,
-        collect_device: str = "cpu",
-        collect_dir: str | None = None,
-        prefix: str | None = None,
         keep_results: bool = False,
-        **unknown,
+        collect_dir: str | None = None,
+        **stock,
     ) -> None:
-        if unknown:
-            known = [name for name in inspect.signature(LongTailIoUMetric).parameters if name != "unknown"]
+        known = inspect.signature(IoUMetric).parameters.keys() - {"kwargs"}
+        if stock.keys() - known:  # IoUMetric would swallow them
+            ours = ("class_counts", "groups", "total_pixels", "keep_results", "collect_dir", *known)
             raise InputError(
-                f"expected arguments of LongTailIoUMetric among {some(known, len(known))}, got {some(unknown)}"
+                f"expected arguments of LongTailIoUMetric among {some(sorted(ours), len(ours))}, got "
+                f"{some(stock.keys() - known)}"
             )
-        if format_only and not output_dir:
+        if stock.get("format_only") and not stock.get("output_dir"):
             raise InputError("expected an output_dir with format_only, got none; give the folder for the predictions")
-        super().__init__(
-            ignore_index=ignore_index,
-            iou_metrics=_checked_figures(iou_metrics),
-            nan_to_num=nan_to_num,
-            beta=beta,
-            collect_device=collect_device,
-            output_dir=output_dir,
-            format_only=format_only,
-            prefix=prefix,
-        )
+        super().__init__(iou_metrics=_checked_figures(iou_metrics), **stock)
         self.collect_dir = collect_dir
         if groups is None:
             groups = "ade20k" if isinstance(class_counts, str) and class_counts == "ade20k" else THRESHOLDS

@@ -363,7 +363,7 @@ def test_its_name_is_in_the_registry():
     [
         (
             dict(iou_metric=["mIoU"], tails=1),
-            r"arguments of LongTailIoUMetric among class_counts, .*keep_results, got .*tails",
+            r"arguments of LongTailIoUMetric among beta, .*keep_results.*, got .*tails",
         ),
         (dict(iou_metrics=["mAP"]), "iou_metrics among mIoU, mDice, mFscore, got mAP"),
         (dict(iou_metrics=[]), "got none"),
