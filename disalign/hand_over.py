@@ -107,7 +107,7 @@ class HandOver:
 
 def load_stage_one(
     model: nn.Module,
-    checkpoint: str | os.PathLike | Mapping,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     *,
     ignorable: Iterable[str] = (),
     name: str | None = None,

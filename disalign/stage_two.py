@@ -1,8 +1,9 @@
 """What every host asks of a run of stage two, from its first step to its last."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from .freezing import FreezeReport, fingerprints, freeze_except, frozen_tensors,
 from .hand_over import state_dict_of
 from .io import load_file
 from .losses import GRWCrossEntropyLoss
-from .modules import AdaptiveCalibration
+from .modules import AdaptiveCalibration, Model
 
 
 def calibrations(model: nn.Module) -> dict[str, AdaptiveCalibration]:
@@ -47,7 +48,7 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
 
 
 @contextmanager
-def at_identity(model: nn.Module) -> Iterator[nn.Module]:
+def at_identity(model: Model) -> Iterator[Model]:
     """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
     modules = calibrations(model).values()
     saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
@@ -78,7 +79,7 @@ def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module
             group["weight_decay"] = 0.0
 
 
-def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict, list]]:
+def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
     magnitudes = {id(module.magnitude) for module in calibrations(model).values()}
     groups = ((group, [one for one in group["params"] if id(one) in magnitudes]) for group in optimizer.param_groups)
     return [(group, found) for group, found in groups if found and group.get("weight_decay")]
@@ -136,11 +137,11 @@ class StageTwoRun:
 
 
 def require_own_folder(
-    folder: str | os.PathLike,
-    checkpoints: Iterable[str | os.PathLike],
+    folder: str | os.PathLike[str],
+    checkpoints: Iterable[str | os.PathLike[str]],
     calibrated: bool,
     option: str,
-    load: Callable[[str], Mapping] = load_file,
+    load: Callable[[str], Any] = load_file,
 ) -> None:
     """Refuse a folder for a new run whose checkpoints would replace those of the other stage.
 
