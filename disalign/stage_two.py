@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -39,6 +41,9 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
         model: with calibrations.
         held: see :func:`disalign.freeze_except`.
 
+    Returns:
+        What trains.
+
     Raises:
         InputError: the model has no calibration.
     """
@@ -70,19 +75,21 @@ def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module
 
     To be called before a scheduler is built over the optimizer's groups.
     """
-    for group, magnitudes in _decaying(optimizer, model):
-        others = [one for one in group["params"] if not any(one is magnitude for magnitude in magnitudes)]
-        if others:
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": magnitudes, "weight_decay": 0.0})
+    for group, chosen in _decaying(optimizer, model):
+        keys = [key for key in ("params", "param_names") if key in group]
+        apart = {key: list(compress(group[key], chosen)) for key in keys}
+        group.update({key: list(compress(group[key], map(not_, chosen))) for key in keys})
+        if group["params"]:
+            optimizer.add_param_group({**group, **apart, "weight_decay": 0.0})
         else:
-            group["weight_decay"] = 0.0
+            group.update(apart, weight_decay=0.0)
 
 
-def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict[str, Any], list[bool]]]:
+    """The groups with weight decay on a magnitude, and which of their parameters are one."""
     magnitudes = {id(module.magnitude) for module in calibrations(model).values()}
-    groups = ((group, [one for one in group["params"] if id(one) in magnitudes]) for group in optimizer.param_groups)
-    return [(group, found) for group, found in groups if found and group.get("weight_decay")]
+    groups = [(group, [id(one) in magnitudes for one in group["params"]]) for group in optimizer.param_groups]
+    return [(group, chosen) for group, chosen in groups if any(chosen) and group.get("weight_decay")]
 
 
 class StageTwoRun:
