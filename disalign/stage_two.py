@@ -76,7 +76,7 @@ def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module
     To be called before a scheduler is built over the optimizer's groups.
     """
     for group, chosen in _decaying(optimizer, model):
-        keys = [key for key in ("params", "param_names") if key in group]
+        keys: list[str] = [key for key in ("params", "param_names") if key in group]
         apart = {key: list(compress(group[key], chosen)) for key in keys}
         group.update({key: list(compress(group[key], map(not_, chosen))) for key in keys})
         if group["params"]:
