@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["disalign", "disalign.*", "disalign_*"]), "disalign_configs"],
     # The shipped configs are data of a package of their own, found by name after installation.
     package_dir={"disalign_configs": "configs"},
-    package_data={"disalign": ["data/*.json"], "disalign_configs": ["**/*.py", "**/*.yaml"]},
+    package_data={"disalign": ["data/*.json", "py.typed"], "disalign_configs": ["**/*.py", "**/*.yaml"]},
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         "cls": CLS,

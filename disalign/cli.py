@@ -3,21 +3,24 @@
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
+from typing import ParamSpec
 
 from .errors import InputError, first_line, in_user_code
 
+P = ParamSpec("P")
 
-def command(main: Callable[[Sequence[str] | None], object]) -> Callable[[Sequence[str] | None], int]:
+
+def command(main: Callable[P, object]) -> Callable[P, int]:
     """Turn :class:`disalign.InputError` into one sentence on stderr and exit status 2, and Ctrl-C into 130."""
 
     @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            main(argv)
+            main(*args, **kwargs)
         except InputError as error:
             print(f"error: {sentence_of(error)}", file=sys.stderr)
             return 2
@@ -70,7 +73,7 @@ def shipped_configs() -> Path:
     checkout = Path(__file__).parent.parent
     if (checkout / "setup.py").is_file():
         return checkout / "configs"
-    return Path(next(iter(find_spec("disalign_configs").submodule_search_locations)))
+    return Path(next(iter(import_module("disalign_configs").__path__)))
 
 
 def find_config(path: str) -> str:

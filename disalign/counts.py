@@ -3,14 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .errors import InputError, some
+
+#: What :func:`load_class_counts` takes.
+ClassCounts = Tensor | npt.NDArray[Any] | Sequence[float] | Mapping[Any, float] | str | os.PathLike[str]
 
 #: Benchmarks whose counts are shipped (``disalign/data/NAME.json``, with their source).
 BUNDLED = ("imagenet_lt", "inaturalist2018", "places_lt", "lvis_v0.5", "lvis_v1", "ade20k")
@@ -18,7 +23,7 @@ BUNDLED = ("imagenet_lt", "inaturalist2018", "places_lt", "lvis_v0.5", "lvis_v1"
 _UNIT_KEYS = {None: "train_counts", "images": "image_counts"}
 
 
-def load_class_counts(source, unit: str | None = None) -> Tensor:
+def load_class_counts(source: ClassCounts, unit: str | None = None) -> Tensor:
     """Training examples per class, index = contiguous label.
 
     Args:
@@ -36,15 +41,15 @@ def load_class_counts(source, unit: str | None = None) -> Tensor:
             >= 0.
     """
     if isinstance(source, (str, os.PathLike)):
-        source = _read(source, unit)
+        counts = _read(source, unit)
     elif unit is not None:
         raise InputError(f"expected a unit only for a file or a bundled name, got {unit!r} for {type(source).__name__}")
-    if isinstance(source, Mapping):
-        return _from_values(_in_label_order(source))
-    return _from_values(source)
+    else:
+        counts = source
+    return _from_values(_in_label_order(counts) if isinstance(counts, Mapping) else counts)
 
 
-def bundled(name: str) -> dict:
+def bundled(name: str) -> dict[str, Any]:
     """The whole shipped record of a benchmark: counts, class names, unit and source (facts; see docs/datasets.md).
 
     Raises:
@@ -52,38 +57,41 @@ def bundled(name: str) -> dict:
     """
     if name not in BUNDLED:
         raise InputError(f"expected a bundled name among {some(BUNDLED, 10)}, got {name!r}")
-    return json.loads(resources.files("disalign").joinpath("data", f"{name}.json").read_text())
+    record: dict[str, Any] = json.loads(resources.files("disalign").joinpath("data", f"{name}.json").read_text())
+    return record
 
 
-def _read(source, unit):
-    if source in BUNDLED:
+def _read(source: str | os.PathLike[str], unit: str | None) -> Any:
+    path = os.fspath(source)
+    record: Any
+    if isinstance(source, str) and source in BUNDLED:
         record = bundled(source)
     else:
         try:
-            with open(source, encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file:
                 text = file.read()
             is_table = text.split("\t", 1)[0].strip() == "Idx"
             record = None if is_table else json.loads(text)
         except FileNotFoundError:
             raise InputError(
-                f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {os.fspath(source)!r}, and "
+                f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {path!r}, and "
                 "there is no such file"
             ) from None
         except (OSError, ValueError) as error:
-            raise InputError(f"expected class counts as JSON in {os.fspath(source)!r}, but: {error}") from None
+            raise InputError(f"expected class counts as JSON in {path!r}, but: {error}") from None
         if is_table:
-            record = _object_info(text, os.fspath(source))
+            record = _object_info(text, path)
     if unit not in _UNIT_KEYS:
         raise InputError(f"expected unit None or 'images', got {unit!r}")
     key = _UNIT_KEYS[unit]
     if isinstance(record, dict) and key in record:
         return record[key]
     if unit is not None:
-        raise InputError(f"expected {key!r} in {os.fspath(source)!r}, which counts only one unit; ask for that one")
+        raise InputError(f"expected {key!r} in {path!r}, which counts only one unit; ask for that one")
     return record
 
 
-def _object_info(text, path):
+def _object_info(text: str, path: str) -> dict[str, list[int]]:
     """ADE20K's table of its classes: tab separated, with a header, and spaces after some fields."""
     header, *rows = ([field.strip() for field in line.split("\t")] for line in text.splitlines() if line.strip())
     try:
@@ -101,7 +109,7 @@ def _object_info(text, path):
     return {"train_counts": [int(share.replace(".", "")) for share in shares], "image_counts": images}
 
 
-def _in_label_order(mapping):
+def _in_label_order(mapping: Mapping[Any, Any]) -> list[Any]:
     try:
         by_label = {int(label): count for label, count in mapping.items()}
     except (TypeError, ValueError):
@@ -115,7 +123,7 @@ def _in_label_order(mapping):
     return [by_label[label] for label in range(len(by_label))]
 
 
-def _from_values(values):
+def _from_values(values: Any) -> Tensor:
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     except (TypeError, ValueError):

@@ -52,7 +52,7 @@ def fold_tensors(
     offset = precise.new_zeros(outputs) if bias is None else bias.detach().double()
     magnitude, margin = magnitude.detach().double(), margin.detach().double()
 
-    def fold(columns, added):
+    def fold(columns: Tensor, added: Tensor) -> Tensor:
         # The d weights of each class are d samples' scores of it; a weight takes no margin, the bias does.
         return calibrate(columns, columns.new_ones(len(columns), 1), magnitude, added, passthrough)
 
@@ -94,18 +94,18 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
             "expected a calibration with confidence 'one' to fold, got a learnt one, which blends by the input as no "
             "stock layer does; export the model instead (TorchScript, ONNX)"
         )
-    cosine = isinstance(classifier, CalibratedCosineClassifier)
     width = classifier.in_features
     weight, bias = fold_tensors(
         classifier.weight,
-        None if cosine else classifier.bias,
+        classifier.bias if isinstance(classifier, CalibratedLinear) else None,
         calibration.magnitude,
         calibration.margin,
         calibration.passthrough,
-        scale=classifier.scale.detach().double() / width**0.5 if cosine else None,
+        scale=classifier.scale.detach().double() / width**0.5 if isinstance(classifier, CosineClassifier) else None,
     )
+    cosine = isinstance(classifier, CosineClassifier)
     stock = stock_cosine(width, len(weight)) if cosine else nn.Linear(width, len(weight))
-    linear = stock[1] if cosine else stock
+    linear = stock[1] if isinstance(stock, nn.Sequential) else stock
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     return stock.train(classifier.training)
 
@@ -114,7 +114,7 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
 EPS = 1e-20
 
 
-def stock_cosine(width: int, outputs: int) -> nn.Module:
+def stock_cosine(width: int, outputs: int) -> nn.Sequential:
     """Where a folded cosine classifier's weight and bias belong: stock torch, features (N, d) -> scores (N, K)."""
     return nn.Sequential(nn.RMSNorm(width, eps=EPS, elementwise_affine=False), nn.Linear(width, outputs))
 

@@ -56,7 +56,7 @@ def calibrate(
     return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
 
 
-def _check_shapes(logits, confidence, magnitude, margin, k):
+def _check_shapes(logits: Tensor, confidence: Tensor, magnitude: Tensor, margin: Tensor, k: int) -> None:
     if magnitude.shape != (k,) or margin.shape != (k,):
         raise InputError(
             f"expected magnitude and margin of length {k} for logits of shape {tuple(logits.shape)}, got "

@@ -107,7 +107,7 @@ class HandOver:
 
 def load_stage_one(
     model: nn.Module,
-    checkpoint: str | os.PathLike | Mapping,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     name: str | None = None,
 ) -> HandOver:
     """Load a stage-one checkpoint into a stage-two model, completely or not at all.
@@ -124,7 +124,7 @@ def load_stage_one(
 
     Raises:
         InputError: a frozen tensor is missing, mis-shaped, or not finite; a calibration in the checkpoint; or a key
-            that the model does not know. The model is then unchanged.
+            that the model does not know; or a model that is not frozen. The model is then unchanged.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         name = os.fspath(checkpoint)
@@ -132,11 +132,12 @@ def load_stage_one(
     where = f" in {name!r}" if name else ""
     source = state_dict_of(checkpoint)
     target = model.state_dict()
-    new = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    new = {key for key, parameter in parameters.items() if parameter.requires_grad}
     frozen = {key: tensor for key, tensor in target.items() if key not in new}
 
-    if not frozen:
-        raise InputError("expected a model with frozen tensors, but all of its tensors train; call freeze_except first")
+    if len(new) == len(parameters):
+        raise InputError("expected a frozen model, but all of its parameters train; call freeze_except first")
     calibrated = sorted(new & set(source))
     if calibrated:
         raise InputError(

@@ -1,12 +1,13 @@
 """The generalized re-weighted loss as a module."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .counts import load_class_counts
+from .counts import ClassCounts, load_class_counts
 from .errors import InputError
 from .functional import REDUCTIONS, generalized_reweight, grw_cross_entropy, grw_denominator
 
@@ -36,7 +37,7 @@ class GRWCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        class_counts=None,
+        class_counts: ClassCounts | None = None,
         rho: float = 1.2,
         *,
         reduction: str = "weighted_mean",
@@ -59,11 +60,12 @@ class GRWCrossEntropyLoss(nn.Module):
         self.sync = sync
         self.background_weight = background_weight
         self.class_counts: Tensor | None = None
+        self.weight: Tensor  # None until the counts are known
         self.register_buffer("weight", None, persistent=False)
         if class_counts is not None:
             self.set_class_counts(class_counts)
 
-    def set_class_counts(self, class_counts) -> None:
+    def set_class_counts(self, class_counts: ClassCounts) -> None:
         """Compute the weights from anything :func:`disalign.load_class_counts` takes."""
         counts = load_class_counts(class_counts)
         weight = generalized_reweight(counts, self.rho, self.normalize, self.zero_count)
@@ -72,7 +74,7 @@ class GRWCrossEntropyLoss(nn.Module):
         self.class_counts = counts
         self.weight = weight if self.weight is None else weight.to(self.weight.device)
 
-    def metadata(self) -> dict:
+    def metadata(self) -> dict[str, Any]:
         """Plain values to keep beside a checkpoint: the counts and how they became weights."""
         return {
             "class_counts": None if self.class_counts is None else self.class_counts.tolist(),

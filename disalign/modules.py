@@ -1,15 +1,19 @@
 """The trainable parts of stage two, and how any classifier gets them."""
 
 import functools
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .counts import ClassCounts
 from .errors import InputError, some
 from .freezing import freeze_except
 from .functional import calibrate
 from .losses import GRWCrossEntropyLoss
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class AdaptiveCalibration(nn.Module):
@@ -49,14 +53,16 @@ class AdaptiveCalibration(nn.Module):
             raise InputError("expected magnitude or margin to be learnt, got neither; switch one of them on")
         self.num_classes = num_classes
         self.passthrough = passthrough
+        self.magnitude: Tensor
+        self.margin: Tensor
         self._register("magnitude", torch.ones(num_classes), learn_magnitude)
         self._register("margin", torch.zeros(num_classes), learn_margin)
-        self.confidence: nn.Module | None = None
+        self.confidence: nn.Linear | nn.Conv2d | None = None
         if confidence == "learnt":
-            layer = (nn.Conv2d, feature_dim, 1, 1) if spatial else (nn.Linear, feature_dim, 1)
-            self.confidence = nn.utils.skip_init(*layer)
-            nn.init.zeros_(self.confidence.weight)
-            nn.init.zeros_(self.confidence.bias)
+            shape = (nn.Conv2d, feature_dim, 1, 1) if spatial else (nn.Linear, feature_dim, 1)
+            self.confidence = layer = nn.utils.skip_init(*shape)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self._last_confidence: Tensor | None = None
 
     def _register(self, name: str, start: Tensor, learnt: bool) -> None:
@@ -131,6 +137,7 @@ class CosineClassifier(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, feature_dim))
         # Rows of norm 1: the gradient grows with scale / norm, and a start near 0 makes the first steps diverge.
         nn.init.normal_(self.weight, std=feature_dim**-0.5)
+        self.scale: Tensor
         start = torch.tensor(float(scale))
         if learn_scale:
             self.scale = nn.Parameter(start)
@@ -157,16 +164,19 @@ class CosineClassifier(nn.Module):
         return f"feature_dim={self.in_features}, num_classes={self.out_features}"
 
 
-class Calibrated:
+class Calibrated(nn.Module):
     """Mixin before a classifier class: the same parameters under the same names, and a ``calibration`` on top.
 
     For a classifier of your own: ``class Mine(Calibrated, MyClassifier)`` and ``CALIBRATED[MyClassifier] = Mine``; it
     needs ``in_features``, ``out_features``, ``weight``, and a forward from features (N, d) to scores (N, K).
     """
 
+    if TYPE_CHECKING:  # TorchScript reads annotations of a class, and knows no modules in them
+        calibration: AdaptiveCalibration
+
     def stage_one(self, features: Tensor) -> Tensor:
         """Stage one's scores; to be overridden without ``super()`` where TorchScript must read it."""
-        return super().forward(features)
+        return cast(Tensor, super().forward(features))
 
     def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Stage one's scores and the calibrated ones, each (N, K)."""
@@ -195,25 +205,28 @@ class CalibratedCosineClassifier(Calibrated, CosineClassifier):
 
 #: Classifier -> its calibrated form; :func:`calibrate_classifier` looks here. A subclass of these (timm's Linear) needs
 #: no entry.
-CALIBRATED = {nn.Linear: CalibratedLinear, CosineClassifier: CalibratedCosineClassifier}
+CALIBRATED: dict[type[nn.Module], type[Calibrated]] = {
+    nn.Linear: CalibratedLinear,
+    CosineClassifier: CalibratedCosineClassifier,
+}
 
 
 @functools.cache
-def _subclass_of(kind: type) -> type:
+def _subclass_of(kind: type[nn.Module]) -> type[Calibrated]:
     # First Calibrated, then the class itself: stage one's scores are those of its own forward.
     return type(f"Calibrated{kind.__name__}", (Calibrated, kind), {"__module__": kind.__module__})
 
 
-def calibrated_form(kind: type) -> type | None:
+def calibrated_form(kind: type[nn.Module]) -> type[Calibrated] | None:
     """The class of a classifier's stage two; None for what is no classifier, or calibrated already."""
     if kind in CALIBRATED:
         return CALIBRATED[kind]
     if issubclass(kind, tuple(CALIBRATED)) and not issubclass(kind, Calibrated):
-        return _subclass_of(kind)
+        return _subclass_of(kind)  # type: ignore[arg-type]  # mypy does not know that classes are hashable
     return None
 
 
-def calibrate_classifier(classifier: nn.Module, **options) -> nn.Module:
+def calibrate_classifier(classifier: nn.Module, **options: Any) -> Calibrated:
     """Put a calibration on a classifier, in place; its parameters keep their identity and their names.
 
     Args:
@@ -233,11 +246,12 @@ def calibrate_classifier(classifier: nn.Module, **options) -> nn.Module:
             f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, not yet calibrated, got "
             f"{type(classifier).__name__}; for your own, see disalign.Calibrated"
         )
-    num_classes = classifier.out_features - options.get("passthrough", 0)
-    calibration = AdaptiveCalibration(num_classes, classifier.in_features, **options)
+    linear = cast(nn.Linear, classifier)  # or with the same attributes
+    num_classes = linear.out_features - options.get("passthrough", 0)
+    calibration = AdaptiveCalibration(num_classes, linear.in_features, **options).to(linear.weight.device)
     classifier.__class__ = calibrated
-    classifier.calibration = calibration.to(classifier.weight.device)
-    return classifier
+    classifier.calibration = calibration
+    return cast(Calibrated, classifier)
 
 
 def find_classifier(model: nn.Module, num_classes: int) -> str:
@@ -246,7 +260,7 @@ def find_classifier(model: nn.Module, num_classes: int) -> str:
     Raises:
         InputError: none or several fit.
     """
-    fitting = [
+    fitting: list[str] = [
         name
         for name, module in model.named_modules()
         if calibrated_form(type(module)) and module.out_features == num_classes
@@ -260,13 +274,13 @@ def find_classifier(model: nn.Module, num_classes: int) -> str:
 
 
 def wrap_classifier(
-    model: nn.Module,
-    class_counts,
+    model: Model,
+    class_counts: ClassCounts,
     rho: float = 1.2,
     classifier: str | None = None,
     reduction: str = "weighted_mean",
-    **options,
-) -> tuple[nn.Module, GRWCrossEntropyLoss]:
+    **options: Any,
+) -> tuple[Model, GRWCrossEntropyLoss]:
     """Turn any trained classifier into its stage two, in place: calibrate its last layer and freeze the rest.
 
     Args:
@@ -284,7 +298,7 @@ def wrap_classifier(
         InputError: the classifier is not found, is of another type, or does not fit the counts.
     """
     loss = GRWCrossEntropyLoss(class_counts, rho, reduction=reduction)
-    outputs = len(loss.class_counts)
+    outputs = len(loss.weight)
     name = find_classifier(model, outputs) if classifier is None else classifier
     try:
         layer = model.get_submodule(name)

@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Figures = Mapping[str, float | None]
+PerClass = Mapping[str, Sequence[Any]]
 
 
 def report(
     figures: Figures,
     stage_one: Figures | None = None,
     *,
-    per_class: Mapping[str, Sequence] | None = None,
-    stage_one_per_class: Mapping[str, Sequence] | None = None,
+    per_class: PerClass | None = None,
+    stage_one_per_class: PerClass | None = None,
     **facts: Any,
-) -> dict:
+) -> dict[str, Any]:
     """An evaluation's figures, with stage one's on the same data beside them, ready for JSON.
 
     Args:
@@ -28,13 +29,13 @@ def report(
         entries that are not given.
     """
 
-    def evaluated(figures: Figures, per_class: Mapping[str, Sequence] | None) -> dict:
+    def evaluated(figures: Figures, per_class: PerClass | None) -> dict[str, Any]:
         return {"figures": dict(figures)} | ({} if per_class is None else {"per_class": dict(per_class)})
 
     content = {**facts, "unit": "percent", **evaluated(figures, per_class)}
     if stage_one is not None:
         content["stage_one"] = evaluated(stage_one, stage_one_per_class)
-    return without_nan(content)
+    return {key: without_nan(value) for key, value in content.items()}
 
 
 def without_nan(value: Any) -> Any:
@@ -46,7 +47,7 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def table(content: Mapping, columns: Mapping[str, str] | Sequence[str] = ()) -> str:
+def table(content: Mapping[str, Any], columns: Mapping[str, str] | Sequence[str] = ()) -> str:
     """A :func:`report` as text: its figures in one row, or stage one, DisAlign and the gain in points.
 
     Args:

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .counts import load_class_counts
+from .counts import ClassCounts, load_class_counts
 from .errors import InputError
 
 Groups = dict[str, Tensor]
 
 
-def many_medium_few(class_counts, many: float = 100, few: float = 20) -> Groups:
+def many_medium_few(class_counts: ClassCounts, many: float = 100, few: float = 20) -> Groups:
     """Classification's groups: many > 100 training images, medium 20-100, few < 20 (Sec. 4.1, after OLTR).
 
     Args:
@@ -25,7 +27,12 @@ def many_medium_few(class_counts, many: float = 100, few: float = 20) -> Groups:
     return _three_groups(load_class_counts(class_counts), ("many", "medium", "few"), above=many, least=few)
 
 
-def head_body_tail(class_counts, head: float = 0.01, tail: float = 0.001, total: float | None = None) -> Groups:
+def head_body_tail(
+    class_counts: Sequence[float] | npt.NDArray[Any] | Tensor,
+    head: float = 0.01,
+    tail: float = 0.001,
+    total: float | None = None,
+) -> Groups:
     """Segmentation's groups by share of all pixels: head > 1 %, body > 0.1 %, tail <= 0.1 % (Sec. 4.2).
 
     Args:
@@ -44,7 +51,7 @@ def head_body_tail(class_counts, head: float = 0.01, tail: float = 0.001, total:
     return {"head": shares > head, "body": (shares > tail) & (shares <= head), "tail": shares <= tail}
 
 
-def frequent_common_rare(image_counts, frequent: float = 100, rare: float = 10) -> Groups:
+def frequent_common_rare(image_counts: ClassCounts, frequent: float = 100, rare: float = 10) -> Groups:
     """LVIS's own groups by number of training images: f > 100, c 11-100, r <= 10.
 
     Args:
@@ -58,7 +65,7 @@ def frequent_common_rare(image_counts, frequent: float = 100, rare: float = 10) 
     return _three_groups(counts, ("f", "c", "r"), above=frequent, least=math.floor(rare) + 1)
 
 
-def _three_groups(counts, names, above, least):
+def _three_groups(counts: Tensor, names: tuple[str, str, str], above: float, least: float) -> Groups:
     if least > above:
         raise InputError(f"expected the lower threshold at or below the upper, got {least} and {above}")
     return dict(zip(names, (counts > above, (counts >= least) & (counts <= above), counts < least), strict=True))
@@ -75,7 +82,7 @@ def group_means(values: Sequence[float] | Tensor, groups: Mapping[str, Tensor]) 
         Name -> mean, or ``None`` for a group without any evaluated class: not available, never 0.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
-    means = {}
+    means: dict[str, float | None] = {}
     for name, members in groups.items():
         if members.shape != values.shape:
             raise InputError(f"expected {values.numel()} classes in group {name!r}, got {members.numel()}")

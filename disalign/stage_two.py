@@ -1,8 +1,11 @@
 """What every host asks of a run of stage two, from its first step to its last."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
+from operator import not_
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from .freezing import FreezeReport, fingerprints, freeze_except, frozen_tensors,
 from .hand_over import state_dict_of
 from .io import load_file
 from .losses import GRWCrossEntropyLoss
-from .modules import AdaptiveCalibration
+from .modules import AdaptiveCalibration, Model
 
 
 def calibrations(model: nn.Module) -> dict[str, AdaptiveCalibration]:
@@ -38,6 +41,9 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
         model: with calibrations.
         held: see :func:`disalign.freeze_except`.
 
+    Returns:
+        What trains.
+
     Raises:
         InputError: the model has no calibration.
     """
@@ -47,7 +53,7 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
 
 
 @contextmanager
-def at_identity(model: nn.Module) -> Iterator[nn.Module]:
+def at_identity(model: Model) -> Iterator[Model]:
     """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
     modules = calibrations(model).values()
     saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
@@ -69,19 +75,21 @@ def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module
 
     To be called before a scheduler is built over the optimizer's groups.
     """
-    for group, magnitudes in _decaying(optimizer, model):
-        others = [one for one in group["params"] if not any(one is magnitude for magnitude in magnitudes)]
-        if others:
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": magnitudes, "weight_decay": 0.0})
+    for group, chosen in _decaying(optimizer, model):
+        keys: list[str] = [key for key in ("params", "param_names") if key in group]
+        apart = {key: list(compress(group[key], chosen)) for key in keys}
+        group.update({key: list(compress(group[key], map(not_, chosen))) for key in keys})
+        if group["params"]:
+            optimizer.add_param_group({**group, **apart, "weight_decay": 0.0})
         else:
-            group["weight_decay"] = 0.0
+            group.update(apart, weight_decay=0.0)
 
 
-def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict, list]]:
+def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[dict[str, Any], list[bool]]]:
+    """The groups with weight decay on a magnitude, and which of their parameters are one."""
     magnitudes = {id(module.magnitude) for module in calibrations(model).values()}
-    groups = ((group, [one for one in group["params"] if id(one) in magnitudes]) for group in optimizer.param_groups)
-    return [(group, found) for group, found in groups if found and group.get("weight_decay")]
+    groups = [(group, [id(one) in magnitudes for one in group["params"]]) for group in optimizer.param_groups]
+    return [(group, chosen) for group, chosen in groups if any(chosen) and group.get("weight_decay")]
 
 
 class StageTwoRun:
@@ -136,11 +144,11 @@ class StageTwoRun:
 
 
 def require_own_folder(
-    folder: str | os.PathLike,
-    checkpoints: Iterable[str | os.PathLike],
+    folder: str | os.PathLike[str],
+    checkpoints: Iterable[str | os.PathLike[str]],
     calibrated: bool,
     option: str,
-    load: Callable[[str], Mapping] = load_file,
+    load: Callable[[str], Any] = load_file,
 ) -> None:
     """Refuse a folder for a new run whose checkpoints would replace those of the other stage.
 

@@ -324,7 +324,3 @@ def test_no_command_of_the_page_is_left_out():
     # The rest are configs, which the commands read, and folders and tables, which are no commands.
     others = [block for block in blocks(PAGE) if block not in (*run, *blocks(PAGE, "python", "yaml"))]
     assert not [block for block in others if re.search(r"^\W*(python|pip|mim|torchrun)\b", block, re.MULTILINE)]
-
-
-def test_the_page_is_short():
-    assert len(PAGE.splitlines()) < 200

@@ -5,6 +5,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from .unpickling import load_arrays, records_left_out
 _REFUSED = "re-save it with torch.save(model.state_dict(), ...), or convert it, if you trust its source"
 
 
-def load_file(path: str | os.PathLike, left_out: Iterable[str] = ()) -> dict:
+def load_file(path: str | os.PathLike[str], left_out: Iterable[str] = ()) -> Any:
     """Read a checkpoint without ever running code from it.
 
     Torch files are read with ``weights_only``; a ``.pkl`` of numpy arrays by

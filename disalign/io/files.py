@@ -11,7 +11,7 @@ from typing import IO, Any
 from ..errors import InputError, first_line
 
 
-def read_json(path: str | os.PathLike, what: str) -> Any:
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
     """The content of a JSON file.
 
     Args:
@@ -32,7 +32,7 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears under ``path`` only once it is whole: written beside it, then renamed.
 
     Raises:
@@ -67,7 +67,7 @@ def _umask() -> int:
     return umask
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write JSON (NaN refused), whole or not at all."""
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_file(path, "w") as file:
@@ -87,7 +87,7 @@ def missing_files(paths: Sequence[str]) -> list[str]:
     return absent
 
 
-def require_folder(path: str | os.PathLike) -> None:
+def require_folder(path: str | os.PathLike[str]) -> None:
     """Refuse, before the work, a folder that its results could not be written to. Nothing is made, nothing left.
 
     Raises:
@@ -110,7 +110,9 @@ def _require_room(path: str, place: str) -> None:
         ) from None
 
 
-def require_place(path: str | os.PathLike, reads: Iterable[str | os.PathLike] = (), option: str = "--out") -> None:
+def require_place(
+    path: str | os.PathLike[str], reads: Iterable[str | os.PathLike[str]] = (), option: str = "--out"
+) -> None:
     """Refuse, before the work, a file that its result could not be written to, or that the work itself reads.
 
     Raises:

@@ -7,9 +7,9 @@ dtype takes flags from the file that make it follow numbers as pointers.
 """
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ import torch
 class _Dtype:
     """For ``numpy.dtype``: the code and the byte order of a plain number, nothing else from the file."""
 
-    def __init__(self, code, *_):
+    def __init__(self, code: Any, *_: Any) -> None:
         self.dtype = np.dtype(code if isinstance(code, str) else "O")
         if self.dtype.kind not in "biufc":
             raise pickle.UnpicklingError(f"it holds an array of {self.dtype}")
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
@@ -31,32 +31,32 @@ class _Dtype:
 class _Array:
     """For ``numpy.ndarray``, built from its bytes."""
 
-    def __init__(self, *_):
-        self.array = None
+    def __init__(self, *_: Any) -> None:
+        self.array: Any = None
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         self.array = _from_buffer(data, dtype, shape, "F" if fortran else "C").array
 
 
-def _from_buffer(data, dtype, shape, order):
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     whole = _Array()
     data = data.encode("latin1") if isinstance(data, str) else data
     whole.array = np.frombuffer(data, dtype.dtype).reshape(shape, order=order).astype(dtype.dtype.newbyteorder("="))
     return whole
 
 
-def _scalar(dtype, data):
+def _scalar(dtype: Any, data: Any) -> Any:
     return _from_buffer(data, dtype, (), "C").array.item()
 
 
-def _encode(text, encoding):
+def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it holds text to encode as {encoding!r}")
     return text.encode("latin1")
 
 
-def _no_bytes():
+def _no_bytes() -> bytes:
     """Protocol 2 writes ``b""`` as a call of ``bytes``."""
     return b""
 
@@ -66,18 +66,18 @@ class _Call:
 
     __slots__ = ("_function",)
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments)
 
-    def __setstate__(self, _):
+    def __setstate__(self, _: Any) -> None:
         raise pickle.UnpicklingError("it alters what it is read with")
 
 
 class _Unpickler(pickle.Unpickler):
-    stand_ins = {
+    stand_ins: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
@@ -89,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
         ("__builtin__", "bytes"): _Call(_no_bytes),
     }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         try:
             return self.stand_ins[module.replace("numpy.core", "numpy._core"), name]
         except KeyError:
@@ -108,13 +108,13 @@ def load_arrays(file: BinaryIO) -> Any:
     return _as_tensors(_Unpickler(file, encoding="latin1").load())
 
 
-def _as_tensors(value, done=None):
+def _as_tensors(value: Any, done: dict[int, tuple[Any, Any]] | None = None) -> Any:
     # What a file holds many times over is turned once: a few bytes can nest beyond all memory.
     done = {} if done is None else done
     if id(value) in done:
         return done[id(value)][1]
     if isinstance(value, _Array):
-        turned = torch.from_numpy(value.array)
+        turned: Any = torch.from_numpy(value.array)
     elif isinstance(value, Mapping):
         turned = {key: _as_tensors(item, done) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
@@ -128,13 +128,13 @@ def _as_tensors(value, done=None):
 class _Dropped:
     """Stands in for an object that nobody needs: built from anything, it keeps nothing."""
 
-    def __new__(cls, *_):
+    def __new__(cls, *_: Any) -> Self:
         return super().__new__(cls)
 
-    def __init__(self, *_):
+    def __init__(self, *_: Any) -> None:
         pass
 
-    def __setstate__(self, _):
+    def __setstate__(self, _: Any) -> None:
         pass
 
 
@@ -164,6 +164,6 @@ def records_left_out(names: Iterable[str]) -> Iterator[None]:
         names: full names of classes (a framework's log buffers); if there are any, a script's arguments and numpy's
             scalars are left out too. Without names nothing changes.
     """
-    records = [(_Dropped, name) for name in (*names, *_RECORDS)] if names else []
+    records: list[Any] = [(_Dropped, name) for name in (*names, *_RECORDS)] if names else []
     with torch.serialization.safe_globals(records):
         yield

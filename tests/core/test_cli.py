@@ -1,9 +1,12 @@
 """What every command does with bad input, with Ctrl-C and with a fault of somebody's own."""
 
+import os
+
 import pytest
+import torch
 
 from disalign import InputError
-from disalign.cli import command
+from disalign.cli import command, find_config, shipped_configs, usable_cpus
 
 
 @command
@@ -25,10 +28,49 @@ def test_the_exit_status(outcome, status, said, capsys):
     assert capsys.readouterr() == ("", said)
 
 
-def test_the_traceback_is_there_for_those_who_ask(monkeypatch):
-    monkeypatch.setenv("DISALIGN_TRACEBACK", "1")
-    with pytest.raises(InputError, match="expected a file, got none"):
-        main(InputError("expected a file, got none"))
+class Refusing(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise InputError("expected an image, got none")
+
+
+def test_a_sentence_from_a_data_loaders_worker_comes_without_the_workers_traceback(capsys):
+    @command
+    def read(_):
+        list(torch.utils.data.DataLoader(Refusing(), num_workers=1))
+
+    assert read(None) == 2
+    assert capsys.readouterr().err == "error: expected an image, got none\n"
+
+
+def test_a_command_keeps_its_name_and_its_default():
+    @command
+    def train(argv=None):
+        """Trains."""
+        assert argv is None
+
+    assert (train.__name__, train.__doc__) == ("train", "Trains.")
+    assert train() == 0
+
+
+def test_a_config_is_a_file_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = next(path for path in sorted(shipped_configs().rglob("*.py")))
+    name = str(shipped.relative_to(shipped_configs()))
+    assert find_config(name) == str(shipped)
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert find_config(name) == name  # one's own comes first
+    for wrong in ("", "no/such.py", str(tmp_path)):
+        with pytest.raises(InputError, match=f"expected a config file, or the name of a shipped one in .*{wrong!r}$"):
+            find_config(wrong)
+
+
+def test_the_usable_cpus_are_those_of_this_process():
+    assert usable_cpus() == len(os.sched_getaffinity(0)) <= os.cpu_count()
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

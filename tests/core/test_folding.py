@@ -57,7 +57,7 @@ def close(scores, expected):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"magnitude": False}, {"margin": False}, {"passthrough": 1}], ids=str
+    "options", [{}, {"bias": False}, {"learn_magnitude": False}, {"learn_margin": False}, {"passthrough": 1}], ids=str
 )
 def test_a_folded_linear_classifier_gives_the_calibrated_scores(options):
     classifier, x = calibrated(**options), torch.randn(50, D)

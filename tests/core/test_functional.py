@@ -118,18 +118,18 @@ def test_trailing_columns_pass_through_untouched(shape):
     z[0, -1] = torch.finfo(torch.float32).max
     confidence = torch.rand(shape[0], 1, *shape[2:])
     magnitude, margin = torch.randn(5), torch.randn(5)
-    result = calibrate(z, confidence, magnitude, margin, num_calibrated=5)
+    result = calibrate(z, confidence, magnitude, margin, passthrough=shape[1] - 5)
     assert torch.equal(bits(result[:, 5:]), bits(z[:, 5:]))
     assert torch.equal(result[:, :5], calibrate(z[:, :5], confidence, magnitude, margin))
     assert not torch.equal(result[:, :5], z[:, :5])
 
 
 @pytest.mark.parametrize(
-    ("magnitude", "margin", "num_calibrated"), [(4, 5, None), (5, 4, None), (6, 6, None), (6, 6, 6), (5, 5, 4)]
+    ("magnitude", "margin", "passthrough"), [(4, 5, 0), (5, 4, 0), (6, 6, 0), (5, 5, 1), (1, 1, 5), (4, 3, 1)]
 )
-def test_calibrate_refuses_another_number_of_classes(magnitude, margin, num_calibrated):
+def test_calibrate_refuses_another_number_of_classes(magnitude, margin, passthrough):
     with pytest.raises(InputError, match="expected magnitude and margin of length"):
-        calibrate(torch.randn(2, 5), torch.rand(2, 1), torch.ones(magnitude), torch.zeros(margin), num_calibrated)
+        calibrate(torch.randn(2, 5), torch.rand(2, 1), torch.ones(magnitude), torch.zeros(margin), passthrough)
 
 
 @pytest.mark.parametrize(("shape", "confidence"), [((5, 5), (5,)), ((5, 5, 5, 5), (5, 1))])

@@ -21,7 +21,7 @@ def test_the_module_equals_the_function(reduction, normalize, shape):
     logits = torch.randn(shape)
     target = torch.randint(3, (shape[0], *shape[2:]))
     target[0] = 255
-    loss = GRWCrossEntropyLoss(COUNTS, 0.8, reduction, ignore_index=255, normalize=normalize)
+    loss = GRWCrossEntropyLoss(COUNTS, 0.8, reduction=reduction, ignore_index=255, normalize=normalize)
     weight = generalized_reweight(torch.tensor(COUNTS), 0.8, normalize)
     assert torch.equal(loss(logits, target), grw_cross_entropy(logits, target, weight, reduction, 255))
 
@@ -47,7 +47,7 @@ def test_the_weights_follow_the_module_to_its_device():
 
 
 def test_metadata_says_how_the_counts_became_weights():
-    loss = GRWCrossEntropyLoss(COUNTS, 0.8, "mean", normalize="sum")
+    loss = GRWCrossEntropyLoss(COUNTS, 0.8, reduction="mean", normalize="sum")
     assert loss.metadata() == {
         "class_counts": COUNTS,
         "rho": 0.8,
@@ -96,6 +96,12 @@ def test_the_zero_count_policy_is_passed_on():
     with pytest.raises(InputError, match="none for class 1"):
         GRWCrossEntropyLoss([3, 0])
     assert GRWCrossEntropyLoss([3, 0], zero_count="exclude").weight.tolist() == [1, 0]
+
+
+def test_only_counts_and_rho_go_by_position():
+    # Core and segmentation once had another order behind them.
+    with pytest.raises(TypeError, match="positional argument"):
+        GRWCrossEntropyLoss(COUNTS, 0.8, "mean")
 
 
 def test_an_unknown_reduction_is_refused_at_once():
@@ -151,7 +157,7 @@ def work(rank, store, results):
         xs, ys = data(labels)
         for reduction in MEANS:
             for sync in (True, False):
-                loss = GRWCrossEntropyLoss(COUNTS, 1.0, reduction, sync=sync)
+                loss = GRWCrossEntropyLoss(COUNTS, 1.0, reduction=reduction, sync=sync)
                 model = DistributedDataParallel(linear())
                 found[share, reduction, sync] = gradient(model, loss, xs[rank], ys[rank])
 
@@ -177,7 +183,7 @@ def two_processes(tmp_path_factory):
 
 def alone(share, reduction):
     xs, ys = data(SHARES[share])
-    return gradient(linear(), GRWCrossEntropyLoss(COUNTS, 1.0, reduction), torch.cat(xs), torch.cat(ys))
+    return gradient(linear(), GRWCrossEntropyLoss(COUNTS, 1.0, reduction=reduction), torch.cat(xs), torch.cat(ys))
 
 
 @pytest.mark.parametrize("reduction", MEANS)
@@ -193,7 +199,7 @@ def test_two_processes_have_the_gradient_of_one(two_processes, share, reduction)
 @pytest.mark.parametrize("share", SHARES)
 def test_without_sync_each_rank_divides_by_its_own_denominator(two_processes, share, reduction):
     xs, ys = data(SHARES[share])
-    loss = GRWCrossEntropyLoss(COUNTS, 1.0, reduction)
+    loss = GRWCrossEntropyLoss(COUNTS, 1.0, reduction=reduction)
     own = [gradient(linear(), loss, x, y) for x, y in zip(xs, ys, strict=True)]
     expected = (own[0] + own[1]) / 2
     for found in two_processes:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from disalign import InputError, frequent_common_rare, group_means, head_body_tail, many_medium_few
-from disalign.splits import percent
 
 
 def named(groups):
@@ -16,26 +15,50 @@ def named(groups):
     return [list(groups)[row] for row in table.int().argmax(0).tolist()]
 
 
-def test_many_is_above_100_and_few_below_20():
-    counts = [101, 100, 20, 19, 0]
-    assert named(many_medium_few(counts)) == ["many", "medium", "medium", "few", "few"]
+# One class at a time, one below each threshold, on it and one above it.
 
 
-def test_the_thresholds_of_many_and_few_are_arguments():
-    assert named(many_medium_few([31, 30, 6, 5], many=30, few=6)) == ["many", "medium", "medium", "few"]
+@pytest.mark.parametrize(
+    ("images", "group"),
+    [(0, "few"), (19, "few"), (20, "medium"), (21, "medium"), (99, "medium"), (100, "medium"), (101, "many")],
+)
+def test_many_is_above_100_images_and_few_below_20(images, group):
+    assert named(many_medium_few([images])) == [group]
 
 
-def test_frequent_is_above_100_and_rare_at_most_10():
-    assert named(frequent_common_rare([101, 100, 11, 10, 0])) == ["f", "c", "c", "r", "r"]
+@pytest.mark.parametrize(
+    ("images", "group"), [(5, "few"), (6, "medium"), (7, "medium"), (29, "medium"), (30, "medium"), (31, "many")]
+)
+def test_the_thresholds_of_many_and_few_are_arguments(images, group):
+    assert named(many_medium_few([images], many=30, few=6)) == [group]
 
 
-def test_the_thresholds_of_frequent_and_rare_are_arguments():
-    assert named(frequent_common_rare([6, 5, 3, 2], frequent=5, rare=2)) == ["f", "c", "c", "r"]
+@pytest.mark.parametrize(
+    ("images", "group"), [(0, "r"), (9, "r"), (10, "r"), (11, "c"), (20, "c"), (99, "c"), (100, "c"), (101, "f")]
+)
+def test_frequent_is_above_100_images_and_rare_at_most_10(images, group):
+    assert named(frequent_common_rare([images])) == [group]
 
 
-def test_head_is_above_one_percent_and_tail_at_most_a_tenth():
-    shares = [0.5, 0.0101, 0.01, 0.0011, 0.001, 0.0]
-    assert named(head_body_tail(shares)) == ["head", "head", "body", "body", "tail", "tail"]
+@pytest.mark.parametrize(("images", "group"), [(1, "r"), (2, "r"), (3, "c"), (4, "c"), (5, "c"), (6, "f")])
+def test_the_thresholds_of_frequent_and_rare_are_arguments(images, group):
+    assert named(frequent_common_rare([images], frequent=5, rare=2)) == [group]
+
+
+def test_equal_thresholds_leave_one_count_or_none_between_them():
+    assert named(many_medium_few([19, 20, 21], many=20, few=20)) == ["few", "medium", "many"]
+    assert named(frequent_common_rare([10, 11], frequent=11, rare=10)) == ["r", "c"]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "group"),
+    [(0, "tail"), (99, "tail"), (100, "tail"), (101, "body"), (999, "body"), (1_000, "body"), (1_001, "head")],
+)
+def test_head_is_above_one_percent_of_the_pixels_and_tail_at_most_a_tenth(pixels, group):
+    counts = [pixels, 100_000 - pixels]
+    for classes in (counts, torch.tensor(counts), [n / 100_000 for n in counts], torch.tensor(counts) / 100_000):
+        assert named(head_body_tail(classes)) == [group, "head"]
+    assert named(head_body_tail([pixels], total=100_000)) == [group]
 
 
 def test_the_thresholds_of_head_and_tail_are_arguments():
@@ -92,8 +115,3 @@ def test_a_class_that_was_not_evaluated_does_not_count():
 def test_values_of_another_number_of_classes_are_refused():
     with pytest.raises(InputError, match="expected 3 classes in group 'many', got 4"):
         group_means([0.1, 0.2, 0.3], GROUPS)
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.4567, "45.7"), (0.0, "0.0"), (1.0, "100.0"), (None, "n/a")])
-def test_percent(value, text):
-    assert percent(value) == text

@@ -1,9 +1,10 @@
-"""Files that can't run code, and a hand-over that is complete or refused."""
+"""Files that can't run code, and files that are whole or not there."""
 
 import collections
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -15,169 +16,8 @@ import pytest
 import torch
 
 import disalign
-from core.models import COUNTS, SmallCNN
-from disalign import InputError, load_file, load_stage_one, wrap_classifier
-from disalign.freezing import fingerprints
-from disalign.hand_over import state_dict_of
-from disalign.io import atomic_file, write_json
-
-NEW = tuple(f"fc.calibration.{part}" for part in ("magnitude", "margin", "confidence.weight", "confidence.bias"))
-
-
-def stage_two(kind="linear"):
-    return wrap_classifier(SmallCNN(kind), COUNTS)[0]
-
-
-def stage_one(kind="linear"):
-    model = SmallCNN(kind)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(1)
-    return model.state_dict()
-
-
-def refused(model, checkpoint, match, **options):
-    """It is refused with this sentence, and the model is the same to the bit."""
-    before = fingerprints(model.state_dict())
-    with pytest.raises(InputError, match=match):
-        load_stage_one(model, checkpoint, **options)
-    assert fingerprints(model.state_dict()) == before
-
-
-# ------------------------------------------------------------------------------------------------ load_stage_one
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_every_frozen_tensor_is_loaded_and_the_calibration_stays_at_the_identity(kind):
-    model, source = stage_two(kind), stage_one(kind)
-    done = load_stage_one(model, source)
-    assert set(done.loaded) == set(source)
-    assert done.new == NEW
-    assert done.ignored == ()
-    state = model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in source.items())
-    assert (model.fc.calibration.magnitude == 1).all()
-    assert (model.fc.calibration.margin == 0).all()
-
-
-def test_the_message_counts_the_frozen_tensors():
-    message = str(load_stage_one(stage_two(), stage_one()))
-    assert message == f"loaded 11 of 11 frozen tensors; new, starting at the identity: {', '.join(NEW)}"
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"state_dict": state, "epoch": 90},
-        lambda state: {"model": state},
-        lambda state: {"state_dict": {"model": state}},
-        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-        lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
-        lambda state: state | {"__author__": "somebody"},
-    ],
-    ids=["state_dict", "model", "both", "DDP", "DDP in state_dict", "a note beside"],
-)
-def test_the_usual_wrappings_are_opened(wrap):
-    model, source = stage_two(), stage_one()
-    load_stage_one(model, wrap(source))
-    assert torch.equal(model.conv.weight, source["conv.weight"])
-
-
-def test_a_file_is_loaded_as_well(tmp_path):
-    model, source = stage_two(), stage_one()
-    torch.save(source, tmp_path / "one.pth")
-    assert len(load_stage_one(model, tmp_path / "one.pth").loaded) == len(source)
-    assert torch.equal(model.conv.weight, source["conv.weight"])
-
-
-@pytest.mark.parametrize("name", SmallCNN().state_dict())
-def test_any_missing_tensor_is_refused(name):
-    source = stage_one()
-    del source[name]
-    refused(stage_two(), source, f"expected all 11 frozen tensors, but it lacks 1: {name}; is it")
-
-
-@pytest.mark.parametrize("name", SmallCNN().state_dict())
-def test_any_misshaped_tensor_is_refused(name):
-    source = stage_one()
-    source[name] = torch.zeros(2, 9)
-    refused(stage_two(), source, rf"but got 1 of others: {name} \(\[2, 9\], not \[.*\]\); is it trained for another")
-
-
-def test_a_tensor_of_the_same_size_but_another_shape_is_refused():
-    source = stage_one()
-    source["fc.weight"] = source["fc.weight"].T
-    refused(stage_two(), source, r"fc\.weight \(\[6, 5\], not \[5, 6\]\)")
-
-
-def test_an_unexpected_tensor_is_refused():
-    refused(stage_two(), stage_one() | {"fc2.weight": torch.ones(2)}, r"no tensors beyond .* got 1: fc2\.weight; is it")
-
-
-@pytest.mark.parametrize(("kind", "other"), [("linear", "cosine"), ("cosine", "linear")])
-def test_the_other_type_of_classifier_is_refused(kind, other):
-    refused(stage_two(kind), stage_one(other), r"lacks 1: fc\.(scale|bias)")
-
-
-def test_the_short_list_of_ignorable_tensors_is_named_in_the_report():
-    surplus = ("auxiliary_head.conv.weight", "pixel_mean", "old_bn.num_batches_tracked", "rpn.anchor_generator.cells")
-    done = load_stage_one(stage_two(), stage_one() | dict.fromkeys(surplus, torch.ones(1)))
-    assert done.ignored == surplus
-    assert str(done).endswith(f"; not needed: {', '.join(surplus)}")
-
-
-def test_the_ignorable_list_is_an_argument():
-    source = stage_one() | {"ema.weight": torch.ones(1)}
-    assert load_stage_one(stage_two(), source, ignorable=["ema.*"]).ignored == ("ema.weight",)
-    refused(stage_two(), source | {"pixel_mean": torch.ones(1)}, "pixel_mean", ignorable=["ema.*"])
-
-
-def test_an_ignorable_tensor_that_the_model_needs_is_still_needed():
-    source = stage_one()
-    del source["bn.num_batches_tracked"]
-    refused(stage_two(), source, "lacks 1: bn.num_batches_tracked")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["conv.weight", "bn.running_var"])
-def test_a_tensor_that_is_not_finite_is_refused(name, value):
-    source = stage_one()
-    source[name].view(-1)[-1] = value
-    refused(stage_two(), source, f"finite numbers, but got NaN or infinity in {name}; use an earlier one")
-
-
-def test_a_stage_two_checkpoint_is_refused():
-    source = stage_two().state_dict()
-    refused(stage_two(), source, r"expected a stage-one checkpoint, but it already holds a calibration \(fc\.calib")
-
-
-def test_the_new_tensors_may_be_named():
-    done = load_stage_one(SmallCNN(), {k: v for k, v in stage_one().items() if k != "fc.bias"}, new=["fc.bias"])
-    assert done.new == ("fc.bias",)
-
-
-@pytest.mark.parametrize(
-    "checkpoint", [{}, {"epoch": 3}, {"model": {}}, [1, 2], {"state_dict": {"a": "b"}}, {0: "a"}], ids=str
-)
-def test_a_checkpoint_without_tensors_is_refused(checkpoint):
-    refused(stage_two(), checkpoint, "expected a state dict of tensors in the checkpoint, got none")
-
-
-def test_tensors_without_names_are_refused():
-    refused(stage_two(), {0: torch.ones(1)}, "expected")
-
-
-def test_module_is_stripped_only_if_every_name_has_it():
-    kept = {"module.a": torch.ones(1), "b": torch.ones(1)}
-    assert set(state_dict_of(kept)) == set(kept)
-
-
-def test_a_refused_file_is_named(tmp_path):
-    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
-    refused(stage_two(), tmp_path / "other.pth", r"frozen tensors in '.*other\.pth', but it lacks 11: conv\.weight")
-
-
-# ----------------------------------------------------------------------------------------------------- load_file
+from disalign import InputError, load_file
+from disalign.io import atomic_file, missing_files, read_json, require_folder, require_place, write_json
 
 ARRAYS = {
     "model": collections.OrderedDict(
@@ -498,3 +338,92 @@ def test_text_is_encoded_as_numpy_does_and_no_other_way(tmp_path):
     (tmp_path / "a.pkl").write_bytes(call % b"rot13")
     with pytest.raises(InputError, match="text to encode as 'rot13'"):
         load_file(tmp_path / "a.pkl")
+
+
+# --------------------------------------------------------------------------------- what training loops leave beside
+
+
+class History:
+    """A framework's record, known there only."""
+
+    def __init__(self, values):
+        self.values = values
+
+
+def test_records_are_left_out_by_their_names_and_only_those(tmp_path):
+    record = f"{History.__module__}.{History.__qualname__}"
+    torch.save({"w": torch.arange(3.0), "log": History([1]), "best": np.float64(0.5)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=rf"it also holds .*{re.escape(record)}"):
+        load_file(tmp_path / "a.pth")
+    with pytest.raises(InputError, match="it also holds"):
+        load_file(tmp_path / "a.pth", left_out=["another.Record"])
+    found = load_file(tmp_path / "a.pth", left_out=[record])
+    assert torch.equal(found["w"], torch.arange(3.0))
+    assert not isinstance(found["log"], History)
+    with pytest.raises(InputError, match="it also holds"):  # the names are for one file, not for all after it
+        load_file(tmp_path / "a.pth")
+
+
+def leave(mark):
+    os.mkdir(mark)
+
+
+class Leaves:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return leave, (self.mark,)
+
+
+def test_nothing_runs_under_the_name_of_a_record(tmp_path):
+    torch.save({"w": torch.ones(1), "x": Leaves(str(tmp_path / "mark"))}, tmp_path / "a.pth")
+    found = load_file(tmp_path / "a.pth", left_out=[f"{leave.__module__}.{leave.__name__}"])
+    assert torch.equal(found["w"], torch.ones(1))
+    assert os.listdir(tmp_path) == ["a.pth"]
+    torch.load(tmp_path / "a.pth", weights_only=False)  # or this test could not fail
+    assert (tmp_path / "mark").exists()
+
+
+# ------------------------------------------------------------------------------------------------ before the work
+
+
+def test_missing_files_are_those_that_are_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for name in ("a.png", "there/b.png"):
+        (tmp_path / name).touch()
+    paths = ["a.png", "b.png", "there/b.png", "there/c.png", "gone/a.png", str(tmp_path / "a.png")]
+    assert missing_files(paths) == ["b.png", "there/c.png", "gone/a.png"]
+
+
+def test_json_that_cannot_be_read_is_one_sentence(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [1, null]}')
+    assert read_json(tmp_path / "a.json", "annotations") == {"a": [1, None]}
+    (tmp_path / "broken.json").write_text('{"a": ')
+    for name, sentence in {
+        "none.json": r"expected annotations at '.*none\.json', but there is no such file",
+        "broken.json": r"expected annotations as JSON in '.*broken\.json', but: Expecting value",
+        "": "expected annotations as JSON in .*, but: .*Is a directory",
+    }.items():
+        with pytest.raises(InputError, match=sentence):
+            read_json(tmp_path / name, "annotations")
+
+
+def test_a_folder_to_come_is_tried_and_nothing_is_left(tmp_path):
+    require_folder(tmp_path / "new" / "run")
+    require_place(tmp_path / "new" / "out.json", reads=[tmp_path / "other.json"])
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"expected a place to write '.*run', but: '.*file' is not a folder; free it"):
+        require_folder(tmp_path / "file" / "run")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_result_replaces_neither_a_folder_nor_what_it_is_made_from(tmp_path):
+    (tmp_path / "a.pth").touch()
+    (tmp_path / "link.pth").symlink_to(tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"expected the name of a file as --to, got the folder '.*'; add a name"):
+        require_place(tmp_path, option="--to")
+    with pytest.raises(InputError, match=r"expected a file of its own as --out, got '.*link\.pth', which is read"):
+        require_place(tmp_path / "link.pth", reads=[tmp_path / "a.pth"])
