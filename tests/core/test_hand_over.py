@@ -106,23 +106,25 @@ def test_the_other_type_of_classifier_is_refused(kind, other):
     refused(stage_two(kind), stage_one(other), r"lacks 1: fc\.(scale|bias)")
 
 
-def test_ignorable_tensors_are_named_in_the_report():
+def test_tensors_that_the_model_does_not_need_are_named_in_the_report():
     surplus = ("ema.weight", "old_bn.num_batches_tracked", "rpn.anchor_generator.cells")
-    done = load_stage_one(
-        stage_two(), stage_one() | dict.fromkeys(surplus, torch.ones(1)), ignorable=["ema.*", "*anchor_generator*"]
-    )
+    model = stage_two()
+    model.not_needed = ("ema.*", "*anchor_generator*")
+    done = load_stage_one(model, stage_one() | dict.fromkeys(surplus, torch.ones(1)))
     assert done.ignored == surplus
     assert str(done).endswith(f"; not needed: {', '.join(surplus)}")
 
 
-def test_only_batchnorms_counters_are_always_ignorable():
+def test_only_batchnorms_counters_are_never_needed():
     source = stage_one() | {"old_bn.num_batches_tracked": torch.ones(1)}
     assert load_stage_one(stage_two(), source).ignored == ("old_bn.num_batches_tracked",)
     refused(stage_two(), source | {"pixel_mean": torch.ones(1)}, "got 1: pixel_mean; is it")
-    refused(stage_two(), source | {"pixel_mean": torch.ones(1)}, "got 1: pixel_mean; is it", ignorable=["ema.*"])
+    model = stage_two()
+    model.not_needed = ("ema.*",)
+    refused(model, source | {"pixel_mean": torch.ones(1)}, "got 1: pixel_mean; is it")
 
 
-def test_an_ignorable_tensor_that_the_model_needs_is_still_needed():
+def test_a_counter_that_the_model_needs_is_still_needed():
     source = stage_one()
     del source["bn.num_batches_tracked"]
     refused(stage_two(), source, "lacks 1: bn.num_batches_tracked")
