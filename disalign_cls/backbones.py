@@ -1,6 +1,8 @@
 """Backbones by name: timm's, and the few that timm does not have, composed of its blocks."""
 
 import difflib
+from collections.abc import Callable
+from typing import Any
 
 import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
@@ -32,23 +34,28 @@ def _small_cnn(in_chans: int = 1) -> nn.Module:
     return _features(nn.Sequential(*block(in_chans, 16), *block(16, 32), nn.MaxPool2d(2), *block(32, 64)), 64)
 
 
-def _features(trunk: nn.Sequential, width: int) -> nn.Module:
-    trunk.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten())
+def _features(layers: nn.Sequential, width: int) -> nn.Module:
+    trunk: Any = layers.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten())
     trunk.num_features = width
     return trunk
 
 
-OWN = {
+OWN: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet20": lambda **options: _cifar_resnet(20, **options),
     "cifar_resnet32": lambda **options: _cifar_resnet(32, **options),
     "small_cnn": _small_cnn,
     "resnext152_32x4d": lambda **options: ResNet(
-        Bottleneck, (3, 8, 36, 3), num_classes=0, cardinality=32, base_width=4, **options
+        Bottleneck,  # type: ignore[arg-type]  # timm means the class
+        (3, 8, 36, 3),
+        num_classes=0,
+        cardinality=32,
+        base_width=4,
+        **options,
     ),
 }
 
 
-def build_backbone(name: str, pretrained: bool = False, **options) -> nn.Module:
+def build_backbone(name: str, pretrained: bool = False, **options) -> Any:
     """A module (N, C, H, W) -> (N, num_features) by name.
 
     Args:

@@ -1,5 +1,7 @@
 """Stage one's classifier and its stage two."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -45,10 +47,11 @@ class ImageClassifier(BaseModel):
         self.class_counts: Tensor | None = None
         self.backbone = build_backbone(**backbone)
         width = self.backbone.num_features
-        if classifier == "linear":
-            self.classifier = nn.Linear(width, num_classes)
-        else:
-            self.classifier = CosineClassifier(width, num_classes, **(cosine or {}))
+        self.classifier: Any = (
+            nn.Linear(width, num_classes)
+            if classifier == "linear"
+            else CosineClassifier(width, num_classes, **(cosine or {}))
+        )
 
     def init_weights(self) -> None:
         """Nothing: built is initialised. (mmengine would call timm's, which overwrites pretrained weights.)"""
@@ -75,10 +78,10 @@ class ImageClassifier(BaseModel):
             return self.losses(features, data_samples)
         return self.predictions(features, data_samples)
 
-    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, features: Tensor, labels: Any) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(self.classifier(features), labels)}
 
-    def predictions(self, features: Tensor, labels: Tensor) -> list[dict]:
+    def predictions(self, features: Tensor, labels: Any) -> list[dict]:
         return _best_five(labels, top=self.classifier(features))
 
 
@@ -117,11 +120,11 @@ class DisAlignClassifier(ImageClassifier):
     def metadata(self) -> dict:
         return super().metadata() | self.loss.metadata()
 
-    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, features: Tensor, labels: Any) -> dict[str, Tensor]:
         loss = self.loss(self.classifier(features), labels)
         return {"loss": loss} | self.classifier.calibration.statistics()
 
-    def predictions(self, features: Tensor, labels: Tensor) -> list[dict]:
+    def predictions(self, features: Tensor, labels: Any) -> list[dict]:
         # The trunk is frozen, so stage one's scores come with the same pass: its figures cost nothing.
         stage_one, calibrated = self.classifier.scores(features)
         return _best_five(labels, top=calibrated, stage_one=stage_one)

@@ -15,17 +15,19 @@ import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 import disalign
 from disalign import InputError
-from disalign.cli import command
+from disalign.cli import command, config_errors
 from disalign.errors import first_line
 from disalign.io import atomic_file, require_place
 from disalign_mmengine.checkpoints import class_names, metadata
-from disalign_mmengine.cli import config_errors, load_config, parser
+from disalign_mmengine.cli import load_config, parser
 
 from .cli import load_model
 
@@ -118,7 +120,10 @@ class Deployed(nn.Module):
         InputError: a preprocessor that does more than normalise.
     """
 
-    def __init__(self, model: nn.Module, preprocessor: dict) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: BaseModel, preprocessor: dict) -> None:
         super().__init__()
         more = set(preprocessor) - {"type", "mean", "std", "non_blocking"}
         if more:
@@ -134,12 +139,12 @@ class Deployed(nn.Module):
 
 
 @torch.no_grad()
-def scores(model: nn.Module, images: Tensor) -> Tensor:
+def scores(model: BaseModel, images: Tensor) -> Tensor:
     """The model's own, by its own data preprocessor."""
     return model(model.data_preprocessor({"inputs": images, "data_samples": None})["inputs"])
 
 
-def example_batches(model: nn.Module, channels: int, size: int) -> list[Tensor]:
+def example_batches(model: BaseModel, channels: int, size: int) -> list[Tensor]:
     """Random uint8 images: batches of 5 and 1, and one of another size if the model takes it.
 
     Raises:
@@ -209,7 +214,7 @@ def to_onnx(deployed: nn.Module, batches: list[Tensor], facts: str) -> bytes:
     if missing:
         raise InputError(f"expected {' and '.join(missing)} to write ONNX, got none; pip install {' '.join(missing)}")
     axes = {0: "N", 2: "H", 3: "W"} if takes_sizes(batches) else {0: "N"}
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         deployed,
         (batches[0],),
         dynamo=True,

@@ -21,7 +21,7 @@ class ClassCountsHook(Hook):
     """
 
     def __init__(self) -> None:
-        self._classes = None
+        self._classes: list[str] | None = None
 
     def before_train(self, runner) -> None:
         model = unwrapped(runner.model)

@@ -1,5 +1,7 @@
 """The demo's two pictures: accuracy per class before and after, and what the calibration learned."""
 
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -10,7 +12,7 @@ import numpy as np
 from disalign.io import atomic_file
 
 BEFORE, AFTER, MARGIN = "#9aa5b1", "#c0392b", "#2c6fbb"
-STYLE = {
+STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

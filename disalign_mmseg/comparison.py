@@ -110,7 +110,7 @@ class ComparisonHook(Hook):
             runner.logger.info("evaluating stage one, which is stage two at the identity, on the same images")
             with at_identity(runner.model):
                 before = evaluate(runner, loop)
-        if not is_main_process():
+        if not is_main_process() or after is None:
             return
         augmented = any(isinstance(module, SegTTAModel) for module in runner.model.modules())
         results = {

@@ -1,6 +1,7 @@
 """The calibration on MMSegmentation's decode heads."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from mmseg.models import decode_heads
@@ -29,8 +30,13 @@ REFUSED = {
 }
 _COMPILED = ("CCHead", "PSAHead")
 
+if TYPE_CHECKING:  # what the mixin is put before
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead as _Host
+else:
+    _Host = object
 
-class DisAlignHead:
+
+class DisAlignHead(_Host):
     """Mixin before a decode head that classifies by ``cls_seg``: its stage two (Sec. 3.2).
 
     For a head of your own: ``DisAlignMyHead = disalign_mmseg.calibrated(MyHead)``. Parameters keep their names; new are
@@ -45,6 +51,8 @@ class DisAlignHead:
     Raises:
         InputError: a head that can't be calibrated.
     """
+
+    loss_decode: nn.Module
 
     def __init__(self, *args, calibration: dict | None = None, **options) -> None:
         name = type(self).__name__.removeprefix("DisAlign")

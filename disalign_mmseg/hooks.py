@@ -73,7 +73,7 @@ class ClassCountsHook(Hook):
             )
             self._total_pixels = record["total_pixels"]
             loss.set_class_counts(record["train_counts"])
-        counts = loss.class_counts.tolist()
+        counts = loss.metadata()["class_counts"]
         if len(counts) != head.num_classes:
             raise InputError(
                 f"expected one of the loss's class_counts for each of the model's {head.num_classes} classes, got "

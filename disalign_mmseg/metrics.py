@@ -103,6 +103,9 @@ class LongTailIoUMetric(IoUMetric):
         self._dataset_meta = dataset_meta
         self._refuse_other_classes()
 
+    def _class_names(self) -> list[str]:
+        return list((self._dataset_meta or {})["classes"])
+
     def _refuse_other_classes(self) -> None:
         classes = (self._dataset_meta or {}).get("classes")
         if classes is None:
@@ -143,7 +146,7 @@ class LongTailIoUMetric(IoUMetric):
         super().process(data_batch, data_samples)
 
     def _refuse_other_labels(self, sample: Mapping) -> None:
-        num_classes = len(self.dataset_meta["classes"])
+        num_classes = len(self._class_names())
         name = sample.get("seg_map_path") or sample.get("img_path") or "an image"
         if "gt_sem_seg" not in sample:
             raise InputError(f"expected ground truth for {name}, got none; for a set without it, set format_only=True")
@@ -177,9 +180,9 @@ class LongTailIoUMetric(IoUMetric):
     def compute_metrics(self, results: list) -> dict[str, float]:
         if self.format_only:
             return super().compute_metrics(results)
-        num_classes = len(self.dataset_meta["classes"])
-        areas = [torch.stack(area).to(torch.float64).sum(0) for area in zip(*results, strict=True)]
-        intersection, union, predicted, labelled = areas or torch.zeros(4, num_classes, dtype=torch.float64)
+        num_classes = len(self._class_names())
+        summed = [torch.stack(area).to(torch.float64).sum(0) for area in zip(*results, strict=True)]
+        intersection, union, predicted, labelled = summed or torch.zeros(4, num_classes, dtype=torch.float64)
         # x / NaN: a class that is not in the ground truth has no figures.
         absent = labelled == 0
         areas = intersection, union.masked_fill(absent, math.nan), predicted.masked_fill(absent, math.nan), labelled
@@ -196,11 +199,11 @@ class LongTailIoUMetric(IoUMetric):
         values = {name: 100 * torch.from_numpy(fractions) for name, fractions in stock.items()}
         pixels = areas[-1].long()
         members = self.members() or {}
-        figures = {"aAcc": overall}
+        figures: dict[str, float | None] = {"aAcc": overall}
         for name, of_classes in values.items():
             figures |= group_means(of_classes, {f"m{name}": torch.ones(len(pixels), dtype=torch.bool)})
-            means = dict.fromkeys(GROUPS) | group_means(of_classes, members)
-            figures |= {f"m{name}.{group}": mean for group, mean in means.items()}
+            means = group_means(of_classes, members)
+            figures |= {f"m{name}.{group}": means.get(group) for group in GROUPS}
         return report(
             figures,
             per_class={
@@ -214,7 +217,7 @@ class LongTailIoUMetric(IoUMetric):
                 "classes": {group: int(chosen.sum()) for group, chosen in members.items()},
                 "evaluated": {group: int((chosen & (pixels > 0)).sum()) for group, chosen in members.items()},
             },
-            classes=list(self.dataset_meta["classes"]),
+            classes=self._class_names(),
             class_counts=None if self.class_counts is None else self.class_counts.tolist(),
             total_pixels=self.total_pixels,
         )

@@ -1,5 +1,7 @@
 """Segmentors of stage two: frozen from the start but for the calibration of their last head."""
 
+from typing import TYPE_CHECKING
+
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.utils import add_prefix
@@ -10,8 +12,13 @@ from disalign.stage_two import freeze
 
 from .decode_heads import REFUSED, DisAlignHead
 
+if TYPE_CHECKING:  # what the mixin is put before
+    from mmseg.models.segmentors import EncoderDecoder as _Host
+else:
+    _Host = object
 
-class FrozenSegmentor:
+
+class FrozenSegmentor(_Host):
     """Mixin before a segmentor whose (last) decode head is a :class:`~disalign_mmseg.decode_heads.DisAlignHead`.
 
     Everything else is frozen and stays in eval mode from the constructor on, so DDP needs no
@@ -39,6 +46,10 @@ class FrozenSegmentor:
         self.freeze_report = freeze(self)
 
     @property
+    def _last_head(self) -> str:
+        return "decode_head"
+
+    @property
     def calibrated_head(self) -> DisAlignHead:
         """The head whose scores are calibrated."""
         return self.get_submodule(self._last_head)
@@ -50,8 +61,6 @@ class FrozenSegmentor:
 @MODELS.register_module()
 class DisAlignEncoderDecoder(FrozenSegmentor, EncoderDecoder):
     """``EncoderDecoder`` as stage two; see :class:`FrozenSegmentor`."""
-
-    _last_head = "decode_head"
 
 
 @MODELS.register_module()

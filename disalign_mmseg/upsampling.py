@@ -3,6 +3,8 @@
 Shapes: N images, K classes, h x w the head's logits, H x W the label map, n sampled pixels.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -145,7 +147,7 @@ def sample_pixels(target: Tensor, num_pixels: int, ignore_index: int = 255) -> t
     return torch.searchsorted(rank, drawn, right=True), valid
 
 
-def interpolate_at(logits: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def interpolate_at(logits: Tensor, positions: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """What ``F.interpolate(logits, size, mode="bilinear")`` has at a few positions.
 
     Args:
@@ -159,8 +161,8 @@ def interpolate_at(logits: Tensor, positions: Tensor, size: tuple[int, int], ali
     """
     height, width = size
     rows, columns = positions.div(width, rounding_mode="floor"), positions % width
-    grid = [_normalised(columns, width, align_corners), _normalised(rows, height, align_corners)]
-    grid = torch.stack(grid, dim=-1).to(logits.dtype).unsqueeze(1)
+    places = [_normalised(columns, width, align_corners), _normalised(rows, height, align_corners)]
+    grid = torch.stack(places, dim=-1).to(logits.dtype).unsqueeze(1)
     return F.grid_sample(logits, grid, "bilinear", "border", align_corners).squeeze(2)
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from disalign.unpickling import records_left_out
 from torch import Tensor, nn
 
 from disalign import InputError, load_file
 from disalign.errors import first_line, some
-from disalign.unpickling import records_left_out
 
 #: Entries with the weights, and with their moving average (torchvision's references, timm, d2go, BasicSR).
 TRAINED = ("state_dict_best", "state_dict", "model", "params")

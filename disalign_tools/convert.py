@@ -14,13 +14,13 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
+from disalign.checkpoints import atomic_file
+from disalign.files import require_place
 from torch import Tensor
 
 from disalign import InputError
-from disalign.checkpoints import atomic_file
 from disalign.cli import command
 from disalign.errors import some
-from disalign.files import require_place
 
 from . import formats, targets
 from .checkpoint_files import COUNTERS, open_checkpoint

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from importlib import import_module
 from operator import attrgetter
 
+from disalign.checkpoints import IGNORABLE, require_tensors
 from torch import Tensor, nn
 
 from disalign import InputError, load_stage_one
-from disalign.checkpoints import IGNORABLE, require_tensors
 from disalign.errors import first_line, some
 
 from .targets import BACKBONE_CONFIG

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from disalign.unpickling import load_arrays
 from torch import Tensor
 
 from disalign import InputError
 from disalign.errors import some
-from disalign.unpickling import load_arrays
 
 from .classifiers import CALIBRATION
 from .content import BOXES, IMAGES, PIXELS, Content
