@@ -41,6 +41,7 @@ setup(
     # The shipped configs are data of a package of their own, found by name after installation.
     package_dir={"disalign_configs": "configs"},
     package_data={"disalign": ["data/*.json", "py.typed"], "disalign_configs": ["**/*.py", "**/*.yaml"]},
+    entry_points={"console_scripts": ["disalign = disalign_tools.__main__:main"]},
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         "cls": CLS,

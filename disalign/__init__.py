@@ -1,23 +1,55 @@
-"""DisAlign (CVPR 2021): a short second stage that mends the decision boundary of a long-tailed recogniser."""
+"""DisAlign (CVPR 2021): a short second stage that calibrates the decision boundary of a long-tailed recogniser."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .api import *  # noqa: F403
+from .counts import load_class_counts
+from .errors import InputError
+from .folding import fold_classifier, fold_model, fold_tensors
+from .freezing import FreezeReport, assert_frozen, freeze_except
+from .functional import calibrate, generalized_reweight, grw_cross_entropy
+from .hand_over import HandOver, load_stage_one
+from .io import load_file
+from .losses import GRWCrossEntropyLoss
+from .modules import (
+    CALIBRATED,
+    AdaptiveCalibration,
+    Calibrated,
+    CalibratedCosineClassifier,
+    CalibratedLinear,
+    CosineClassifier,
+    calibrate_classifier,
+    wrap_classifier,
+)
+from .splits import frequent_common_rare, group_means, head_body_tail, many_medium_few
+from .stage_two import at_identity
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str):
-    # Imported at first use: `python -m disalign.doctor` must start where torch does not.
-    if not name.startswith("__") or name == "__all__":
-        api = import_module(".api", __name__)
-        globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
-        if name in globals():
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted({*globals(), *__getattr__("__all__")})
+__all__ = [
+    "CALIBRATED",
+    "AdaptiveCalibration",
+    "Calibrated",
+    "CalibratedCosineClassifier",
+    "CalibratedLinear",
+    "CosineClassifier",
+    "FreezeReport",
+    "GRWCrossEntropyLoss",
+    "HandOver",
+    "InputError",
+    "assert_frozen",
+    "at_identity",
+    "calibrate",
+    "calibrate_classifier",
+    "fold_classifier",
+    "fold_model",
+    "fold_tensors",
+    "freeze_except",
+    "frequent_common_rare",
+    "generalized_reweight",
+    "group_means",
+    "grw_cross_entropy",
+    "head_body_tail",
+    "load_class_counts",
+    "load_file",
+    "load_stage_one",
+    "many_medium_few",
+    "wrap_classifier",
+]

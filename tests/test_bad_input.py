@@ -1108,15 +1108,3 @@ def test_unknown_arguments_are_argparses_to_refuse(command, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         main_of(command)(["a", "b", "c", "--nope"])
     assert "usage: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [(["nope"], "expected parts of core, .*, got 'nope'"), (["--timeout", "0"], "expected a timeout ")],
-)
-def test_the_doctor_refuses_what_is_no_part(given, sentence, capsys):
-    from disalign.doctor import main
-
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main(given)
-    assert re.search(f"error: {sentence}", capsys.readouterr().err)

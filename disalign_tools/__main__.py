@@ -1,0 +1,23 @@
+"""The console command ``disalign``: each of its commands is a module whose ``main(argv)`` returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+#: Imported only when called: the doctor must start where torch does not.
+COMMANDS = {"doctor": "disalign_tools.doctor.__main__"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the first argument names, with the other arguments."""
+    parser = argparse.ArgumentParser(prog="disalign")
+    parser.add_argument("command", choices=COMMANDS, help="`disalign COMMAND --help` describes it")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
+    given = parser.parse_args(argv)
+    return import_module(COMMANDS[given.command]).main(given.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

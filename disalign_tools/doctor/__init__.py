@@ -1,0 +1,1 @@
+"""``disalign doctor``; its own process imports the standard library only."""

@@ -1,0 +1,134 @@
+"""What is installed, and the commands that install and repair it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from .libraries import Library
+
+PIP = f"{shlex.quote(sys.executable)} -m pip"
+REINSTALL = f"{PIP} install --force-reinstall --no-deps"
+HEADLESS = f"{REINSTALL} opencv-python-headless"
+# The detectron2 on package registries cannot be built.
+DETECTRON2 = "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+# OpenMMLab's own distributions, and the maintained ones with the same import names.
+OPENMMLAB = {
+    "mmengine": "onedl-mmengine",
+    "mmcv": "onedl-mmcv",
+    "mmcv-lite": "onedl-mmcv",
+    "mmsegmentation": "onedl-mmsegmentation",
+    "openmim": "onedl-mim",
+}
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except Exception:  # half an installation has another error in each version of Python
+        return None
+
+
+def installed(library: Library) -> str | None:
+    """The installed distribution that provides a library."""
+    return next(filter(version_of, library.distributions.split()), None)
+
+
+def origin(module: str) -> str | None:
+    """The file that a module's package is imported from; None where there is none."""
+    try:
+        return find_spec(module.partition(".")[0]).origin
+    except Exception:
+        return None
+
+
+def is_there(library: Library) -> bool:
+    """Whether there is anything to import, whole or broken."""
+    return bool(not library.distributions or installed(library) or origin(library.name))
+
+
+def stray(library: Library) -> str | None:
+    """The file that is imported in the place of the installed distribution's, if any."""
+    name, file = installed(library), origin(library.name)
+    if name and file and not Path(file).is_relative_to(Path(metadata.distribution(name).locate_file("")).absolute()):
+        return file
+    return None
+
+
+def requirements(distribution: str = "disalign") -> dict[str, str]:
+    """What a distribution and its extras ask for, ``{"timm": ">=1.0.9"}``; setuptools 82 has no pkg_resources."""
+    try:
+        lines = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    return {"setuptools": "<82"} | dict(
+        re.match(r"([\w.-]+)\(?([^;)]*)", line.replace(" ", "")).groups() for line in lines
+    )
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Whether a version fulfils a comma-separated list of ``>=``, ``<`` and ``==``."""
+
+    def key(text: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", text.partition("+")[0])]
+
+    compare = {">=": key(version).__ge__, "<": key(version).__lt__, "==": key(version).__eq__}
+    return all(compare[sign](key(number)) for sign, number in re.findall(r"(>=|<|==)([\w.]+)", wanted))
+
+
+def install(*distributions: str) -> str:
+    """The command for distributions in the versions that disalign asks for; OpenMMLab's own are replaced."""
+    commands, names = [], [*distributions]
+    upstream = [*filter(version_of, OPENMMLAB)]
+    if upstream and {*names} & {*OPENMMLAB.values()}:
+        replaced = [OPENMMLAB[name] for name in upstream]
+        commands.append(f"{PIP} uninstall -y {' '.join(upstream + replaced)}")
+        names = [*dict.fromkeys(replaced + names)]
+    wanted = requirements()
+    if pinned := [name + wanted.get(name, "") for name in names if name != "detectron2"]:
+        commands.append(f"{PIP} install {shlex.join(pinned)}")
+    if "detectron2" in names:
+        commands.append(f"{PIP} install {DETECTRON2}")
+    return " && ".join(commands)
+
+
+def torchvision_for_torch() -> str:
+    """The command for a torchvision that fits the installed torch."""
+    release, _, build = (version_of("torch") or "").partition("+")
+    minor = int(release.split(".")[1])
+    # To torch 2.13 each torchvision is for one torch; 0.29 is for 2.14 and later.
+    pin = f"'torchvision==0.{minor + 15}.*'" if minor < 14 else "torchvision"
+    return f"{REINSTALL} {pin}" + (f"  # from the index that has torch +{build}" if build else "")
+
+
+def repair(library: Library, error: str) -> str | None:
+    """The command for a library that raised ``error``; None where we know of none."""
+    name, absent = installed(library), re.search(r"No module named '(\w+)", error)
+    if re.search(r"torchvision::nms|torchvision\S*\.so|[Cc]ustom C\+\+ ops", error):
+        return torchvision_for_torch()
+    if re.search(r"lib(GL|gthread|glib)\b", error):
+        return HEADLESS
+    if library.name == "lvis" and "np.float" in error:
+        return f"sed -i 's/np\\.float)/float)/' {shlex.quote(origin('lvis').replace('__init__', 'eval'))}"
+    if library.name == "checkpoints" or (library.name == "mmseg" and "mmcv._ext" in error):
+        # The maintained distributions load their checkpoints, and import without operators.
+        return install("onedl-mmengine") if any(map(version_of, OPENMMLAB)) else None
+    # No command for a crash, a hang or an exit, nor for what is imported from elsewhere or lacks a part of another.
+    if (
+        not name
+        or not re.match(r"\w+:", error)
+        or stray(library)
+        or (absent and absent[1] != library.name and origin(absent[1]))
+    ):
+        return None
+    pinned = f"{name}=={version_of(name).partition('+')[0]}"
+    if absent and absent[1] != library.name:  # pip adds what it asks for
+        return f"{PIP} install {pinned}"
+    if name == "torch":  # it asks for CUDA's libraries
+        return f"{PIP} install --force-reinstall {pinned}"
+    return f"{REINSTALL} {DETECTRON2 if name == 'detectron2' else pinned}"

@@ -1,0 +1,113 @@
+"""The libraries, and the code that each must run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Each part, and the libraries with which it counts as installed; the core must always work.
+PARTS = {
+    "core": "",
+    "cls": "mmengine timm",
+    "mmseg": "mmseg",
+    "d2": "detectron2",
+    "tools": "PIL tqdm",
+    "export": "onnx",
+}
+
+
+class Library(NamedTuple):
+    """A library to try; several names in one string have blanks between.
+
+    Attributes:
+        name: the module to import, or what the report calls ``code``.
+        parts: those that need it.
+        distributions: any of these provides it; the first is the one to install.
+        needs: libraries, listed before it, without which it can't work.
+        code: what must run, where an import is not enough. It may set ``value``, which the report shows, and raise
+            UserWarning for a note.
+    """
+
+    name: str
+    parts: str
+    distributions: str = ""
+    needs: str = ""
+    code: str = ""
+
+
+CUDA = """
+import shutil, torch
+value = "no GPU, everything runs on the CPU"
+if torch.cuda.is_available():
+    devices = range(torch.cuda.device_count())
+    for i in devices:
+        (torch.ones(2, device=f"cuda:{i}") + 1).sum().item()
+    value = f"{torch.version.cuda or torch.version.hip}, {', '.join(map(torch.cuda.get_device_name, devices))}"
+elif shutil.which("nvidia-smi"):
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        raise UserWarning(f"torch {torch.__version__} cannot use the GPU: {error}")
+"""
+NMS = "import torch, torchvision; torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)"
+# Every run starts with this; it imports torchvision where there is one.
+RUNS = "import mmengine.runner; mmengine.utils.dl_utils.collect_env()"
+CHECKPOINTS = """
+import os, tempfile, torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "epoch_1.pth")
+    torch.save({"message_hub": {"loss": HistoryBuffer([1.0], [1])}}, path)
+    try:
+        CheckpointLoader.load_checkpoint(path, "cpu")
+    except Exception:
+        raise UserWarning("MMEngine does not load its own with this torch; our commands do")
+"""
+OPERATORS = """
+try:
+    import mmcv._ext
+except ImportError as error:
+    raise UserWarning(f"CCHead, PSAHead, PointHead and SANHead need an mmcv with operators: {error}")
+"""
+LVIS = """
+import inspect, lvis.eval, numpy
+if "np.float)" in inspect.getsource(lvis.eval) and not hasattr(numpy, "float"):
+    raise UserWarning("lvis.LVISEval uses np.float, which numpy 1.24 removed; our evaluation does not need it")
+"""
+DETECTRON2 = "import detectron2._C, detectron2.modeling"
+TOOLS = "import disalign_tools.convert, disalign_tools.count_classes"
+OPENCV = "opencv-python-headless opencv-python opencv-contrib-python-headless opencv-contrib-python"
+
+#: In the order in which they are tried.
+LIBRARIES = [
+    Library("numpy", "core", "numpy"),
+    Library("torch", "core", "torch", "numpy"),
+    Library("CUDA", "core", "", "torch", CUDA),
+    Library("disalign", "core", "", "numpy torch"),
+    Library("PIL", "cls mmseg d2 tools", "pillow", "", "import PIL.Image"),
+    Library("tqdm", "cls mmseg tools", "tqdm"),
+    Library("cv2", "cls mmseg d2", OPENCV, "numpy"),
+    Library("torchvision", "cls d2", "torchvision", "numpy PIL torch", NMS),
+    Library("timm", "cls", "timm", "torch torchvision"),
+    Library("mmengine", "cls mmseg", "onedl-mmengine mmengine", "numpy PIL torch cv2 torchvision", RUNS),
+    Library("checkpoints", "cls mmseg", "", "mmengine", CHECKPOINTS),
+    Library("sklearn", "cls", "scikit-learn", "numpy", "import sklearn.datasets"),
+    Library("matplotlib", "cls", "matplotlib", "numpy PIL", "import matplotlib.figure"),
+    Library("tensorboard", "cls", "tensorboard", "numpy PIL torch", "import torch.utils.tensorboard"),
+    Library("disalign_cls", "cls", "", "disalign timm mmengine"),
+    Library("mmcv", "mmseg", "onedl-mmcv mmcv mmcv-lite", "numpy cv2 mmengine"),
+    Library("mmcv._ext", "mmseg", "", "mmcv", OPERATORS),
+    Library("mmseg", "mmseg", "onedl-mmsegmentation mmsegmentation", "numpy PIL mmcv", "import mmseg.apis"),
+    Library("disalign_mmseg", "mmseg", "", "disalign mmseg"),
+    Library("fvcore", "d2", "fvcore", "numpy PIL torch", "import fvcore.common.config"),
+    Library("pkg_resources", "d2", "setuptools"),
+    Library("detectron2", "d2", "detectron2", "numpy PIL cv2 torchvision fvcore", DETECTRON2),
+    Library("detectron2.model_zoo", "d2", "", "detectron2 pkg_resources"),
+    Library("faster_coco_eval", "d2", "faster-coco-eval", "numpy"),
+    Library("lvis", "d2", "lvis", "numpy PIL cv2", LVIS),
+    Library("disalign_d2", "d2", "", "disalign detectron2"),
+    Library("disalign_tools", "tools", "", "disalign PIL tqdm", TOOLS),
+    Library("onnx", "export", "onnx", "numpy"),
+    Library("onnxscript", "export", "onnxscript", "numpy onnx"),
+    Library("onnxruntime", "export", "onnxruntime onnxruntime-gpu", "numpy"),
+]
