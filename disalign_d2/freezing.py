@@ -8,7 +8,7 @@ from detectron2.modeling import build_model as build_stock_model
 from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 
-from disalign import AdaptiveCalibration, FreezeReport, InputError, freeze_except
+from disalign import FreezeReport, InputError, stage_two
 
 from .fast_rcnn import NO_BACKGROUND_SCORE
 from .roi_heads import LeanTraining
@@ -28,11 +28,6 @@ class LeanRPN(RPN):
         return {}
 
 
-def calibrations(model: nn.Module) -> list[str]:
-    """Names of the model's calibrations, one per box predictor; empty in stage one."""
-    return [name for name, module in model.named_modules() if isinstance(module, AdaptiveCalibration)]
-
-
 def freeze(model: nn.Module) -> FreezeReport:
     """Freeze a Detectron2 R-CNN but for its calibrations, in place; before DDP wraps it.
 
@@ -49,7 +44,7 @@ def freeze(model: nn.Module) -> FreezeReport:
     Raises:
         InputError: the model has no calibration, or ROI heads that would train the frozen masks or keypoints.
     """
-    if not calibrations(model):
+    if not stage_two.calibrations(model):
         raise InputError(
             "expected a model with a calibrated box predictor, got none; build DisAlignOutputLayers with "
             "calibrate=True, or set MODEL.DISALIGN.CALIBRATE True and MODEL.ROI_HEADS.NAME DisAlignROIHeads"
@@ -68,7 +63,7 @@ def freeze(model: nn.Module) -> FreezeReport:
     parents = ("", "proposal_generator", "roi_heads")
     following = (*parents, "roi_heads.box_predictor")
     held = [name for name, _ in model.named_modules() if name.rpartition(".")[0] in parents and name not in following]
-    return freeze_except(model, calibrations(model), held)
+    return stage_two.freeze(model, held)
 
 
 def build_model(cfg) -> nn.Module:

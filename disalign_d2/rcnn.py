@@ -5,8 +5,10 @@ import logging
 from detectron2.modeling import GeneralizedRCNN
 
 from disalign.hand_over import require_tensors
+from disalign.stage_two import calibrations
 
-from .freezing import calibrations, freeze
+from .checkpoint import IGNORABLE
+from .freezing import freeze
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +16,8 @@ logger = logging.getLogger(__name__)
 class DisAlignGeneralizedRCNN(GeneralizedRCNN):
     """``GeneralizedRCNN``, frozen from its constructor on but for its calibrations (:func:`disalign_d2.freeze`).
 
-    It is the ``model._target_`` of a LazyConfig (under yacs :func:`disalign_d2.build_model` freezes). Whoever loads a
-    state dict into it, all of the frozen model's tensors must be in it, and all of the calibration's or none.
+    It is the ``model._target_`` of a LazyConfig (under yacs :func:`disalign_d2.build_model` freezes). A state dict that
+    is loaded into it must hold all of the frozen model's tensors, and all of the calibration's or none.
 
     Args:
         parts: the arguments of ``GeneralizedRCNN``.
