@@ -118,16 +118,11 @@ class Trainer(DefaultTrainer):
         if evaluators is None and cfg.MODEL.DISALIGN.CALIBRATE and cfg.DATASETS.TEST:
             stage_one = cls.test_stage_one(cfg, model) if cfg.MODEL.DISALIGN.EVAL_STAGE_ONE else None
             if comm.is_main_process():
-                cls.write_results(cfg, stage_one, results)
+                content = comparison.reports(cfg, results, stage_one)
+                write_json(os.path.join(cfg.OUTPUT_DIR, "results.json"), content)
+                if stage_one is not None:
+                    logger.info(f"\n{comparison.tables(content)}")
         return results
-
-    @classmethod
-    def write_results(cls, cfg, stage_one, disalign):
-        """Write ``results.json``, and log both stages as a table; ``stage_one`` may be None."""
-        content = comparison.reports(cfg, disalign, stage_one)
-        write_json(os.path.join(cfg.OUTPUT_DIR, "results.json"), content)
-        if stage_one is not None:
-            logger.info(f"\n{comparison.tables(content)}")
 
     @classmethod
     def test_stage_one(cls, cfg, model):

@@ -191,6 +191,18 @@ BAD = {
     "flag after a key": ("{config_two}", ONE, ["MODEL.DEVICE", "cpu", "--eval-only"], "odd length"),
     "integer for a float": ("{config_two}", [*ONE, DISALIGN + "RHO", "1"], [], r"a float needs its point \(1.0\)"),
     "text for a number": ("{config_two}", [*ONE, DISALIGN + "RHO", "nan"], [], "but: .*MODEL.DISALIGN.RHO"),
+    "unknown backbone": (
+        "{config_two}",
+        [*ONE, "MODEL.BACKBONE.NAME", "none"],
+        [],
+        "expected a config that can be built in '.*stage_two.yaml', but: .*none.*; correct it",
+    ),
+    "unknown backbone, eval": (
+        "{config_one}",
+        [*ONE, "MODEL.BACKBONE.NAME", "none"],
+        EVAL,
+        "expected a config that can be built in '.*stage_one.yaml', but: .*none.*; correct it",
+    ),
     # the method's settings
     "negative rho": ("{config_two}", [*ONE, DISALIGN + "RHO", "-0.5"], [], "expected a finite rho >= 0, got -0.5"),
     "NaN rho": ("{nan_rho}", ONE, [], "expected a finite rho >= 0, got nan"),
@@ -460,12 +472,3 @@ def test_an_error_in_code_of_ones_own_keeps_its_traceback(options, flags, line, 
     assert f'File "{module}", line {number}, in ' in err
     assert said in err
     assert refusals(err) == []
-
-
-def test_a_wrong_value_beside_code_of_ones_own_is_one_sentence(own, tiny):
-    err, status = own[1](tiny.config_two, "MODEL.WEIGHTS", tiny.weights_one, "MODEL.BACKBONE.NAME", "no_backbone")
-    assert status == 2
-    (sentence,) = refusals(err)
-    assert sentence.startswith(f"error: expected a config that can be built in {str(tiny.config_two)!r}, but: ")
-    assert "no_backbone" in sentence
-    assert "Traceback" not in err

@@ -16,7 +16,7 @@ detectron2 = pytest.importorskip("detectron2")
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, defaults
 
 from disalign.freezing import fingerprints
 from disalign_d2 import build_model, evaluate, train_net
@@ -564,10 +564,14 @@ def test_a_stage_keeps_out_of_the_other_stages_folder(stage, flags, tiny, capsys
     assert runs.contents(theirs) == before
 
 
-def test_a_stage_one_file_that_was_copied_there_is_not_overwritten(tiny, tmp_path, capsys):
-    copied = tmp_path / "model_final.pth"
+@pytest.mark.parametrize("found", ["by its name", "by the tag", "as MODEL.WEIGHTS"])
+def test_a_stage_one_file_that_was_copied_there_is_not_overwritten(found, tiny, tmp_path, capsys):
+    copied = tmp_path / ("model_final.pth" if found == "by its name" else "model_0000003.pth")
     copied.write_bytes(Path(tiny.weights_one).read_bytes())
-    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", copied, *NO_TEST) == 2
+    if found == "by the tag":
+        (tmp_path / "last_checkpoint").write_text(copied.name)
+    weights = copied if found == "as MODEL.WEIGHTS" else tiny.weights_one
+    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", weights, *NO_TEST) == 2
     assert f"with a checkpoint of stage one ({str(copied)!r})" in capsys.readouterr().err
     assert copied.read_bytes() == Path(tiny.weights_one).read_bytes()
 
@@ -615,6 +619,16 @@ def test_two_processes_train_as_one_with_the_same_total_batch(tiny, tmp_path):
         assert re.search(FROZEN, text)
 
 
+def test_detectron2s_ddp_is_replaced_for_the_cpu_only_while_it_is_needed():
+    stock = defaults.create_ddp_model
+    with train_net.ddp_without_device_ids():
+        replaced = defaults.create_ddp_model
+        with pytest.raises(ZeroDivisionError), train_net.ddp_without_device_ids():
+            _ = 1 / 0
+        assert defaults.create_ddp_model is replaced
+    assert replaced.func is defaults.create_ddp_model is stock
+
+
 # ------------------------------------------------------------------------------------------------------ hooks
 
 
@@ -649,8 +663,9 @@ def test_a_frozen_tensor_that_changes_is_found_at_the_end(tensor, tiny, tmp_path
 
     monkeypatch.setattr(train_net, "Trainer", meddling(change, at=0))
     with pytest.raises(RuntimeError, match=f"frozen tensors to stay bit-identical, but changed: {tensor}$"):
-        stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 2, *NO_TEST)
+        stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 2)
     assert "bit-identical to" not in log(tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_a_collapsed_confidence_is_warned_about_once(tiny, tmp_path, monkeypatch):
