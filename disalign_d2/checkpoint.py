@@ -3,6 +3,7 @@
 import os
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from disalign import GRWCrossEntropyLoss, InputError, load_file, load_stage_one
@@ -11,8 +12,7 @@ from disalign.hand_over import COUNTERS, require_tensors, state_dict_of
 from disalign.io import atomic_file
 from disalign.stage_two import calibrations, is_calibrated
 
-#: Tensors that Detectron2's checkpoints may hold in vain: old ones save the pixels' mean and std, and the anchors.
-IGNORABLE = (COUNTERS, "pixel_*", "*anchor*")
+from .freezing import NOT_NEEDED
 
 
 class _AtomicWrites:
@@ -47,7 +47,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def __init__(self, model, save_dir="", *, training: bool = False, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
-        self.path_manager = _AtomicWrites(self.path_manager)
+        self.path_manager = _AtomicWrites(PathManager)
         self.training = training
         self._calibrations = calibrations(self.model)
         self._fresh = False
@@ -108,7 +108,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         if self._fresh and not self._calibrations:
             return super()._load_model(checkpoint)
         if self._fresh:
-            report = load_stage_one(self.model, source, ignorable=IGNORABLE, name=self._name)
+            report = load_stage_one(self.model, source, name=self._name)
             self.logger.info(f"{os.path.basename(self._name)}: {report}")
         else:
             self._restore(source)
@@ -128,5 +128,6 @@ class DisAlignCheckpointer(DetectionCheckpointer):
                 "as MODEL.WEIGHTS to train, with an OUTPUT_DIR of its own, or evaluate it with its own config"
             )
         target = self.model.state_dict()
-        require_tensors(source, target, "tensors of the config's model", IGNORABLE, f" in {self._name!r}")
+        where = f" in {self._name!r}"
+        require_tensors(source, target, "tensors of the config's model", (COUNTERS, *NOT_NEEDED), where)
         self.model.load_state_dict({name: source[name] for name in target})

@@ -15,6 +15,9 @@ from .roi_heads import LeanTraining
 
 logger = logging.getLogger(__name__)
 
+#: What Detectron2's checkpoints may hold in vain: old ones keep the pixels' mean and std, and the anchors.
+NOT_NEEDED = ("pixel_*", "*anchor*")
+
 
 class LeanRPN(RPN):
     """A frozen RPN: the same proposals, no losses, and no anchors labelled for them."""
@@ -63,6 +66,7 @@ def freeze(model: nn.Module) -> FreezeReport:
     parents = ("", "proposal_generator", "roi_heads")
     following = (*parents, "roi_heads.box_predictor")
     held = [name for name, _ in model.named_modules() if name.rpartition(".")[0] in parents and name not in following]
+    model.not_needed = NOT_NEEDED  # for the hand-over
     return stage_two.freeze(model, held)
 
 

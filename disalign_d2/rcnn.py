@@ -4,10 +4,9 @@ import logging
 
 from detectron2.modeling import GeneralizedRCNN
 
-from disalign.hand_over import require_tensors
+from disalign.hand_over import COUNTERS, require_tensors
 from disalign.stage_two import calibrations
 
-from .checkpoint import IGNORABLE
 from .freezing import freeze
 
 logger = logging.getLogger(__name__)
@@ -39,5 +38,5 @@ class DisAlignGeneralizedRCNN(GeneralizedRCNN):
         new = [name for name in required if name.startswith(tuple(calibrations(self)))]
         if not any(name in state_dict for name in new):
             required = {name: tensor for name, tensor in required.items() if name not in new}
-        require_tensors(state_dict, required, "tensors of the frozen model", IGNORABLE)
+        require_tensors(state_dict, required, "tensors of the frozen model", (COUNTERS, *self.not_needed))
         return super().load_state_dict(state_dict, strict, assign)
