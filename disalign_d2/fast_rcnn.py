@@ -68,7 +68,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         if classifier not in ("linear", "cosine"):
             raise InputError(f"expected the classifier 'linear' or 'cosine', got {classifier!r}")
         if classifier == "cosine":
-            linear = self.cls_score
+            linear = self.cls_score  # type: ignore[has-type]
             self.cls_score = CosineClassifier(linear.in_features, linear.out_features, scale, learn_scale)
         self.calibrated = calibrate
         if not calibrate:

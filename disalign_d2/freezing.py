@@ -66,7 +66,7 @@ def freeze(model: nn.Module) -> FreezeReport:
     parents = ("", "proposal_generator", "roi_heads")
     following = (*parents, "roi_heads.box_predictor")
     held = [name for name, _ in model.named_modules() if name.rpartition(".")[0] in parents and name not in following]
-    model.not_needed = NOT_NEEDED  # for the hand-over
+    model.not_needed = NOT_NEEDED  # type: ignore[assignment]  # for the hand-over
     return stage_two.freeze(model, held)
 
 
