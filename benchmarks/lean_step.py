@@ -161,7 +161,7 @@ def main(argv=None):
     arguments.add_argument("--size", type=int, nargs=2, default=[320, 480], help="height and width")
     arguments.add_argument("--images", type=int, default=1)
     arguments.add_argument("--repeats", type=int, default=5, help="turns")
-    arguments.add_argument("--out", help="JSON")
+    arguments.add_argument("--out", help="also write the table, and the seconds of each turn, to this JSON")
     arguments.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, say MODEL.DEVICE cpu")
     arguments.set_defaults(num_gpus=1)  # as train_net's arguments have it
     args = arguments.parse_args(argv)
@@ -182,7 +182,8 @@ def main(argv=None):
     rows = []
     for name, title in STEPS.items():
         ratios = [lean / other for lean, other in zip(seconds["lean"], seconds[name], strict=True)]
-        row = {"step": title, "seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios)}
+        row = {"step": title, "turns": seconds[name], "seconds": statistics.median(seconds[name])}
+        row |= {"ratio": statistics.median(ratios)}
         row |= {"least": min(ratios), "most": max(ratios)}
         row |= {"peak_mib": memory[name], "peak_ratio": memory["lean"] / memory[name]}
         rows.append(row)

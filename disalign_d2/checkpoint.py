@@ -2,16 +2,17 @@
 
 import os
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from disalign import InputError, load_file, load_stage_one
+from disalign import GRWCrossEntropyLoss, InputError, load_file, load_stage_one
 from disalign.errors import first_line
-from disalign.hand_over import require_tensors, state_dict_of
+from disalign.hand_over import COUNTERS, require_tensors, state_dict_of
 from disalign.io import atomic_file
+from disalign.stage_two import calibrations, is_calibrated
 
-from .freezing import calibrations
+from .freezing import NOT_NEEDED
 
 
 class _AtomicWrites:
@@ -46,7 +47,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def __init__(self, model, save_dir="", *, training: bool = False, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
-        self.path_manager = _AtomicWrites(self.path_manager)
+        self.path_manager = _AtomicWrites(PathManager)
         self.training = training
         self._calibrations = calibrations(self.model)
         self._fresh = False
@@ -66,7 +67,10 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def save(self, name, **kwargs):
         """As in Detectron2, with the calibration's counts and rho under ``"disalign"``."""
-        super().save(name, **metadata(self.model), **kwargs)
+        losses = [module for module in self.model.modules() if isinstance(module, GRWCrossEntropyLoss)]
+        if losses:  # a cascade's are alike
+            kwargs["disalign"] = losses[0].metadata()
+        super().save(name, **kwargs)
 
     def load(self, path, *args, **kwargs):
         """As in Detectron2; a path that leads nowhere is bad input."""
@@ -84,11 +88,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def _torch_load(self, f):
         content = load_file(f)
-        if not isinstance(content, dict):
-            raise InputError(
-                f"expected a state dict of tensors in {f!r}, got a {type(content).__name__}; is it a checkpoint?"
-            )
-        return content
+        return content if isinstance(content, dict) else {"model": content}
 
     def _load_file(self, filename):
         if filename.endswith(".pyth"):
@@ -104,23 +104,18 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _load_model(self, checkpoint):
+        source = state_dict_of(checkpoint["model"])
         if self._fresh and not self._calibrations:
-            state_dict_of(checkpoint)  # or a sentence
             return super()._load_model(checkpoint)
         if self._fresh:
-            self._hand_over(checkpoint)
+            report = load_stage_one(self.model, source, name=self._name)
+            self.logger.info(f"{os.path.basename(self._name)}: {report}")
         else:
-            self._restore(checkpoint)
+            self._restore(source)
         checkpoint.pop("model")
         return None
 
-    def _hand_over(self, checkpoint):
-        new = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        report = load_stage_one(self.model, checkpoint["model"], new, name=self._name)
-        self.logger.info(f"{os.path.basename(self._name)}: {report}")
-
-    def _restore(self, checkpoint):
-        source, target = state_dict_of(checkpoint["model"]), self.model.state_dict()
+    def _restore(self, source):
         calibrated = is_calibrated(source)
         if calibrated and not self._calibrations:
             raise InputError(
@@ -132,18 +127,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
                 f"expected a stage-two checkpoint, got one without a calibration in {self._name!r}; give stage one's "
                 "as MODEL.WEIGHTS to train, with an OUTPUT_DIR of its own, or evaluate it with its own config"
             )
-        require_tensors(source, target, "tensors of the config's model", IGNORABLE, f" in {self._name!r}")
-        with torch.no_grad():
-            for name, tensor in target.items():
-                tensor.copy_(source[name])
-
-
-def is_calibrated(state_dict) -> bool:
-    """Whether a state dict is stage two's."""
-    return any(".calibration." in name for name in state_dict)
-
-
-def metadata(model) -> dict:
-    """``{"disalign": counts, rho and the rest of the loss}`` of a calibrated model, else empty."""
-    predictors = [module for module in model.modules() if getattr(module, "calibrated", False)]
-    return {"disalign": predictors[0].loss.metadata()} if predictors else {}
+        target = self.model.state_dict()
+        where = f" in {self._name!r}"
+        require_tensors(source, target, "tensors of the config's model", (COUNTERS, *NOT_NEEDED), where)
+        self.model.load_state_dict({name: source[name] for name in target})

@@ -1,24 +1,23 @@
 """Stage one beside stage two: the same model, the same images, with and without its calibration."""
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from tabulate import tabulate
 from torch import nn
 
+from disalign import InputError
 from disalign.freezing import fingerprints, frozen_tensors
-from disalign.io import write_json
-
-from .freezing import calibrations
+from disalign.io import read_json, write_json
+from disalign.report import report, table, without_nan
+from disalign.stage_two import trained_parts
 
 FIGURES = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 
 
-def stage_one_key(cfg, model: nn.Module) -> str:
+def stage_one_key(cfg: CfgNode, model: nn.Module) -> str:
     """SHA-256 of all that stage one's figures depend on: its tensors, the annotations, the settings of the test."""
     settings = cfg.clone()
     settings.defrost()
@@ -29,11 +28,7 @@ def stage_one_key(cfg, model: nn.Module) -> str:
     for unrelated in ("EVAL_PERIOD", "EXPECTED_RESULTS", "AUG", "PRECISE_BN"):
         settings.TEST.pop(unrelated, None)
     digest = hashlib.sha256(settings.dump().encode())
-    # Without the loss's weights, which no state dict holds: evaluation alone does not know them.
-    saved = model.state_dict()
-    frozen = frozen_tensors(model, calibrations(model))
-    kept = {name: tensor for name, tensor in frozen.items() if name in saved}
-    for name, value in sorted(fingerprints(kept).items()):
+    for name, value in sorted(fingerprints(frozen_tensors(model, trained_parts(model))).items()):
         digest.update(f"{name} {value}".encode())
     for dataset in cfg.DATASETS.TEST:
         json_file = MetadataCatalog.get(dataset).get("json_file")
@@ -46,63 +41,40 @@ def stage_one_key(cfg, model: nn.Module) -> str:
 def load_stage_one_results(path: str, key: str) -> dict | None:
     """The results kept in ``path`` by :func:`save_stage_one_results`, if they are this stage one's."""
     try:
-        with open(path, encoding="utf-8") as file:
-            kept = json.load(file)
-    except (OSError, ValueError):
+        kept = read_json(path, "stage one's results")
+    except InputError:
         return None
-    return _with_nan(kept["results"]) if isinstance(kept, dict) and kept.get("key") == key else None
+    return kept["results"] if isinstance(kept, dict) and kept.get("key") == key else None
 
 
 def save_stage_one_results(path: str, key: str, results: Mapping) -> None:
-    """Keep stage one's results, so that it is evaluated once only."""
-    write_json(path, {"key": key, "results": plain(results)})
+    """Keep stage one's results, so that it is evaluated only once."""
+    write_json(path, {"key": key, "results": without_nan(results)})
 
 
-def by_dataset(cfg, results: Mapping) -> dict:
-    """Detectron2 leaves out the dataset's name when there is one only; this puts it back."""
-    return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else dict(results)
-
-
-def plain(value):
-    """For JSON: NaN (no ground truth) becomes null."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _with_nan(value):
-    if isinstance(value, dict):
-        return {key: _with_nan(item) for key, item in value.items()}
-    return float("nan") if value is None else value
-
-
-def write_results(path: str, stage_one: Mapping | None, disalign: Mapping) -> None:
-    """Both stages' figures, or DisAlign's alone, in percent, as JSON: dataset -> stage -> task -> figure."""
-    stages = {"disalign": disalign} if stage_one is None else {"stage_one": stage_one, "disalign": disalign}
-    write_json(path, plain({name: {stage: figures[name] for stage, figures in stages.items()} for name in disalign}))
-
-
-def table(stage_one: Mapping, disalign: Mapping) -> str:
-    """Before and after, a table for each dataset and task: figures in percent, gains in points.
+def reports(cfg: CfgNode, results: Mapping, stage_one: Mapping | None) -> dict[str, dict[str, dict]]:
+    """Dataset -> task (``"bbox"``, ``"segm"``) -> :func:`disalign.report.report`.
 
     Args:
-        stage_one, disalign: dataset -> task (``"bbox"``, ``"segm"``) -> figure -> percent.
+        cfg: Detectron2 leaves out the dataset's name where ``DATASETS.TEST`` has only one.
+        results: of Detectron2: dataset -> task -> figure -> percent.
+        stage_one: the same of stage one; a task that it has no figures of (it detected nothing) has none here.
     """
-    tables = []
-    for dataset, tasks in disalign.items():
-        for task, after in tasks.items():
-            # A model that detects nothing has no figures of masks.
-            before = dict.fromkeys(after, math.nan) | dict(stage_one[dataset].get(task, {}))
-            figures = [figure for figure in FIGURES if figure in after]
-            rows = [
-                ["stage one", *(_shown(before[figure]) for figure in figures)],
-                ["DisAlign", *(_shown(after[figure]) for figure in figures)],
-                ["gain", *(_shown(after[figure] - before[figure], "+z.1f") for figure in figures)],
-            ]
-            lines = tabulate(rows, headers=[task, *figures], tablefmt="github", disable_numparse=True)
-            tables.append(f"{dataset}, {task}, before and after\n{lines}")
-    return "\n\n".join(tables)
+
+    def by_dataset(results: Mapping) -> Mapping:
+        return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+
+    before = None if stage_one is None else by_dataset(stage_one)
+    return {
+        dataset: {task: report(after, before and before[dataset].get(task, {})) for task, after in tasks.items()}
+        for dataset, tasks in by_dataset(results).items()
+    }
 
 
-def _shown(value: float, form: str = ".1f") -> str:
-    return "n/a" if math.isnan(value) else format(value, form)
+def tables(content: Mapping) -> str:
+    """:func:`reports` as text: a table for each dataset and task."""
+    return "\n\n".join(
+        f"{dataset}, {task}, before and after\n{table(one, [name for name in FIGURES if name in one['figures']])}"
+        for dataset, tasks in content.items()
+        for task, one in tasks.items()
+    )

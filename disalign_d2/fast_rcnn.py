@@ -36,7 +36,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         classifier: ``"linear"`` (eq. 2) or ``"cosine"`` (eq. 3).
         scale, learn_scale: of the cosine classifier, see :class:`disalign.CosineClassifier`.
         calibrate: stage two; the model is then to be frozen, see :func:`disalign_d2.freeze`.
-        magnitude, margin, confidence: see :class:`disalign.AdaptiveCalibration`.
+        learn_magnitude, learn_margin, confidence: see :class:`disalign.AdaptiveCalibration`.
         class_counts: training counts of the K classes, anything :func:`disalign.load_class_counts` takes, or a function
             that returns it; asked for when training starts, never for inference.
         rho, reduction, background_weight: of the loss, see :class:`disalign.GRWCrossEntropyLoss`.
@@ -55,8 +55,8 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         scale: float = 20.0,
         learn_scale: bool = True,
         calibrate: bool = False,
-        magnitude: bool = True,
-        margin: bool = True,
+        learn_magnitude: bool = True,
+        learn_margin: bool = True,
         confidence: str = "learnt",
         class_counts: Callable | object | None = None,
         rho: float = 0.8,
@@ -68,14 +68,14 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         if classifier not in ("linear", "cosine"):
             raise InputError(f"expected the classifier 'linear' or 'cosine', got {classifier!r}")
         if classifier == "cosine":
-            linear = self.cls_score
+            linear = self.cls_score  # type: ignore[has-type]
             self.cls_score = CosineClassifier(linear.in_features, linear.out_features, scale, learn_scale)
         self.calibrated = calibrate
         if not calibrate:
             return
         if self.use_sigmoid_ce or self.use_fed_loss:
             raise InputError(NO_BACKGROUND_SCORE)
-        options = dict(magnitude=magnitude, margin=margin, confidence=confidence)
+        options = dict(learn_magnitude=learn_magnitude, learn_margin=learn_margin, confidence=confidence)
         calibrate_classifier(self.cls_score, passthrough=1, **options)
         self.class_counts = class_counts
         self.loss = GRWCrossEntropyLoss(rho=rho, reduction=reduction, background_weight=background_weight)
@@ -89,8 +89,8 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
             scale=disalign.SCALE,
             learn_scale=disalign.LEARN_SCALE,
             calibrate=disalign.CALIBRATE,
-            magnitude=disalign.MAGNITUDE,
-            margin=disalign.MARGIN,
+            learn_magnitude=disalign.MAGNITUDE,
+            learn_margin=disalign.MARGIN,
             confidence=disalign.CONFIDENCE,
             class_counts=partial(class_counts_from_config, cfg),  # unlike a lambda it pickles
             rho=disalign.RHO,

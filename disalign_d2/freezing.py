@@ -8,12 +8,15 @@ from detectron2.modeling import build_model as build_stock_model
 from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 
-from disalign import AdaptiveCalibration, FreezeReport, InputError, freeze_except
+from disalign import FreezeReport, InputError, stage_two
 
 from .fast_rcnn import NO_BACKGROUND_SCORE
 from .roi_heads import LeanTraining
 
 logger = logging.getLogger(__name__)
+
+#: What Detectron2's checkpoints may hold in vain: old ones keep the pixels' mean and std, and the anchors.
+NOT_NEEDED = ("pixel_*", "*anchor*")
 
 
 class LeanRPN(RPN):
@@ -26,11 +29,6 @@ class LeanRPN(RPN):
     def losses(self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes):
         """What is frozen has no loss."""
         return {}
-
-
-def calibrations(model: nn.Module) -> list[str]:
-    """Names of the model's calibrations, one per box predictor; empty in stage one."""
-    return [name for name, module in model.named_modules() if isinstance(module, AdaptiveCalibration)]
 
 
 def freeze(model: nn.Module) -> FreezeReport:
@@ -49,7 +47,7 @@ def freeze(model: nn.Module) -> FreezeReport:
     Raises:
         InputError: the model has no calibration, or ROI heads that would train the frozen masks or keypoints.
     """
-    if not calibrations(model):
+    if not stage_two.calibrations(model):
         raise InputError(
             "expected a model with a calibrated box predictor, got none; build DisAlignOutputLayers with "
             "calibrate=True, or set MODEL.DISALIGN.CALIBRATE True and MODEL.ROI_HEADS.NAME DisAlignROIHeads"
@@ -68,7 +66,8 @@ def freeze(model: nn.Module) -> FreezeReport:
     parents = ("", "proposal_generator", "roi_heads")
     following = (*parents, "roi_heads.box_predictor")
     held = [name for name, _ in model.named_modules() if name.rpartition(".")[0] in parents and name not in following]
-    return freeze_except(model, calibrations(model), held)
+    model.not_needed = NOT_NEEDED  # type: ignore[assignment]  # for the hand-over
+    return stage_two.freeze(model, held)
 
 
 def build_model(cfg) -> nn.Module:

@@ -4,9 +4,10 @@ import logging
 
 from detectron2.modeling import GeneralizedRCNN
 
-from disalign.hand_over import require_tensors
+from disalign.hand_over import COUNTERS, require_tensors
+from disalign.stage_two import calibrations
 
-from .freezing import calibrations, freeze
+from .freezing import freeze
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +15,8 @@ logger = logging.getLogger(__name__)
 class DisAlignGeneralizedRCNN(GeneralizedRCNN):
     """``GeneralizedRCNN``, frozen from its constructor on but for its calibrations (:func:`disalign_d2.freeze`).
 
-    It is the ``model._target_`` of a LazyConfig (under yacs :func:`disalign_d2.build_model` freezes). Whoever loads a
-    state dict into it, all of the frozen model's tensors must be in it, and all of the calibration's or none.
+    It is the ``model._target_`` of a LazyConfig (under yacs :func:`disalign_d2.build_model` freezes). A state dict that
+    is loaded into it must hold all of the frozen model's tensors, and all of the calibration's or none.
 
     Args:
         parts: the arguments of ``GeneralizedRCNN``.
@@ -37,5 +38,5 @@ class DisAlignGeneralizedRCNN(GeneralizedRCNN):
         new = [name for name in required if name.startswith(tuple(calibrations(self)))]
         if not any(name in state_dict for name in new):
             required = {name: tensor for name, tensor in required.items() if name not in new}
-        require_tensors(state_dict, required, "tensors of the frozen model", IGNORABLE)
+        require_tensors(state_dict, required, "tensors of the frozen model", (COUNTERS, *self.not_needed))
         return super().load_state_dict(state_dict, strict, assign)

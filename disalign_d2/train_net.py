@@ -1,4 +1,4 @@
-"""Train or evaluate, in the habit of Detectron2's own train_net.py:
+"""Train or evaluate, with the arguments of Detectron2's own train_net.py:
 
     python -m disalign_d2.train_net --config-file d2/lvis_v1/NAME.yaml [--num-gpus N] [--num-machines M]
         [--resume] [--eval-only] [--data-check] [KEY VALUE ...]
@@ -13,9 +13,9 @@ import sys
 import weakref
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from unittest import mock
 
 import torch
+from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, defaults, hooks, launch
@@ -24,30 +24,33 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from disalign import InputError, at_identity, load_file
-from disalign.cli import command, find_config, sentence_of
-from disalign.errors import first_line
-from disalign.hand_over import state_dict_of
-from disalign.io import require_folder
+from disalign import InputError, at_identity
+from disalign.cli import command, config_errors, find_config, sentence_of
+from disalign.io import require_folder, write_json
+from disalign.stage_two import keep_magnitude_from_decay, require_own_folder
 
 from . import comparison
-from .checkpoint import DisAlignCheckpointer, is_calibrated
+from .checkpoint import DisAlignCheckpointer
 from .class_counts import training_image_counts
 from .config import add_disalign_config
 from .data_check import check_data, require_data
 from .datasets import CheckedMapper, register_from_config
 from .freezing import build_model
-from .hooks import ConfidenceWatch, FrozenProof
+from .hooks import StageTwoHook
 from .lvis_evaluation import DisAlignLVISEvaluator
 
 logger = logging.getLogger("disalign_d2")
 
 
+@contextmanager
 def ddp_without_device_ids():
     """Within it Detectron2 wraps a model that lies on the CPU, for which it has no option."""
-    return mock.patch.object(
-        defaults, "create_ddp_model", functools.partial(defaults.create_ddp_model, device_ids=None)
-    )
+    stock = defaults.create_ddp_model
+    defaults.create_ddp_model = functools.partial(stock, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = stock
 
 
 class Trainer(DefaultTrainer):
@@ -69,8 +72,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
         optimizer = super().build_optimizer(cfg, model)
-        if cfg.MODEL.DISALIGN.CALIBRATE:
-            keep_magnitude_from_decay(optimizer, model)
+        keep_magnitude_from_decay(optimizer, model)
         return optimizer
 
     @classmethod
@@ -107,10 +109,8 @@ class Trainer(DefaultTrainer):
         self.checkpointer = DisAlignCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, training=True, trainer=weakref.proxy(self)
         )
-        built = super().build_hooks()
-        if self.cfg.MODEL.DISALIGN.CALIBRATE:
-            built = [FrozenProof(self.model), ConfidenceWatch(self.model), *built]
-        return built
+        stage_two = [StageTwoHook()] if self.cfg.MODEL.DISALIGN.CALIBRATE else []
+        return [*stage_two, *super().build_hooks()]
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -118,16 +118,11 @@ class Trainer(DefaultTrainer):
         if evaluators is None and cfg.MODEL.DISALIGN.CALIBRATE and cfg.DATASETS.TEST:
             stage_one = cls.test_stage_one(cfg, model) if cfg.MODEL.DISALIGN.EVAL_STAGE_ONE else None
             if comm.is_main_process():
-                cls.write_results(cfg, stage_one, results)
+                content = comparison.reports(cfg, results, stage_one)
+                write_json(os.path.join(cfg.OUTPUT_DIR, "results.json"), content)
+                if stage_one is not None:
+                    logger.info(f"\n{comparison.tables(content)}")
         return results
-
-    @classmethod
-    def write_results(cls, cfg, stage_one, disalign):
-        """Write ``results.json``, and log both stages as a table; ``stage_one`` may be None."""
-        before, after = (results and comparison.by_dataset(cfg, results) for results in (stage_one, disalign))
-        comparison.write_results(os.path.join(cfg.OUTPUT_DIR, "results.json"), before, after)
-        if before:
-            logger.info(f"\n{comparison.table(before, after)}")
 
     @classmethod
     def test_stage_one(cls, cfg, model):
@@ -154,16 +149,6 @@ class Trainer(DefaultTrainer):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         return OrderedDict((f"{task}_TTA", figures) for task, figures in cls.test(cfg, model, evaluators).items())
-
-
-def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Move the magnitudes to a parameter group without weight decay, in place: their identity is 1, not 0."""
-    magnitudes = [parameter for name, parameter in model.named_parameters() if name.endswith("calibration.magnitude")]
-    for group in list(optimizer.param_groups):
-        ours = [parameter for parameter in group["params"] if any(parameter is other for other in magnitudes)]
-        if ours and group["weight_decay"]:
-            group["params"] = [p for p in group["params"] if not any(p is other for other in ours)]
-            optimizer.add_param_group({**group, "params": ours, "weight_decay": 0.0})
 
 
 def setup(args) -> CfgNode:
@@ -205,41 +190,14 @@ def setup(args) -> CfgNode:
     return cfg
 
 
-@contextmanager
-def config_errors():
-    """Whatever building from a config raises is the config's fault, in one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"expected settings that can be built, but: {first_line(error)}; mend the config, or the KEY VALUE given"
-        ) from error
-
-
 def refuse_other_stage(cfg) -> None:
-    """Keep a run from writing into the folder of the other stage, whose checkpoints have the same names.
-
-    Raises:
-        InputError: OUTPUT_DIR holds the other stage's checkpoint.
-    """
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    last = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")  # it may have been copied there without its tag
-    if os.path.isfile(tag):
-        with open(tag, encoding="utf-8") as file:
-            last = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-    present = [last] if os.path.isfile(last) else []
+    """Keep a run from writing into the folder of the other stage, see :func:`disalign.stage_two.require_own_folder`."""
+    last = Checkpointer(torch.nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
+    paths = [last, os.path.join(cfg.OUTPUT_DIR, "model_final.pth")]  # copied there it has no tag
     folder, name = os.path.split(os.path.realpath(cfg.MODEL.WEIGHTS))
-    if folder == os.path.realpath(cfg.OUTPUT_DIR) and name.startswith("model_") and os.path.isfile(cfg.MODEL.WEIGHTS):
-        present.append(cfg.MODEL.WEIGHTS)
-    for path in dict.fromkeys(present):
-        if is_calibrated(state_dict_of(load_file(path))) != cfg.MODEL.DISALIGN.CALIBRATE:
-            ours, theirs = ("two", "one") if cfg.MODEL.DISALIGN.CALIBRATE else ("one", "two")
-            raise InputError(
-                f"expected an OUTPUT_DIR for stage {ours}, got one with a checkpoint of stage {theirs} ({path!r}); "
-                f"give stage {ours} an OUTPUT_DIR of its own"
-            )
+    if folder == os.path.realpath(cfg.OUTPUT_DIR) and name.startswith("model_"):
+        paths.append(cfg.MODEL.WEIGHTS)
+    require_own_folder(cfg.OUTPUT_DIR, paths, cfg.MODEL.DISALIGN.CALIBRATE, "OUTPUT_DIR")
 
 
 def run(args):
@@ -255,7 +213,7 @@ def run(args):
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("Running on the CPU" + ("" if torch.cuda.is_available() else ": CUDA finds no GPU"))
     if args.eval_only:
-        with config_errors():
+        with config_errors(args.config_file):
             model = Trainer.build_model(cfg)
         DisAlignCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
@@ -264,7 +222,7 @@ def run(args):
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    with config_errors():
+    with config_errors(args.config_file):
         trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if cfg.TEST.AUG.ENABLED:
@@ -282,7 +240,7 @@ def print_data_check(cfg):
     for problem in problems:
         print(problem)
     if problems:
-        raise InputError(f"expected complete data, got {len(problems)} problems (above); mend them and check again")
+        raise InputError(f"expected complete data, got {len(problems)} problems (above); solve them and check again")
     print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
 
 

@@ -1,5 +1,6 @@
 """The equations, against float64 references by another route."""
 
+import functools
 import math
 
 import numpy as np
@@ -65,6 +66,16 @@ def test_calibrate_has_the_gradients_of_equation_4_and_5(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_calibrate_passes_gradcheck(shape):
     assert torch.autograd.gradcheck(calibrate, tuple(tensor.requires_grad_() for tensor in inputs(shape)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_reaches_the_columns_that_pass_through(shape):
+    z, confidence, magnitude, margin = inputs(shape)
+    arguments = [tensor.requires_grad_() for tensor in (z, confidence, magnitude[:-1], margin[:-1])]
+    assert torch.autograd.gradcheck(functools.partial(calibrate, passthrough=1), arguments)
+    upstream = torch.randn_like(z)
+    calibrate(*arguments, passthrough=1).backward(upstream)
+    assert torch.equal(z.grad[:, -1], upstream[:, -1])
 
 
 @pytest.mark.parametrize("dtype", INTEGER_VIEW)

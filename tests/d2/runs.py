@@ -154,6 +154,16 @@ def results(folder) -> dict:
     return json.loads((Path(folder) / "results.json").read_text())
 
 
+def figures(folder) -> dict:
+    """results.json, as dataset -> stage (``"stage_one"``, ``"disalign"``) -> task -> figure -> percent."""
+    found = {}
+    for dataset, tasks in results(folder).items():
+        found[dataset] = {"disalign": {task: report["figures"] for task, report in tasks.items()}}
+        if any("stage_one" in report for report in tasks.values()):
+            found[dataset]["stage_one"] = {task: report["stage_one"]["figures"] for task, report in tasks.items()}
+    return found
+
+
 def contents(folder) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

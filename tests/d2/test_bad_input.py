@@ -191,6 +191,18 @@ BAD = {
     "flag after a key": ("{config_two}", ONE, ["MODEL.DEVICE", "cpu", "--eval-only"], "odd length"),
     "integer for a float": ("{config_two}", [*ONE, DISALIGN + "RHO", "1"], [], r"a float needs its point \(1.0\)"),
     "text for a number": ("{config_two}", [*ONE, DISALIGN + "RHO", "nan"], [], "but: .*MODEL.DISALIGN.RHO"),
+    "unknown backbone": (
+        "{config_two}",
+        [*ONE, "MODEL.BACKBONE.NAME", "none"],
+        [],
+        "expected a config that can be built in '.*stage_two.yaml', but: .*none.*; correct it",
+    ),
+    "unknown backbone, eval": (
+        "{config_one}",
+        [*ONE, "MODEL.BACKBONE.NAME", "none"],
+        EVAL,
+        "expected a config that can be built in '.*stage_one.yaml', but: .*none.*; correct it",
+    ),
     # the method's settings
     "negative rho": ("{config_two}", [*ONE, DISALIGN + "RHO", "-0.5"], [], "expected a finite rho >= 0, got -0.5"),
     "NaN rho": ("{nan_rho}", ONE, [], "expected a finite rho >= 0, got nan"),
@@ -352,13 +364,18 @@ def test_it_is_refused_in_one_sentence_and_leaves_nothing(case, files, tmp_path,
     assert runs.contents(files.folder) == before
 
 
-def test_resuming_from_a_malicious_checkpoint_executes_nothing(files, capsys):
-    for flags in (["--resume"], ["--resume", "--eval-only"], []):
-        assert main(files.config_two, files.resumable, "MODEL.WEIGHTS", files.weights_one, flags=flags) == 2
+def test_resuming_from_a_malicious_checkpoint_executes_nothing(files, tmp_path, capsys):
+    folder = tmp_path / "resumable"
+    shutil.copytree(files.resumable, folder)
+    given = ["MODEL.WEIGHTS", files.weights_one, "SOLVER.MAX_ITER", 1]
+    for flags in (["--resume"], ["--resume", "--eval-only"]):
+        assert main(files.config_two, folder, *given, flags=flags) == 2
         (sentence,) = refusals(capsys.readouterr().err)
         assert "but it also holds posix.mkdir; re-save it" in sentence
+    assert runs.left_behind(folder) == ["last_checkpoint", "malicious.pth"]
+    # A fresh run looks which stage it is of, can't say, and goes on without it.
+    assert main(files.config_two, folder, *given, "DATASETS.TEST", "()") == 0
     assert not files.harm.exists()
-    assert runs.left_behind(files.resumable) == ["last_checkpoint", "malicious.pth"]
 
 
 def test_data_check_names_every_truncated_image(files, capsys):
@@ -391,3 +408,67 @@ def test_a_process_among_two_refuses_bad_input_in_one_sentence(files, tmp_path):
     assert "error: expected 12 images of " in err
     assert "Traceback" not in err
     assert runs.left_behind(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------- code of one's own
+
+OWN = """
+from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY
+from disalign_d2 import DisAlignROIHeads
+
+@ROI_HEADS_REGISTRY.register()
+class OwnHeads(DisAlignROIHeads):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.box_head.sequential  # no such attribute
+
+@BACKBONE_REGISTRY.register()
+def own_backbone(cfg, input_shape):
+    import no_such_module
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's module, and a starter of train_net in a process that imports it first."""
+    module = tmp_path / "own.py"
+    module.write_text(OWN)
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import own;"
+        "from disalign_d2.train_net import main; sys.exit(main())"
+    )
+
+    def run(config, *options, flags=()):
+        arguments = runs.arguments(config, tmp_path / "out", *options, flags=flags)
+        process = runs.start("-c", program, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return process.communicate(timeout=300)[1], process.returncode
+
+    return module, run
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "line", "said"),
+    [
+        (
+            ["MODEL.ROI_HEADS.NAME", "OwnHeads"],
+            [],
+            "self.box_head.sequential",
+            "AttributeError: 'FastRCNNConvFCHead' object has no attribute 'sequential'",
+        ),
+        (
+            ["MODEL.BACKBONE.NAME", "own_backbone"],
+            ["--eval-only"],
+            "import no_such_module",
+            "ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+    ],
+    ids=["heads", "backbone"],
+)
+def test_an_error_in_code_of_ones_own_keeps_its_traceback(options, flags, line, said, own, tiny):
+    module, run = own
+    err, status = run(tiny.config_two, "MODEL.WEIGHTS", tiny.weights_one, *options, flags=flags)
+    assert status == 1
+    number = next(number for number, text in enumerate(OWN.splitlines(), 1) if line in text)
+    assert f'File "{module}", line {number}, in ' in err
+    assert said in err
+    assert refusals(err) == []

@@ -1,7 +1,7 @@
 """benchmarks/lean_step.py on a tiny model: what its steps compute, and the table."""
 
 import importlib
-import re
+import json
 from pathlib import Path
 
 import pytest
@@ -64,18 +64,26 @@ def test_all_steps_see_the_same_rois(steps):
 
 
 def test_table(lean_step, cfg, tmp_path, capsys):
-    path = tmp_path / "tiny.yaml"
+    path, out = tmp_path / "tiny.yaml", tmp_path / "out.json"
     path.write_text(cfg.dump())
     size = [str(side) for side in SIZE]
-    options = ["--size", *size, "--images", str(NUM_IMAGES), "--repeats", "1"]
+    options = ["--size", *size, "--images", str(NUM_IMAGES), "--repeats", "3", "--out", str(out)]
     assert lean_step.main(["--config-file", str(path), *options, "MODEL.ROI_HEADS.NUM_CLASSES", "7"]) == 0
     output = capsys.readouterr().out
-    assert "2 image(s) of 64x96, 32 RoIs an image, 8 of them foreground, the same in every step; K = 7" in output
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if "| (" in line]
-    assert [row[0][:3] for row in rows] == ["(a)", "(b)", "(c)"]
-    lean = next(line for line in output.splitlines() if line.startswith("| lean"))
-    lean_s, lean_mib = float(lean.split("|")[2]), float(lean.split("|")[4])
-    for _, seconds, ratio, mib, mib_ratio in rows:
-        value, least, most = map(float, re.fullmatch(r"(\S+) \((\S+)-(\S+)\)", ratio).groups())
-        assert value == least == most == pytest.approx(lean_s / float(seconds), rel=0.1, abs=0.02)
-        assert float(mib_ratio) == pytest.approx(lean_mib / float(mib), abs=0.01)
+    about = "2 image(s) of 64x96, 32 RoIs an image, 8 of them foreground, the same in every step; K = 7"
+    assert about in output
+    written = json.loads(out.read_text())
+    assert about in written["about"]
+    assert [row["step"][:4] for row in written["rows"]] == ["lean", "(a) ", "(b) ", "(c) "]
+    lean = written["rows"][0]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()[-4:]]
+    for row, cells in zip(written["rows"], shown, strict=True):
+        assert len(row["turns"]) == 3
+        assert min(row["turns"]) > 0
+        ratios = sorted(ours / theirs for ours, theirs in zip(lean["turns"], row["turns"], strict=True))
+        assert [row["least"], row["ratio"], row["most"]] == ratios
+        assert row["seconds"] == sorted(row["turns"])[1]
+        assert row["peak_ratio"] == lean["peak_mib"] / row["peak_mib"]
+        ratio = f"{ratios[1]:.2f} ({ratios[0]:.2f}-{ratios[2]:.2f})"
+        memory = [f"{row['peak_mib']:.0f}", f"{row['peak_ratio']:.2f}"]
+        assert cells == [row["step"], f"{row['seconds']:.3f}", ratio, *memory]

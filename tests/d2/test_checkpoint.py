@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 
 import pytest
 
@@ -88,14 +89,16 @@ def test_stage_two_takes_stage_one_in_every_form(models, tmp_path, form):
 
 def test_the_new_tensors_are_named_once(models, tmp_path, caplog):
     one, two = models
-    path = save({"model": one.state_dict() | {"pixel_mean": torch.zeros(3)}}, tmp_path / "one.pth")
+    old = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.cells.0", "norm.num_batches_tracked")
+    path = save({"model": one.state_dict() | dict.fromkeys(old, torch.zeros(3))}, tmp_path / "one.pth")
     with caplog.at_level("INFO"):
         start(two, path, tmp_path)
     (line,) = [record.message for record in caplog.records if "starting at the identity" in record.message]
     assert line.startswith("one.pth: loaded ")
     for part in ("magnitude", "margin", "confidence.weight", "confidence.bias"):
         assert line.count(f"{PREDICTOR}.cls_score.calibration.{part}") == 1
-    assert line.endswith("not needed: pixel_mean")
+    assert line.endswith("not needed: " + ", ".join(old))
+    evaluate(one, path)
 
 
 def test_the_trainers_state_of_stage_one_is_left_where_it_is(models, tmp_path):
@@ -317,17 +320,21 @@ def test_evaluation_is_strict(models, tmp_path, stage, name):
     refused(evaluate, models[stage], path, tmp_path, sentence)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        without(f"{PREDICTOR}.cls_score.calibration.margin"),
-        changed(f"{PREDICTOR}.cls_score.calibration.margin", lambda margin: margin + float("nan")),
-        changed(f"{PREDICTOR}.cls_score.calibration.magnitude", lambda magnitude: magnitude[:4]),
-    ],
-)
-def test_evaluation_is_strict_about_the_calibration(models, tmp_path, change):
+@pytest.mark.parametrize("part", ["magnitude", "margin", "confidence.weight", "confidence.bias"])
+@pytest.mark.parametrize("damage", ["missing", "misshaped", "nan"])
+def test_evaluation_is_strict_about_the_calibration(models, tmp_path, damage, part):
+    name = f"{PREDICTOR}.cls_score.calibration.{part}"
+    shape = list(models[1].state_dict()[name].shape)
+    change, said = {
+        "missing": (without(name), f"but it lacks 1: {name}; is it"),
+        "misshaped": (
+            changed(name, lambda value: value[:0]),
+            f"got 1 of others: {name} ({[0, *shape[1:]]}, not {shape});",
+        ),
+        "nan": (changed(name, lambda value: value * float("nan")), f"but got NaN or infinity in {name}; use"),
+    }[damage]
     path = save({"model": change(models[1].state_dict())}, tmp_path / "two.pth")
-    refused(evaluate, models[1], path, tmp_path, r"calibration\.ma")
+    refused(evaluate, models[1], path, tmp_path, re.escape(said))
 
 
 # ----------------------------------------------------------------------------------------------- save and resume

@@ -1,5 +1,4 @@
-import json
-import math
+import re
 from collections import OrderedDict
 from itertools import count
 
@@ -148,18 +147,12 @@ def test_the_key_changes_with_the_dataset(dataset):
 # ------------------------------------------------------------------------------------------------------- cache
 
 
-def same(one, two):
-    if isinstance(one, dict):
-        return list(one) == list(two) and all(same(one[name], two[name]) for name in one)
-    return one == two or (math.isnan(one) and math.isnan(two))
-
-
 def test_results_are_read_back(tmp_path):
     path = str(tmp_path / "folder" / "results.json")
     results = OrderedDict(bbox={"AP": 12.34567890123, "APr": NAN, "APf": 0.0}, segm={"AP": -1.5})
     comparison.save_stage_one_results(path, "key", results)
-    assert same(dict(results), comparison.load_stage_one_results(path, "key"))
-    assert json.loads((tmp_path / "folder" / "results.json").read_text())["results"]["bbox"]["APr"] is None
+    kept = {"bbox": {"AP": 12.34567890123, "APr": None, "APf": 0.0}, "segm": {"AP": -1.5}}
+    assert comparison.load_stage_one_results(path, "key") == kept
 
 
 def test_results_of_another_stage_one_are_not_taken(tmp_path):
@@ -172,59 +165,72 @@ def test_results_of_another_stage_one_are_not_taken(tmp_path):
         assert comparison.load_stage_one_results(str(path), "key") is None
 
 
-def test_results_of_one_dataset_get_its_name_back():
-    one, two = {"bbox": {"AP": 1.0}}, {"a": {"bbox": {"AP": 1.0}}, "b": {"bbox": {"AP": 2.0}}}
-    assert comparison.by_dataset(tiny_cfg("DATASETS.TEST", ("a",)), one) == {"a": one}
-    assert comparison.by_dataset(tiny_cfg("DATASETS.TEST", ("a", "b")), two) == two
-
-
 # ------------------------------------------------------------------------------------------------------- words
 
-BEFORE = {"val": {"bbox": {"AP": 20.04, "AP50": 30.0, "APr": NAN, "APf": 25.0, "APs": 1.0}, "segm": {"AP": 10.0}}}
-AFTER = {"val": {"bbox": {"AP": 21.5, "AP50": 29.0, "APr": NAN, "APf": 25.0, "APs": 2.0}, "segm": {"AP": 12.5}}}
+BEFORE = {"bbox": {"AP": 20.04, "AP50": 30.0, "APr": NAN, "APf": 25.0, "APs": 1.0}, "segm": {"AP": 10.0}}
+AFTER = {"bbox": {"AP": 21.5, "AP50": 29.0, "APr": NAN, "APf": 25.0, "APs": 2.0}, "segm": {"AP": 12.5}}
 
 
-def rows(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+def reports(before, after, *names):
+    return comparison.reports(tiny_cfg("DATASETS.TEST", names or ("val",)), after, before)
+
+
+def tables(before, after, *names):
+    """Title -> rows of cells of each table."""
+    found = {}
+    for text in comparison.tables(reports(before, after, *names)).split("\n\n"):
+        title, head, _, *lines = text.splitlines()
+        found[title] = [re.split(" {2,}", line) for line in (head, *lines)]
+    return found
+
+
+def test_the_reports_hold_both_stages_and_null_for_no_ground_truth():
+    assert reports(BEFORE, AFTER) == {
+        "val": {
+            "bbox": {
+                "unit": "percent",
+                "figures": {"AP": 21.5, "AP50": 29.0, "APr": None, "APf": 25.0, "APs": 2.0},
+                "stage_one": {"figures": {"AP": 20.04, "AP50": 30.0, "APr": None, "APf": 25.0, "APs": 1.0}},
+            },
+            "segm": {"unit": "percent", "figures": {"AP": 12.5}, "stage_one": {"figures": {"AP": 10.0}}},
+        }
+    }
+    alone = reports(None, {"segm": {"AP": 12.5}})
+    assert alone == {"val": {"segm": {"unit": "percent", "figures": {"AP": 12.5}}}}
+
+
+def test_each_of_two_datasets_has_its_own_reports():
+    found = reports({"a": BEFORE, "b": AFTER}, {"a": AFTER, "b": BEFORE}, "a", "b")
+    assert found.keys() == {"a", "b"}
+    assert found["a"] == reports(BEFORE, AFTER)["val"]
+    assert found["b"] == reports(AFTER, BEFORE)["val"]
 
 
 def test_the_table_shows_both_stages_and_the_gain():
-    boxes, masks = comparison.table(BEFORE, AFTER).split("\n\n")
-    assert boxes.startswith("val, bbox, before and after\n")
-    head, _, *body = rows(boxes)
-    assert head == ["bbox", "AP", "AP50", "APr", "APf"]
-    assert body == [
-        ["stage one", "20.0", "30.0", "n/a", "25.0"],
-        ["DisAlign", "21.5", "29.0", "n/a", "25.0"],
-        ["gain", "+1.5", "-1.0", "n/a", "+0.0"],
-    ]
-    assert [row[1] for row in rows(masks)] == ["AP", rows(masks)[1][1], "10.0", "12.5", "+2.5"]
+    assert tables(BEFORE, AFTER) == {
+        "val, bbox, before and after": [
+            ["percent", "AP", "AP50", "APr", "APf"],
+            ["stage one", "20.0", "30.0", "n/a", "25.0"],
+            ["DisAlign", "21.5", "29.0", "n/a", "25.0"],
+            ["gain", "+1.5", "-1.0", "n/a", "+0.0"],
+        ],
+        "val, segm, before and after": [
+            ["percent", "AP"],
+            ["stage one", "10.0"],
+            ["DisAlign", "12.5"],
+            ["gain", "+2.5"],
+        ],
+    }
 
 
-def test_a_task_that_stage_one_has_no_figures_of_is_not_available():
+@pytest.mark.parametrize("before", [{"bbox": BEFORE["bbox"]}, {}])
+def test_a_task_that_stage_one_has_no_figures_of_is_not_available(before):
     # It detected nothing.
-    _, masks = comparison.table({"val": {"bbox": BEFORE["val"]["bbox"]}}, AFTER).split("\n\n")
-    assert [row[1] for row in rows(masks)][2:] == ["n/a", "12.5", "n/a"]
+    masks = tables(before, AFTER)["val, segm, before and after"]
+    assert [row[1] for row in masks] == ["AP", "n/a", "12.5", "n/a"]
 
 
 def test_the_table_has_every_group_of_lvis_in_its_order():
-    figures = dict.fromkeys(["APf", "APc", "APr", "AR", "AP75", "AP50", "AP"], 1.0)
-    head, *_ = rows(comparison.table({"v": {"bbox": figures}}, {"v": {"bbox": figures}}))
-    assert head == ["bbox", "AP", "AP50", "AP75", "APr", "APc", "APf"]
-
-
-def test_results_are_written_with_null_for_no_ground_truth(tmp_path):
-    path = tmp_path / "results.json"
-    comparison.write_results(str(path), BEFORE, AFTER)
-    written = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert written["val"]["stage_one"]["bbox"]["APr"] is None
-    assert written["val"]["stage_one"]["bbox"]["AP"] == 20.04
-    assert written["val"]["disalign"]["segm"] == {"AP": 12.5}
-    comparison.write_results(str(path), None, AFTER)
-    assert list(json.loads(path.read_text())["val"]) == ["disalign"]
-
-
-def test_a_loss_too_small_to_show_is_no_negative_zero():
-    before, after = {"set": {"bbox": {"AP": 30.01}}}, {"set": {"bbox": {"AP": 30.0}}}
-    assert "+0.0" in comparison.table(before, after)
-    assert "-0.0" not in comparison.table(before, after)
+    figures = {"bbox": dict.fromkeys(["APf", "APc", "APr", "AR", "AP75", "AP50", "AP"], 1.0)}
+    ((head, *_),) = tables(figures, figures).values()
+    assert head == ["percent", "AP", "AP50", "AP75", "APr", "APc", "APf"]

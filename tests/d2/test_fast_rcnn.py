@@ -147,8 +147,8 @@ def test_the_confidence_is_the_sigmoid_of_a_linear_layer():
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        (dict(magnitude=False), {"margin", "confidence.weight", "confidence.bias"}),
-        (dict(margin=False), {"magnitude", "confidence.weight", "confidence.bias"}),
+        (dict(learn_magnitude=False), {"margin", "confidence.weight", "confidence.bias"}),
+        (dict(learn_margin=False), {"magnitude", "confidence.weight", "confidence.bias"}),
         (dict(confidence="one"), {"magnitude", "margin"}),
     ],
 )
@@ -282,7 +282,7 @@ def test_an_unknown_classifier_is_refused(calibrate):
     ("options", "sentence"),
     [
         (dict(confidence="two"), "expected confidence 'learnt' or 'one', got 'two'"),
-        (dict(magnitude=False, margin=False), "expected magnitude or margin to be learnt, got neither"),
+        (dict(learn_magnitude=False, learn_margin=False), "expected magnitude or margin to be learnt, got neither"),
         (dict(reduction="sum of"), "expected a reduction among .*, got 'sum of'"),
         (dict(background_weight=-1.0), "expected a finite background weight >= 0, got -1"),
     ],

@@ -13,8 +13,8 @@ from detectron2.modeling import build_model as build_stock_model
 from torch import nn
 
 from disalign import InputError, assert_frozen
+from disalign.stage_two import calibrations, trained_parts
 from disalign_d2 import build_model, freeze
-from disalign_d2.freezing import calibrations
 
 from .models import COUNTS, batch, detections, identical, lively, random_calibration, stages, tiny_cfg
 
@@ -59,7 +59,7 @@ def test_2k_plus_d_plus_1_numbers_train_for_each_box_head(cascade, heads):
     expected = {f"{place}.cls_score.calibration.{part}": shape for place in places for part, shape in shapes.items()}
     assert report.trainable == expected
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(expected)
-    assert calibrations(model) == [f"{place}.cls_score.calibration" for place in places]
+    assert list(calibrations(model)) == [f"{place}.cls_score.calibration" for place in places]
 
 
 def test_build_model_says_what_trains(caplog):
@@ -115,7 +115,7 @@ def test_training_changes_the_calibrations_and_not_one_bit_of_the_rest(cascade):
     model = random_calibration(calibrated(cascade))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-    with assert_frozen(model, calibrations(model)):
+    with assert_frozen(model, trained_parts(model)):
         for _ in range(3):
             model.train()
             optimizer.zero_grad()

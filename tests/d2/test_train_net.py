@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 import re
 import shutil
@@ -17,22 +16,22 @@ detectron2 = pytest.importorskip("detectron2")
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, defaults
 
 from disalign.freezing import fingerprints
-from disalign_d2 import build_model, comparison, evaluate, train_net
+from disalign_d2 import build_model, evaluate, train_net
 from disalign_d2.train_net import Trainer
 
 from . import runs
 from .annotations import unique
 from .models import tiny_cfg
-from .runs import CALIBRATION, load, log, main, results, same
+from .runs import CALIBRATION, figures, load, log, main, results, same
 
 ROOT = Path(__file__).parents[2]
 PREDICTOR = "roi_heads.box_predictor.cls_score.calibration."
 EVALUATED = "Evaluating stage one (the calibration at its identity)"
 NO_TEST = ["DATASETS.TEST", "()"]
-FROZEN = r"(\d+) of \1 frozen tensors are bit-identical to stage one's"
+FROZEN = r"(\d+) of \1 frozen tensors are bit-identical to what this run started from"
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +107,27 @@ def test_a_checkpoint_keeps_counts_and_rho(tiny):
 
 def test_results_and_table_show_stage_ones_own_figures_before(tiny):
     name = tiny.data["val"][0]
-    figures = results(tiny.two)
-    assert figures.keys() == {name}
-    before, after = figures[name]["stage_one"], figures[name]["disalign"]
+    written = results(tiny.two)
+    assert written.keys() == {name}
+    assert written[name].keys() == {"bbox", "segm"}
+    for report in written[name].values():
+        assert report.keys() == {"unit", "figures", "stage_one"}
+        assert report["unit"] == "percent"
+        assert report["stage_one"].keys() == {"figures"}
+    before, after = figures(tiny.two)[name]["stage_one"], figures(tiny.two)[name]["disalign"]
     assert before == own_figures(tiny.one) == own_figures(tiny.two, "inference/stage_one")
     assert after == own_figures(tiny.two)
     assert before.keys() == after.keys() == {"bbox", "segm"}
     assert 0 < before["bbox"]["AP"] != after["bbox"]["AP"]
     assert before["bbox"]["APl"] is None  # no object is large
     table = log(tiny.two).rsplit(f"{name}, bbox, before and after", 1)[1].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:6]]
-    assert cells[0] == ["bbox", "AP", "AP50", "AP75", "APr", "APc", "APf"]
-    for row, stage in ((cells[2], before), (cells[3], after)):
-        assert row[1:] == [f"{stage['bbox'][figure]:.1f}" for figure in cells[0][1:]]
-    assert cells[4][1:] == [f"{after['bbox'][figure] - before['bbox'][figure]:+.1f}" for figure in cells[0][1:]]
+    head, _, *rows = [re.split(" {2,}", line) for line in table[1:6]]
+    assert head == ["percent", "AP", "AP50", "AP75", "APr", "APc", "APf"]
+    assert rows == [
+        ["stage one", *(f"{before['bbox'][figure]:.1f}" for figure in head[1:])],
+        ["DisAlign", *(f"{after['bbox'][figure]:.1f}" for figure in head[1:])],
+        ["gain", *(f"{after['bbox'][figure] - before['bbox'][figure]:+.1f}" for figure in head[1:])],
+    ]
 
 
 def test_both_commands_from_a_fresh_interpreter(tiny, tmp_path):
@@ -142,7 +148,7 @@ def test_both_commands_from_a_fresh_interpreter(tiny, tmp_path):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "Traceback" not in err
-        assert "| DisAlign  |" in out
+        assert re.search(r"(?m)^DisAlign +\d", out)
         assert results(tmp_path / name) == results(tiny.two)
         assert log(tmp_path / name).count(EVALUATED) == 1
     # A seed fixes a run.
@@ -166,7 +172,7 @@ def test_a_cascade_goes_the_same_way(classifier, tiny, tmp_path):
     assert {name for name in added if "margin" in name} <= moved(two)
     assert all(same(two[name], one[name]) for name in two.keys() - added)
     assert f"{3 * (2 * 5 + 16 + 1)} numbers train" in log(tmp_path / "two")
-    assert results(tmp_path / "two")[tiny.data["val"][0]]["stage_one"] == own_figures(tmp_path / "one")
+    assert figures(tmp_path / "two")[tiny.data["val"][0]]["stage_one"] == own_figures(tmp_path / "one")
 
 
 def test_detectron2s_own_switches_work_in_stage_two(tiny, tmp_path):
@@ -246,6 +252,22 @@ def test_stage_one_decays_as_detectron2_does():
     assert len(optimizer.param_groups) == 2
 
 
+class Decaying(Trainer):
+    """Builds the optimizer as Detectron2 does: the magnitude decays too."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return super(Trainer, cls).build_optimizer(cfg, model)
+
+
+def test_a_trainer_of_ones_own_that_decays_the_magnitude_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_net, "Trainer", Decaying)
+    assert stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 2, *NO_TEST) == 2
+    assert "error: expected no weight decay on the magnitude" in capsys.readouterr().err
+    assert not (tmp_path / "model_final.pth").exists()
+    assert stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.WEIGHT_DECAY", 0.0, *NO_TEST) == 0
+
+
 # ------------------------------------------------------------------------------------------------ stage one, once
 
 
@@ -255,14 +277,14 @@ def test_stage_one_is_evaluated_once_for_each_stage_one_file(tiny, tmp_path):
     shutil.copytree(tiny.two / "inference", tmp_path / "inference")
     assert stage_two(tiny, tmp_path, *short, "SOLVER.BASE_LR", 0.3) == 0
     assert log(tmp_path).count(EVALUATED) == 0
-    assert results(tmp_path)[tiny.data["val"][0]]["stage_one"] == own_figures(tiny.one)
+    assert figures(tmp_path)[tiny.data["val"][0]]["stage_one"] == own_figures(tiny.one)
 
     other = load(tiny.weights_one)
     other["model"]["roi_heads.box_predictor.cls_score.weight"].mul_(-1)
     torch.save(other, tmp_path / "other.pth")
     assert stage_two(tiny, tmp_path, *short, "MODEL.WEIGHTS", tmp_path / "other.pth") == 0
     assert log(tmp_path).count(EVALUATED) == 1
-    assert results(tmp_path)[tiny.data["val"][0]]["stage_one"] != own_figures(tiny.one)
+    assert figures(tmp_path)[tiny.data["val"][0]]["stage_one"] != own_figures(tiny.one)
 
 
 def test_a_broken_record_of_stage_one_is_evaluated_again(tiny, tmp_path):
@@ -276,17 +298,17 @@ def test_stage_ones_evaluation_can_be_switched_off(tiny, tmp_path):
     assert stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 1, "MODEL.DISALIGN.EVAL_STAGE_ONE", False) == 0
     assert EVALUATED not in log(tmp_path)
     assert "before and after" not in log(tmp_path)
-    assert results(tmp_path) == {tiny.data["val"][0]: {"disalign": own_figures(tmp_path)}}
+    assert figures(tmp_path) == {tiny.data["val"][0]: {"disalign": own_figures(tmp_path)}}
 
 
 def test_two_validation_sets_each_get_a_table(tiny, tmp_path):
     sets = (tiny.data["val"][0], tiny.data["train"][0])
     options = ["DATASETS.TEST", sets, "MODEL.WEIGHTS", tiny.weights_two]
     assert main(tiny.config_two, tmp_path, *options, flags=["--eval-only"]) == 0
-    figures = results(tmp_path)
-    assert tuple(figures) == sets
-    assert figures[sets[0]] == results(tiny.two)[sets[0]]
-    assert figures[sets[1]]["stage_one"] != figures[sets[0]]["stage_one"]
+    found = figures(tmp_path)
+    assert tuple(found) == sets
+    assert found[sets[0]] == figures(tiny.two)[sets[0]]
+    assert found[sets[1]]["stage_one"] != found[sets[0]]["stage_one"]
     for name in sets:
         assert f"{name}, segm, before and after" in log(tmp_path)
         for folder in ("inference", "inference/stage_one"):
@@ -322,13 +344,13 @@ def test_saved_detections_evaluate_to_the_same_figures(tiny, tmp_path):
     detections = tiny.two / "inference" / "lvis_instances_results.json"
     out = tmp_path / "report.json"
     assert evaluate.main([str(detections), tiny.data["val"][1], "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["figures"] == results(tiny.two)[tiny.data["val"][0]]["disalign"]
+    assert json.loads(out.read_text())["figures"] == figures(tiny.two)[tiny.data["val"][0]]["disalign"]
 
 
 @pytest.mark.parametrize("shift", [0, 5])
 def test_expected_results_are_checked(shift, tiny, tmp_path, monkeypatch):
-    figures = own_figures(tiny.two)
-    expected = [["bbox", "AP", figures["bbox"]["AP"] + shift, 0.01], ["segm", "APc", figures["segm"]["APc"], 0.01]]
+    own = own_figures(tiny.two)
+    expected = [["bbox", "AP", own["bbox"]["AP"] + shift, 0.01], ["segm", "APc", own["segm"]["APc"], 0.01]]
     options = ["MODEL.WEIGHTS", tiny.weights_two, "TEST.EXPECTED_RESULTS", expected]
     if shift:
         with pytest.raises(SystemExit, match=r"^1$"):
@@ -346,7 +368,7 @@ def test_test_time_augmentation_is_evaluated_beside(tiny, tmp_path):
     with_tta = own_figures(trained, "inference_TTA")
     assert with_tta != own_figures(trained)
     # The comparison is of the plain model.
-    assert results(trained)[tiny.data["val"][0]]["disalign"] == own_figures(trained)
+    assert figures(trained)[tiny.data["val"][0]]["disalign"] == own_figures(trained)
 
     expected = [["bbox_TTA", "AP", with_tta["bbox"]["AP"], 0.01]]
     options = ["MODEL.WEIGHTS", trained / "model_final.pth", "TEST.EXPECTED_RESULTS", expected]
@@ -376,19 +398,19 @@ def test_a_validation_set_in_coco_format(trained_on, tiny, tmp_path):
         data["train"] = [unique("gone"), "gone.json", "gone"]
     config = runs.write_config(tmp_path, data, calibrate=True)
     assert main(config, tmp_path / "out", "MODEL.WEIGHTS", tiny.weights_two, flags=["--eval-only"]) == 0
-    figures, lvis = results(tmp_path / "out")[data["val"][0]], results(tiny.two)[tiny.data["val"][0]]
+    ours, lvis = figures(tmp_path / "out")[data["val"][0]], figures(tiny.two)[tiny.data["val"][0]]
     report = json.loads((tmp_path / "out" / "inference" / "lvis_results.json").read_text())
     for stage in ("stage_one", "disalign"):
         # LVIS's set was exhaustive, so that its AP is COCO's.
-        assert figures[stage]["segm"]["AP"] == lvis[stage]["segm"]["AP"]
+        assert ours[stage]["segm"]["AP"] == lvis[stage]["segm"]["AP"]
         # Of COCO's, the groups are those of the training images: 12 show red, the others fewer than ten.
-        groups = [figures[stage]["bbox"][figure] for figure in ("APr", "APc", "APf")]
+        groups = [ours[stage]["bbox"][figure] for figure in ("APr", "APc", "APf")]
         if trained_on == "gone":
             assert groups == [None, None, None]
         else:
             assert groups[2] is None
-            assert 4 * groups[0] + groups[1] == pytest.approx(5 * figures[stage]["bbox"]["AP"])
-    assert report["figures"] == figures["disalign"]
+            assert 4 * groups[0] + groups[1] == pytest.approx(5 * ours[stage]["bbox"]["AP"])
+    assert report["figures"] == ours["disalign"]
     assert "n/a" in log(tmp_path / "out").rsplit("before and after", 1)[1]
 
 
@@ -399,11 +421,11 @@ def test_a_set_that_detectron2_registered_as_coco_has_detectron2s_evaluator(tiny
     for _ in range(2):
         assert main(tiny.config_two, tmp_path / "out", *options, flags=["--eval-only"]) == 0
     assert log(tmp_path / "out").count(EVALUATED) == 1
-    figures, lvis = results(tmp_path / "out")[name], results(tiny.two)[tiny.data["val"][0]]
+    ours, lvis = figures(tmp_path / "out")[name], figures(tiny.two)[tiny.data["val"][0]]
     for stage in ("stage_one", "disalign"):
-        assert figures[stage]["bbox"]["AP"] == pytest.approx(lvis[stage]["bbox"]["AP"], abs=1e-6)
-        assert figures[stage]["bbox"]["APl"] is None
-        assert "AP-red" in figures[stage]["segm"]
+        assert ours[stage]["bbox"]["AP"] == pytest.approx(lvis[stage]["bbox"]["AP"], abs=1e-6)
+        assert ours[stage]["bbox"]["APl"] is None
+        assert "AP-red" in ours[stage]["segm"]
 
 
 def test_a_set_of_another_kind_is_refused(tiny, tmp_path, capsys):
@@ -532,16 +554,25 @@ def test_a_stage_keeps_out_of_the_other_stages_folder(stage, flags, tiny, capsys
     assert {"model_final.pth", "config.yaml", "metrics.json", "last_checkpoint", "log.txt"} <= before.keys()
     assert main(config, theirs, "MODEL.WEIGHTS", weights, flags=flags) == 2
     err = capsys.readouterr().err
-    assert f"error: expected an OUTPUT_DIR for stage {stage}, got one with a checkpoint of stage" in err
+    other = {"one": "two", "two": "one"}[stage]
+    assert re.search(
+        f"error: expected OUTPUT_DIR of stage {stage}'s own, got '.*' with a checkpoint of stage {other} "
+        rf"\('.*model_final.pth'\), which has the same names; give stage {stage} another OUTPUT_DIR$",
+        err.strip(),
+    )
     assert err.count("\n") == 1
     assert runs.contents(theirs) == before
 
 
-def test_a_stage_one_file_that_was_copied_there_is_not_overwritten(tiny, tmp_path, capsys):
-    copied = tmp_path / "model_final.pth"
+@pytest.mark.parametrize("found", ["by its name", "by the tag", "as MODEL.WEIGHTS"])
+def test_a_stage_one_file_that_was_copied_there_is_not_overwritten(found, tiny, tmp_path, capsys):
+    copied = tmp_path / ("model_final.pth" if found == "by its name" else "model_0000003.pth")
     copied.write_bytes(Path(tiny.weights_one).read_bytes())
-    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", copied, *NO_TEST) == 2
-    assert "got one with a checkpoint of stage one" in capsys.readouterr().err
+    if found == "by the tag":
+        (tmp_path / "last_checkpoint").write_text(copied.name)
+    weights = copied if found == "as MODEL.WEIGHTS" else tiny.weights_one
+    assert main(tiny.config_two, tmp_path, "MODEL.WEIGHTS", weights, *NO_TEST) == 2
+    assert f"with a checkpoint of stage one ({str(copied)!r})" in capsys.readouterr().err
     assert copied.read_bytes() == Path(tiny.weights_one).read_bytes()
 
 
@@ -579,13 +610,23 @@ def test_two_processes_train_as_one_with_the_same_total_batch(tiny, tmp_path):
             assert same(two[name], one[name]), name
     # The evaluations are shared out, and put together again.
     name = tiny.data["val"][0]
-    assert results(together)[name]["stage_one"] == results(alone)[name]["stage_one"] == own_figures(tiny.one)
-    assert results(together)[name]["disalign"]["bbox"]["AP"] == pytest.approx(
-        results(alone)[name]["disalign"]["bbox"]["AP"], abs=0.1
+    assert figures(together)[name]["stage_one"] == figures(alone)[name]["stage_one"] == own_figures(tiny.one)
+    assert figures(together)[name]["disalign"]["bbox"]["AP"] == pytest.approx(
+        figures(alone)[name]["disalign"]["bbox"]["AP"], abs=0.1
     )
     assert log(together).count(EVALUATED) == 1
     for text in (log(together), (together / "log.txt.rank1").read_text()):
         assert re.search(FROZEN, text)
+
+
+def test_detectron2s_ddp_is_replaced_for_the_cpu_only_while_it_is_needed():
+    stock = defaults.create_ddp_model
+    with train_net.ddp_without_device_ids():
+        replaced = defaults.create_ddp_model
+        with pytest.raises(ZeroDivisionError), train_net.ddp_without_device_ids():
+            _ = 1 / 0
+        assert defaults.create_ddp_model is replaced
+    assert replaced.func is defaults.create_ddp_model is stock
 
 
 # ------------------------------------------------------------------------------------------------------ hooks
@@ -622,8 +663,9 @@ def test_a_frozen_tensor_that_changes_is_found_at_the_end(tensor, tiny, tmp_path
 
     monkeypatch.setattr(train_net, "Trainer", meddling(change, at=0))
     with pytest.raises(RuntimeError, match=f"frozen tensors to stay bit-identical, but changed: {tensor}$"):
-        stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 2, *NO_TEST)
-    assert "bit-identical to stage one's" not in log(tmp_path)
+        stage_two(tiny, tmp_path, "SOLVER.MAX_ITER", 2)
+    assert "bit-identical to" not in log(tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_a_collapsed_confidence_is_warned_about_once(tiny, tmp_path, monkeypatch):
@@ -650,14 +692,3 @@ def test_cuda_without_a_gpu_falls_back_to_the_cpu_and_says_so(tiny, tmp_path):
     assert stage_two(tiny, tmp_path, "MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, *NO_TEST) == 0
     assert "Running on the CPU: CUDA finds no GPU" in log(tmp_path)
     assert "DEVICE: cpu" in (tmp_path / "config.yaml").read_text()
-
-
-# ------------------------------------------------------------------------------------------------ comparison
-
-
-def test_a_task_that_stage_one_has_no_figures_of_is_not_available():
-    after = {"set": {"bbox": {"AP": 2.0}, "segm": {"AP": 1.0}}}
-    table = comparison.table({"set": {"bbox": {"AP": 1.5}}}, after)
-    assert "| gain      | +0.5 |" in table
-    assert "| gain      | n/a  |" in table
-    assert not math.isnan(after["set"]["segm"]["AP"])
