@@ -1,6 +1,7 @@
 """Does a converted checkpoint fit a config? Builds the config's model with its package, imported only here."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from operator import attrgetter
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from disalign import InputError, load_stage_one
 from disalign.checkpoints import IGNORABLE, require_tensors
+from disalign.cli import find_config
 from disalign.errors import first_line, some
 
 from .targets import BACKBONE_CONFIG
@@ -30,35 +32,35 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
     Raises:
         InputError: the package is missing, the config can't be built, or the tensors do not fit.
     """
-    _require_package(to)
-    model = BUILDERS[to](config, tensors)
-    backbone = [name for name in tensors if name.startswith("backbone.")]
-    if to == "d2" and len(backbone) == len(tensors):
-        target = model.state_dict()
-        of_backbone = {name: target[name] for name in target if name.startswith("backbone.bottom_up.")}
-        require_tensors(tensors, of_backbone, "tensors of the config's backbone", IGNORABLE)
-        fits = f"fits {config}: all {len(of_backbone)} tensors of its backbone; the rest starts as Detectron2 starts it"
+    with _built(to, config):
+        model = BUILDERS[to](config, tensors)
+    target = model.state_dict()
+    if to == "d2" and all(name.startswith("backbone.") for name in tensors):
+        backbone = {name: tensor for name, tensor in target.items() if name.startswith("backbone.bottom_up.")}
+        require_tensors(tensors, backbone, "tensors of the config's backbone", IGNORABLE)
+        fits = f"fits {config}: all {len(backbone)} tensors of its backbone; the rest starts as Detectron2 starts it"
         wrong = _unlike_the_backbone(config)
         return f"{fits}; but the config differs from how it was trained: {', '.join(wrong)}" if wrong else fits
     new = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".calibration." in name]
     if new and not any(".calibration." in name for name in tensors):
         return f"fits {config}: {load_stage_one(model, tensors, new)}"
-    ignorable = IGNORABLE if to == "d2" else ()
-    require_tensors(tensors, model.state_dict(), "tensors of the config's model", ignorable)
-    return f"fits {config}: all {len(model.state_dict())} tensors of its model"
+    require_tensors(tensors, target, "tensors of the config's model", IGNORABLE if to == "d2" else ())
+    return f"fits {config}: all {len(target)} tensors of its model"
 
 
-def timm_classifier(config: str) -> str:
+def timm_classifier(name: str) -> str:
     """The name of the classifier of a timm model.
 
     Raises:
         InputError: timm is missing, has no such model, or it has several.
     """
-    _require_package("timm")
-    return _timm_model(config)[1]
+    with _built("timm", name):
+        return _timm_model(name)[1]
 
 
-def _require_package(to):
+@contextmanager
+def _built(to: str, config: str) -> Iterator[None]:
+    """Whatever building from a config raises is the config's fault."""
     try:
         import_module(PACKAGES[to])
     except ImportError as error:
@@ -66,34 +68,45 @@ def _require_package(to):
             f"expected {PACKAGES[to]} to build the model of --config, but it can't be imported "
             f"({first_line(error)}); install what it needs, or leave out --config"
         ) from None
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"expected a config that can be built in {config!r}, but: {first_line(error)}") from error
 
 
-def _cls(config: str, tensors: dict) -> nn.Module:
+def _cls(config: str, tensors: dict[str, Tensor]) -> nn.Module:
     from disalign_cls.cli import build_model
     from disalign_mmengine.cli import load_config
 
     return build_model(load_config(config, {}))
 
 
-def _mmseg(config: str, tensors: dict) -> nn.Module:
+def _mmseg(path: str, tensors: dict[str, Tensor]) -> nn.Module:
     from mmengine.registry import DefaultScope
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
 
-    from disalign_mmengine.cli import config_errors, load_config
+    from disalign_mmengine.cli import load_config
 
     register_all_modules(init_default_scope=False)
-    config = load_config(config, {})
-    with config_errors(config.filename), DefaultScope.overwrite_default_scope("mmseg"):
-        if config.model.get("pretrained"):
-            config.model.pretrained = None
-        return MODELS.build(config.model)
+    model = load_config(path, {}).model
+    if model.get("pretrained"):
+        model.pretrained = None
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return MODELS.build(model)
 
 
-def _d2_config(config: str):
+def _d2(config: str, tensors: dict[str, Tensor]) -> nn.Module:
+    from disalign_d2 import build_model
+
+    return build_model(_d2_config(config))
+
+
+def _d2_config(config):
     from detectron2.config import get_cfg
 
-    from disalign.cli import find_config
     from disalign_d2 import add_disalign_config
 
     if config.endswith(".py"):
@@ -107,27 +120,19 @@ def _d2_config(config: str):
     return cfg
 
 
-def _d2(config: str, tensors: dict) -> nn.Module:
-    from disalign_d2 import build_model
-
-    with _built(config):
-        return build_model(_d2_config(config))
-
-
 def _unlike_the_backbone(config):
     cfg = _d2_config(config)
     said = {key: attrgetter(key)(cfg) for key in BACKBONE_CONFIG}
     return [f"{key} {said[key]}, not {right}" for key, right in BACKBONE_CONFIG.items() if said[key] != right]
 
 
-def _timm(name: str, tensors: dict) -> nn.Module:
+def _timm(name: str, tensors: dict[str, Tensor]) -> nn.Module:
     model, classifier = _timm_model(name)
-    classes = next((len(tensors[key]) for key in tensors if key == f"{classifier}.weight"), None)
-    if classes is None:
+    if f"{classifier}.weight" not in tensors:
         raise InputError(
             f"expected a stock classifier named {classifier!r} for timm's {name}, got none; name it with --classifier"
         )
-    model.reset_classifier(classes)
+    model.reset_classifier(len(tensors[f"{classifier}.weight"]))
     return model
 
 
@@ -136,8 +141,7 @@ def _timm_model(name):
 
     if os.path.isfile(name) or not timm.is_model(name.split(".")[0]):
         raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
-    with _built(name):
-        model = timm.create_model(name)
+    model = timm.create_model(name)
     classifier = model.default_cfg["classifier"]
     if not isinstance(classifier, str):
         raise InputError(
@@ -145,16 +149,6 @@ def _timm_model(name):
             "are averaged, take a model of one"
         )
     return model, classifier
-
-
-@contextmanager
-def _built(config):
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # whatever building from a config raises is the config's fault
-        raise InputError(f"expected a config that can be built in {config!r}, but: {first_line(error)}") from error
 
 
 BUILDERS = {"cls": _cls, "d2": _d2, "mmseg": _mmseg, "timm": _timm}

@@ -1,0 +1,40 @@
+"""classifier-balancing: linear classifiers, cRT, learnable weight scaling."""
+
+from torch import Tensor
+
+from disalign import InputError
+from disalign.errors import some
+
+from .. import formulas
+from .frame import IMAGES, Content, Source, add_calibration, below, read_classifier, require_resnet, trunk
+
+
+def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
+    own = below(tensors, "classifier")
+    if "weight" in own:
+        raise InputError(
+            "expected a linear classifier of classifier-balancing, got its cosine one, which divides by 1 + norm of "
+            "the feature rather than by the norm; ours is another function, train stage one anew"
+        )
+    if not {"fc.weight", "fc.bias"} <= own.keys():
+        raise InputError(
+            "expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got "
+            f"{some(own) or 'no tensors'}; its nearest-mean and meta-embedding classifiers have no counterpart here"
+        )
+    others = trunk(tensors, "feat_model")
+    require_resnet(others, "classifier-balancing")
+    layer = read_classifier(tensors, "classifier.fc", without_bias="zeros")
+    # Eq. 4's magnitude, with confidence one.
+    add_calibration(layer, tensors, "classifier", {"magnitude": "scales"}, formulas.weight_scaling)
+    heading = "classifier-balancing" + ", learnable weight scaling" * layer.calibrated
+    return Content(heading, others, [layer])
+
+
+SOURCE = Source(
+    name="classifier-balancing",
+    task=IMAGES,
+    what="a classifier-balancing checkpoint",
+    mark="feat_model and classifier",
+    known=lambda tensors: bool(below(tensors, "feat_model")),
+    parse=parse,
+)
