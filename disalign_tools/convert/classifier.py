@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from disalign import CosineClassifier, InputError, calibrate_classifier
 from disalign.folding import EPS, fold_tensors, stock_cosine
 
-#: Our names of a calibration's tensors, below the classifier's.
+#: Our names of a calibration's tensors.
 CALIBRATION = ("magnitude", "margin", "confidence.weight", "confidence.bias")
 
 
@@ -27,25 +27,15 @@ class Part(NamedTuple):
 
 @dataclass
 class Classifier:
-    """A classifier, in our words.
+    """A classifier, in our words."""
 
-    Attributes:
-        name: of the classifier in the source.
-        parts: ``weight``, ``bias``, ``scale`` (cosine) and those of ``CALIBRATION`` that it has.
-        formula: the source's own scores: float64 features (N, d) -> (N, C), from the source's raw tensors.
-        place: its name in the result.
-        calibration_place: its calibration's name in the result, if that is not ``{place}.calibration``.
-        passthrough: trailing scores that are not calibrated.
-        in_sequence: it is a folded cosine classifier, the linear layer in :func:`stock_cosine`.
-    """
-
-    name: str
-    parts: dict[str, Part]
-    formula: Callable[[Tensor], Tensor]
-    place: str
-    calibration_place: str | None = None
-    passthrough: int = 0
-    in_sequence: bool = False
+    name: str  # in the source
+    parts: dict[str, Part]  # "weight", "bias", "scale" (cosine) and those of CALIBRATION that it has
+    formula: Callable[[Tensor], Tensor]  # float64 features (N, d) -> the source's own scores (N, C), by its raw tensors
+    place: str  # its name in the result
+    calibration_in: str = ""  # the module in the result that owns its calibration, if not itself
+    passthrough: int = 0  # trailing scores that are not calibrated
+    in_sequence: bool = False  # it is a folded cosine classifier, the linear layer in stock_cosine
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,14 +50,14 @@ class Classifier:
     def cosine(self) -> bool:
         return "scale" in self.parts
 
+    def name_below(self, word: str) -> str:
+        """The name of a part below the classifier."""
+        return f"calibration.{word}" if word in CALIBRATION else f"1.{word}" if self.in_sequence else word
+
     def named_parts(self) -> dict[str, Part]:
         """Name in the result -> part."""
-        return {self._name(word): part for word, part in self.parts.items()}
-
-    def _name(self, word):
-        if word in CALIBRATION:
-            return f"{self.calibration_place or f'{self.place}.calibration'}.{word}"
-        return f"{self.place}.1.{word}" if self.in_sequence else f"{self.place}.{word}"
+        owners = dict.fromkeys(CALIBRATION, self.calibration_in or self.place)
+        return {f"{owners.get(word, self.place)}.{self.name_below(word)}": part for word, part in self.parts.items()}
 
     @property
     def stock_line(self) -> str:
@@ -79,11 +69,7 @@ class Classifier:
         )
 
     def require_shapes(self) -> None:
-        """Refuse tensors that do not belong together.
-
-        Raises:
-            InputError: they do not.
-        """
+        """Refuse tensors that do not belong together."""
         weight = self.parts["weight"].tensor
         if weight.dim() not in (2, 4) or not weight.numel() or weight[0, 0].numel() != 1:
             raise InputError(
@@ -91,21 +77,18 @@ class Classifier:
                 "a classifier?"
             )
         outputs, width = self.shape
-        sizes = dict.fromkeys(("magnitude", "margin"), outputs - self.passthrough)
-        sizes |= {"weight": weight.numel(), "bias": outputs, "scale": 1, "confidence.weight": width}
+        sizes = {"weight": weight.numel(), "bias": outputs, "confidence.weight": width}
+        sizes |= dict.fromkeys(("magnitude", "margin"), outputs - self.passthrough)
         for word, part in self.parts.items():
-            if part.tensor.numel() != sizes.get(word, 1):
+            size = sizes.get(word, 1)
+            if part.tensor.numel() != size:
                 raise InputError(
-                    f"expected {sizes.get(word, 1)} numbers in {part.source} beside a weight of shape "
-                    f"{tuple(weight.shape)}, got {part.tensor.numel()}; do they belong together?"
+                    f"expected {size} numbers in {part.source} beside a weight of shape {tuple(weight.shape)}, got "
+                    f"{part.tensor.numel()}; do they belong together?"
                 )
 
     def fold(self) -> None:
-        """Make a classifier with confidence one a stock one, in place.
-
-        Raises:
-            InputError: its confidence is learnt, or there is nothing to fold.
-        """
+        """Make it a stock one, in place."""
         tensors = {word: part.tensor for word, part in self.parts.items()}
         if "confidence.weight" in tensors:
             raise InputError(
@@ -114,16 +97,15 @@ class Classifier:
             )
         if not (self.calibrated or self.cosine):
             raise InputError(
-                f"expected a calibrated or cosine classifier to fold, but {self.name!r} is a stock one; leave out --fold"
+                f"expected a calibrated or cosine classifier for --fold, but {self.name!r} is a stock one; leave it out"
             )
-        outputs, width = self.shape
-        classes, weight = outputs - self.passthrough, tensors["weight"]
+        weight, (outputs, width) = tensors["weight"], self.shape
         folded = fold_tensors(
             # Half precision would cost the scores three digits.
             weight.to(torch.promote_types(weight.dtype, torch.float32)),
             tensors.get("bias"),
-            tensors.get("magnitude", torch.ones(classes)),
-            tensors.get("margin", torch.zeros(classes)),
+            tensors.get("magnitude", torch.ones(outputs - self.passthrough)),
+            tensors.get("margin", torch.zeros(outputs - self.passthrough)),
             self.passthrough,
             # RMSNorm takes a feature to norm sqrt(d).
             scale=float(tensors["scale"]) / width**0.5 if self.cosine else None,
@@ -133,38 +115,30 @@ class Classifier:
         self.parts = {word: Part(one, sources, "folded") for word, one in zip(("weight", "bias"), folded, strict=True)}
 
     def difference(self, tensors: dict[str, Tensor]) -> float:
-        """Largest difference of the source's scores and ours, with the result's tensors, on random features.
+        """Largest difference of the source's scores and ours, with the result's tensors, relative to the largest score.
 
-        It is relative to the largest score.
+        Of 64 random features, in float64.
         """
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(64, self.shape[1], dtype=torch.float64, generator=generator)
-        theirs = self.formula(features)
-        largest = float(theirs.abs().max())
-        return float((theirs - self._scores(tensors, features)).abs().max()) / (largest or 1.0)
-
-    def _scores(self, tensors, features):
         outputs, width = self.shape
-        state = {}
-        for word in self.parts:
-            tensor = tensors[self._name(word)].double()
-            # A 1x1 convolution is a linear layer of each pixel.
-            state[f"calibration.{word}" if word in CALIBRATION else word] = (
-                tensor[..., 0, 0] if tensor.dim() == 4 else tensor
-            )
+        features = torch.randn(64, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         if self.in_sequence:
             model = stock_cosine(width, outputs)
-            state = {f"1.{name}": tensor for name, tensor in state.items()}
         else:
             model = CosineClassifier(width, outputs) if self.cosine else nn.Linear(width, outputs, "bias" in self.parts)
-            if self.calibrated:
-                calibrate_classifier(
-                    model,
-                    passthrough=self.passthrough,
-                    magnitude="magnitude" in self.parts,
-                    margin="margin" in self.parts,
-                    confidence="learnt" if "confidence.weight" in self.parts else "one",
-                )
+        if self.calibrated:
+            calibrate_classifier(
+                model,
+                passthrough=self.passthrough,
+                magnitude="magnitude" in self.parts,
+                margin="margin" in self.parts,
+                confidence="learnt" if "confidence.weight" in self.parts else "one",
+            )
+        state = {
+            self.name_below(word): tensors[name] for word, name in zip(self.parts, self.named_parts(), strict=True)
+        }
+        # A 1x1 convolution is a linear layer of each pixel.
+        state = {name: tensor[..., 0, 0] if tensor.dim() == 4 else tensor for name, tensor in state.items()}
         model.double().load_state_dict(state)
         with torch.no_grad():
-            return model(features)
+            ours, theirs = model(features), self.formula(features)
+        return float((theirs - ours).abs().max() / (theirs.abs().max() or 1.0))

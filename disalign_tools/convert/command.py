@@ -8,7 +8,7 @@ is. Before the result gets its name it is read back, and its scores are compared
 import argparse
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from disalign import InputError
-from disalign.checkpoints import atomic_file
+from disalign.checkpoints import atomic_file, require_tensors
 from disalign.cli import command
 from disalign.errors import some
 from disalign.files import require_place
@@ -26,7 +26,7 @@ from .classifier import Classifier, Part
 from .config_check import check_fit, timm_classifier
 from .open_file import COUNTERS, open_checkpoint
 from .sources import SOURCES, detect
-from .sources.frame import IMAGES, Content
+from .sources.frame import IMAGES, Content, Task
 from .table import table
 
 #: Tensors that no target has a use for; the official ImageNet-LT's loss keeps its class weights beside the network.
@@ -54,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers = content.classifiers
     for layer in layers:
         layer.require_shapes()
-    targets.require_fit(source, content.heading, args.to)
+    targets.require_fit(source.task, content.heading, args.to)
     _require_use(content, source.task, args)
     _require_places(content, tensors)
     if args.fold:
         for layer in layers:
             layer.fold()
     result = arrange(content, source.task, tensors, args)
-    _require_finite(result, args.source)
-    fit = check_fit(args.to, args.config, {name: part.tensor for name, part in result.items()}) if args.config else None
-    compared = write(result, checkpoint.meta, layers, tensors, args)
+    whole = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
+    require_tensors(whole, whole, "tensors", where=f" in {args.source!r}")  # finite ones
+    fit = check_fit(args.to, args.config, whole) if args.config else None
+    copies = {name: tensors[part.source] for name, part in result.items() if part.source and not part.change}
+    compared = write(args.to, args.dest, whole, checkpoint.meta, copies, layers)
 
     print(f"{args.source}: {content.heading}")
     alone = {name for layer in layers for name in layer.named_parts()}
@@ -124,20 +126,14 @@ def _require_dest(args):
         raise InputError(f"expected a positive number as --scale, got {args.scale:g}")
 
 
-def split(tensors: dict[str, Tensor], patterns: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+def split(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
     """Those that no pattern matches, and the names of the others."""
-    matched = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    return {name: tensors[name] for name in tensors if name not in matched}, [
-        name for name in tensors if name in matched
-    ]
+    kept = {name: t for name, t in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return kept, [name for name in tensors if name not in kept]
 
 
 def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """What is left after --drop and without what nobody needs, and the names of the rest.
-
-    Raises:
-        InputError: a pattern that matches nothing.
-    """
+    """What is left after --drop and without what nobody needs, and the names of the others."""
     for pattern in patterns:
         if not split(tensors, [pattern])[1]:
             raise InputError(
@@ -145,8 +141,8 @@ def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[s
             )
     tensors, dropped = split(tensors, (*patterns, *USELESS))
     # mmcv 0.x's EMAHook keeps a second set of weights in buffers of the model.
-    second = [name for name in (f"ema_{name.replace('.', '_')}" for name in tensors) if name in tensors]
-    return {name: tensors[name] for name in tensors if name not in second}, dropped + second
+    tensors, second = split(tensors, [f"ema_{name.replace('.', '_')}" for name in tensors])
+    return tensors, dropped + second
 
 
 def _require_use(content, task, args):
@@ -176,12 +172,8 @@ def _require_places(content, tensors):
         )
 
 
-def arrange(content: Content, task: str, tensors: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Part]:
-    """The result: name -> part.
-
-    Raises:
-        InputError: the target has no place for it, or only building the model could tell.
-    """
+def arrange(content: Content, task: Task, tensors: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Part]:
+    """The result: name -> part."""
     classifier = None if content.timm_name else args.classifier  # which then names the source's
     if args.to == "timm" and args.config and not classifier:
         classifier = timm_classifier(args.config)
@@ -201,49 +193,38 @@ def arrange(content: Content, task: str, tensors: dict[str, Tensor], args: argpa
     return result
 
 
-def _require_finite(result, path):
-    broken = [name for name, part in result.items() if not part.tensor.isfinite().all()]
-    if broken:
-        raise InputError(
-            f"expected finite numbers in {path!r}, but got NaN or infinity in {some(broken)}; use an earlier one"
-        )
-
-
 def write(
-    result: dict[str, Part],
-    meta: dict[str, Any],
-    layers: list[Classifier],
+    to: str,
+    path: str,
     tensors: dict[str, Tensor],
-    args: argparse.Namespace,
+    meta: dict[str, Any],
+    copies: dict[str, Tensor],
+    layers: list[Classifier],
 ) -> str:
-    """Write the result, read it back and compare; it gets its name only if all of it holds.
+    """Write the tensors, read them back and compare; the file gets its name only if all of it holds.
 
-    Returns:
-        What was compared, in words.
-
-    Raises:
-        InputError: it can't be written, or its scores are not the source's.
+    ``copies`` are the source's own of those that were only copied. Returns what was compared, in words.
     """
-    arrays = args.dest.endswith(".pkl")
-    with atomic_file(args.dest, "w+b") as file:
-        whole = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
-        targets.save(args.to, whole, meta, file, arrays)
+    arrays = path.endswith(".pkl")
+    with atomic_file(path, "w+b") as file:
+        targets.save(to, tensors, meta, file, arrays)
         file.seek(0)
         again = targets.load(file, arrays)
-        copies = {name: part.source for name, part in result.items() if part.source and not part.change}
-        changed = [name for name, source in copies.items() if not _same(again[name], tensors[source])]
-        if again.keys() != result.keys() or changed:
+        changed = [name for name, tensor in copies.items() if not _same(again[name], tensor)]
+        if again.keys() != tensors.keys() or changed:
             raise RuntimeError(f"the written file differs from the source in {some(changed) or 'its names'}")
-        if not layers:
-            return "every tensor equals the source's"
         differences = [layer.difference(again) for layer in layers]
-        worst = max(differences)
         if not all(difference <= TOLERANCE for difference in differences):
             raise InputError(
-                f"expected the result's scores to be the source's, but they differ by {worst:.1e} of the largest; is "
-                "its classifier what it was taken for (--from, --scale)?"
+                f"expected the result's scores to be the source's, but they differ by {max(differences):.1e} of the "
+                "largest; is its classifier what it was taken for (--from, --scale)?"
             )
-    return f"every copied tensor equals the source's; largest difference of scores from the source's own formula {worst:.1e} of the largest"
+    if not layers:
+        return "every tensor equals the source's"
+    return (
+        "every copied tensor equals the source's; largest difference of scores from the source's own formula "
+        f"{max(differences):.1e} of the largest"
+    )
 
 
 def _same(one, two):

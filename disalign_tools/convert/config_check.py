@@ -19,19 +19,7 @@ PACKAGES = {"cls": "disalign_cls", "d2": "disalign_d2", "mmseg": "disalign_mmseg
 
 
 def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
-    """Load the tensors into the config's model, strictly.
-
-    Args:
-        to: the target.
-        config: a config file, or the name of a shipped one; for timm a model's name.
-        tensors: the result.
-
-    Returns:
-        A sentence that says what fits.
-
-    Raises:
-        InputError: the package is missing, the config can't be built, or the tensors do not fit.
-    """
+    """Load the tensors into the model of a config (for timm a model's name), strictly, and say in words what fits."""
     with _built(to, config):
         model = BUILDERS[to](config, tensors)
     target = model.state_dict()
@@ -49,11 +37,7 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
 
 
 def timm_classifier(name: str) -> str:
-    """The name of the classifier of a timm model.
-
-    Raises:
-        InputError: timm is missing, has no such model, or it has several.
-    """
+    """The name of the classifier of a timm model."""
     with _built("timm", name):
         return _timm_model(name)[1]
 

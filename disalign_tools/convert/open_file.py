@@ -31,31 +31,21 @@ HALVES = ("feat_model", "classifier")
 
 @dataclass
 class Checkpoint:
-    """An opened file.
+    """An opened file."""
 
-    Attributes:
-        tensors: name -> tensor, on the CPU, without DDP's and others' prefixes.
-        meta: what the result keeps beside the tensors: ``dataset_meta`` (classes, palette) and ``disalign`` (counts).
-        left_out: other entries of the file.
-        notes: sentences for the user.
-    """
-
-    tensors: dict[str, Tensor]
-    meta: dict[str, Any] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor]  # name -> tensor, on the CPU, without DDP's and others' prefixes
+    meta: dict[str, Any]  # what the result keeps: "dataset_meta" (classes, palette) and "disalign" (counts)
+    left_out: list[str]  # other entries of the file
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
 
-def open_checkpoint(path: str | os.PathLike, ema: bool | None = None, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], ema: bool | None = None, trust: bool = False) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: the file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
         ema: take the averaged weights of a file that has both, or (False) the trained ones; None: refuse such a file.
         trust: unpickle it in full if it can't be used otherwise.
-
-    Raises:
-        InputError: it can't be read, needs ``trust`` or a choice by ``ema``, or holds no tensors.
     """
     path = os.fspath(path)
     if path.endswith(".safetensors"):

@@ -11,13 +11,10 @@ from disalign.errors import some
 from disalign.unpickling import load_arrays
 
 from . import resnet
-from .classifier import CALIBRATION
-from .sources.frame import BOXES, IMAGES, PIXELS, Content, Source
+from .classifier import CALIBRATION, Part
+from .sources.frame import IMAGES, Content, Task
 
 TARGETS = ("cls", "d2", "mmseg", "timm")
-#: Task of the source -> targets it goes to. (An image classifier goes to Detectron2 as a backbone to start from.)
-FITTING = {IMAGES: ("cls", "timm", "d2"), BOXES: ("d2",), PIXELS: ("mmseg",)}
-WHAT = {IMAGES: "an image classifier", BOXES: "a detector", PIXELS: "a segmentor"}
 #: What a Detectron2 config must say for a backbone that has learnt from images as timm and torchvision show them.
 BACKBONE_CONFIG = {
     "INPUT.FORMAT": "RGB",
@@ -27,49 +24,42 @@ BACKBONE_CONFIG = {
 }
 
 
-def require_fit(source: Source, heading: str, to: str) -> None:
-    """Refuse a target that the source has nothing for.
-
-    Raises:
-        InputError: it has not.
-    """
-    if to not in FITTING[source.task]:
-        fitting = " or ".join(f"--to {name}" for name in FITTING[source.task])
-        sentence = f"expected {fitting} for {WHAT[source.task]} ({heading}), got --to {to}"
-        if (source.task, to) == (IMAGES, "mmseg"):
-            sentence += (
-                "; MMSegmentation starts a backbone from it by itself: backbone.init_cfg=dict(type='Pretrained', "
-                "checkpoint=FILE)"
-            )
-        raise InputError(sentence)
+def require_fit(task: Task, heading: str, to: str) -> None:
+    """Refuse a target that has no use for such a model."""
+    if to in task.targets:
+        return
+    sentence = f"expected --to {' or --to '.join(task.targets)} for {task.what} ({heading}), got --to {to}"
+    if (task, to) == (IMAGES, "mmseg"):
+        sentence += (
+            "; MMSegmentation starts a backbone from it by itself: backbone.init_cfg=dict(type='Pretrained', "
+            "checkpoint=FILE)"
+        )
+    raise InputError(sentence)
 
 
-def arrange(content: Content, task: str, to: str, classifier: str | None) -> dict[str, str | None]:
-    """Give an image classifier its place in the result.
-
-    Args:
-        content: the checkpoint's.
-        task: of its source.
-        to: the target.
-        classifier: its name in timm, where it was given.
+def arrange(content: Content, task: Task, to: str, classifier: str | None) -> dict[str, str | None]:
+    """Give an image classifier its place, which may be the ``classifier`` named; and the others their names.
 
     Returns:
-        Names of the other tensors in the result -> the source's; None for what is new.
-
-    Raises:
-        InputError: a trunk or a classifier that the target does not have.
+        Name in the result -> the source's, of all tensors but the classifiers'; None for what is new.
     """
     if task != IMAGES:
         return dict(content.others)
     if to == "d2":
         return _as_backbone(content)
     (layer,) = content.classifiers
-    if to == "cls":
+    if to == "timm":
+        _require_stock(layer)
+        layer.place = classifier or content.timm_name or _timm_classifier(content.others)
+    else:
         layer.place = "classifier"
-        return {f"backbone.{name}": source for name, source in _with_counters(content.others).items()}
-    _require_stock(layer)
-    layer.place = classifier or content.timm_name or _timm_classifier(content.others)
-    return _with_counters(content.others)
+    if not layer.cosine and "bias" not in layer.parts:
+        weight = layer.parts["weight"].tensor
+        layer.parts["bias"] = Part(torch.zeros(len(weight), dtype=weight.dtype), None, "zeros")
+    # The batch counters that BatchNorm has had since torch 0.4.1.
+    norms = [name.removesuffix("running_var") for name in content.others if name.endswith(".running_var")]
+    names = dict.fromkeys(f"{norm}num_batches_tracked" for norm in norms) | content.others
+    return {f"backbone.{name}" if to == "cls" else name: source for name, source in names.items()}
 
 
 def _as_backbone(content):
@@ -84,8 +74,8 @@ def _as_backbone(content):
     sources = [part.source for part in layer.parts.values() if part.source]
     content.dropped = dict.fromkeys(sources, "a backbone has no classifier")
     content.notes.append(
-        "for Detectron2 this is a backbone to start stage one from; like most image classifiers it has seen RGB images: "
-        f"set {', '.join(f'{key} {value}' for key, value in BACKBONE_CONFIG.items())}"
+        "for Detectron2 this is a backbone to start stage one from; like most image classifiers it has seen RGB "
+        f"images: set {', '.join(f'{key} {value}' for key, value in BACKBONE_CONFIG.items())}"
     )
     return {f"backbone.bottom_up.{resnet.to_detectron2(name)}": source for name, source in content.others.items()}
 
@@ -113,19 +103,8 @@ def _timm_classifier(others):
     )
 
 
-def _with_counters(others):
-    """With the batch counters that BatchNorm has had since torch 0.4.1."""
-    norms = [name.removesuffix("running_var") for name in others if name.endswith(".running_var")]
-    counters = [f"{norm}num_batches_tracked" for norm in norms]
-    return others | {name: None for name in counters if name not in others}
-
-
 def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
-    """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays.
-
-    Raises:
-        InputError: a dtype that numpy does not have.
-    """
+    """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays."""
     if to == "timm":
         content = tensors
     elif to == "d2":  # whose files have no meta

@@ -16,19 +16,14 @@ SOURCES: dict[str, Source] = {
 
 
 def detect(tensors: dict[str, Tensor], given: str | None, path: str, classifier: str | None) -> Source:
-    """The source of a checkpoint.
-
-    Raises:
-        InputError: none fits, or the ``given`` one does not.
-    """
+    """The source of a checkpoint, or the ``given`` one if it fits."""
     fitting = [name for name, source in SOURCES.items() if source.known(tensors)]
     if classifier and "timm" not in fitting:
         fitting.append("timm")
     if given and given not in fitting:
         hint = f"it looks like {fitting[0]}" if fitting else "it looks like none that is known"
         raise InputError(
-            f"expected {SOURCES[given].what} in {path!r}, known by {SOURCES[given].mark}, got none; {hint}, leave out "
-            "--from or give another"
+            f"expected {SOURCES[given].what} in {path!r}, got none; {hint}, leave out --from or give another"
         )
     if not fitting:
         raise InputError(

@@ -6,7 +6,7 @@ from disalign import InputError
 from disalign.errors import some
 
 from .. import formulas
-from .frame import IMAGES, Content, Source, add_calibration, below, read_classifier, require_resnet, trunk
+from .frame import IMAGES, Content, Source, add_calibration, below, linear, require_resnet, trunk
 
 
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
@@ -23,18 +23,15 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
         )
     others = trunk(tensors, "feat_model")
     require_resnet(others, "classifier-balancing")
-    layer = read_classifier(tensors, "classifier.fc", without_bias="zeros")
+    layer = linear(tensors, "classifier.fc")
     # Eq. 4's magnitude, with confidence one.
     add_calibration(layer, tensors, "classifier", {"magnitude": "scales"}, formulas.weight_scaling)
     heading = "classifier-balancing" + ", learnable weight scaling" * layer.calibrated
     return Content(heading, others, [layer])
 
 
-SOURCE = Source(
-    name="classifier-balancing",
-    task=IMAGES,
-    what="a classifier-balancing checkpoint",
-    mark="feat_model and classifier",
-    known=lambda tensors: bool(below(tensors, "feat_model")),
-    parse=parse,
-)
+def known(tensors: dict[str, Tensor]) -> bool:
+    return bool(below(tensors, "feat_model"))
+
+
+SOURCE = Source("classifier-balancing", IMAGES, "feat_model and classifier of classifier-balancing", known, parse)

@@ -7,7 +7,7 @@ from disalign import InputError
 
 from .. import formulas, resnet
 from ..classifier import Part
-from .frame import IMAGES, OFFICIAL, Content, Source, add_calibration, below, read_classifier
+from .frame import IMAGES, OFFICIAL, Content, Source, add_calibration, below, linear_or_cosine
 
 LAYER = "network.linear"
 NOTE = (
@@ -20,7 +20,7 @@ NOTE = (
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
     names = below(tensors, "network")
     others = {renamed: f"network.{name}" for name in names if (renamed := resnet.to_torchvision(name))}
-    layer = read_classifier(tensors, LAYER, scale, without_bias="cosine")
+    layer = linear_or_cosine(tensors, LAYER, scale)
     add_calibration(layer, tensors, LAYER, OFFICIAL, formulas.cvpods_classification)
     if layer.calibrated and layer.cosine:
         raise InputError(
@@ -37,11 +37,8 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     return Content(heading, others, [layer], notes=[NOTE])
 
 
-SOURCE = Source(
-    name="cvpods",
-    task=IMAGES,
-    what="a cvpods classifier",
-    mark=f"{LAYER}.weight",
-    known=lambda tensors: f"{LAYER}.weight" in tensors,
-    parse=parse,
-)
+def known(tensors: dict[str, Tensor]) -> bool:
+    return f"{LAYER}.weight" in tensors
+
+
+SOURCE = Source("cvpods", IMAGES, "network.linear.weight of a cvpods classifier", known, parse)

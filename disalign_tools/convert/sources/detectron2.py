@@ -5,7 +5,7 @@ import re
 from torch import Tensor
 
 from .. import formulas
-from .frame import BOXES, OFFICIAL, OURS, Content, Source, add_calibration, below, read_classifier, rest
+from .frame import BOXES, OFFICIAL, OURS, Content, Source, add_calibration, below, linear_or_cosine, rest
 
 #: First words of a model's tensors (sem_seg_head: PanopticFPN's).
 PLACES = ("backbone.", "proposal_generator.", "roi_heads.", "sem_seg_head.")
@@ -21,7 +21,7 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     bases = [match[1] for name in tensors if (match := PREDICTOR.fullmatch(name))]
     layers, taken = [], []
     for base in bases:
-        layer = read_classifier(tensors, f"{base}.cls_score", scale, without_bias="cosine", passthrough=1)
+        layer = linear_or_cosine(tensors, f"{base}.cls_score", scale, passthrough=1)
         add_calibration(layer, tensors, f"{base}.cls_score.calibration", OURS, formulas.ours)
         add_calibration(layer, tensors, base, OFFICIAL, formulas.cvpods_detection)
         layers.append(layer)
@@ -38,16 +38,10 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     return Content(heading, rest(tensors, PLACES, taken), layers, names_known=True, notes=notes)
 
 
-def _known(tensors):
+def known(tensors: dict[str, Tensor]) -> bool:
     torchvisions = below(tensors, "rpn.head") or below(tensors, "backbone.body")
     return not torchvisions and any(map(PREDICTOR.fullmatch, tensors))
 
 
-SOURCE = Source(
-    name="detectron2",
-    task=BOXES,
-    what="a Detectron2 or cvpods R-CNN",
-    mark="roi_heads.box_predictor.cls_score.weight and no torchvision names",
-    known=_known,
-    parse=parse,
-)
+WHAT = "roi_heads.box_predictor.cls_score.weight of a Detectron2 or cvpods R-CNN (not torchvision's)"
+SOURCE = Source("detectron2", BOXES, WHAT, known, parse)

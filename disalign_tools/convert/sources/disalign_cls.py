@@ -3,21 +3,18 @@
 from torch import Tensor
 
 from .. import formulas
-from .frame import IMAGES, OURS, Content, Source, add_calibration, below, holds_matrix, read_classifier, trunk
+from .frame import IMAGES, OURS, Content, Source, add_calibration, below, holds_matrix, linear_or_cosine, trunk
 
 
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
-    layer = read_classifier(tensors, "classifier", scale)
+    layer = linear_or_cosine(tensors, "classifier", scale)
     add_calibration(layer, tensors, "classifier.calibration", OURS, formulas.ours)
     heading = f"disalign_cls, stage {'two' if layer.calibrated else 'one'}"
     return Content(heading, trunk(tensors, "backbone"), [layer], names_known=True)
 
 
-SOURCE = Source(
-    name="disalign_cls",
-    task=IMAGES,
-    what="a model of disalign_cls",
-    mark="backbone.* and classifier.weight",
-    known=lambda tensors: bool(below(tensors, "backbone")) and holds_matrix(tensors, "classifier"),
-    parse=parse,
-)
+def known(tensors: dict[str, Tensor]) -> bool:
+    return bool(below(tensors, "backbone")) and holds_matrix(tensors, "classifier")
+
+
+SOURCE = Source("disalign_cls", IMAGES, "backbone.* and classifier.weight of a disalign_cls model", known, parse)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from disalign.errors import some
 from .. import formulas, resnet
 from ..classifier import CALIBRATION, Classifier, Part
 
-#: What a model's scores are of.
-IMAGES, BOXES, PIXELS = "images", "boxes", "pixels"
 
 #: Our name of a calibration's tensor -> ours again; the official code's, below the classifier or its predictor.
 OURS = {word: word for word in CALIBRATION}
@@ -26,44 +24,38 @@ OFFICIAL = {
 }
 
 
+class Task(NamedTuple):
+    """What a model is for, and the targets that it goes to."""
+
+    what: str
+    targets: tuple[str, ...]
+
+
+#: An image classifier goes to Detectron2 as a backbone to start from.
+IMAGES = Task("an image classifier", ("cls", "timm", "d2"))
+BOXES = Task("a detector", ("d2",))
+PIXELS = Task("a segmentor", ("mmseg",))
+
+
 @dataclass
 class Content:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        heading: what it was taken for.
-        others: name -> source's name of all tensors but the classifiers'; a classification trunk's in timm's names.
-        classifiers: those whose scores are calibrated, or could be.
-        names_known: the names of ``others`` are the target's for certain; else only building the model tells, but for a
-            plain ResNet's.
-        timm_name: the image classifier's in timm, where the source tells it.
-        dropped: source's name -> why it has no place in the result.
-        notes: sentences for the user.
-    """
-
-    heading: str
-    others: dict[str, str]
-    classifiers: list[Classifier]
-    names_known: bool = False
-    timm_name: str | None = None
-    dropped: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    heading: str  # what it was taken for
+    others: dict[str, str]  # name -> source's name of all tensors but the classifiers'; an image classifier's in timm's
+    classifiers: list[Classifier]  # those that are calibrated, or could be
+    names_known: bool = False  # others have the target's names; else only a plain ResNet's tell without the model
+    timm_name: str = ""  # the image classifier's in timm, where the source tells it
+    dropped: dict[str, str] = field(default_factory=dict)  # source's name -> why it has no place in the result
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where checkpoints come from: one is ``known`` by its tensors, and read by ``parse(tensors, scale, classifier)``.
-
-    Attributes:
-        name: for --from.
-        task: ``IMAGES``, ``BOXES`` or ``PIXELS``.
-        what, mark: what it is and what it is known by, for the sentence.
-    """
+class Source(NamedTuple):
+    """Where checkpoints come from: one is ``known`` by its tensors, and read by ``parse(tensors, scale, classifier)``."""
 
     name: str
-    task: str
-    what: str
-    mark: str
+    task: Task
+    what: str  # it is known by
     known: Callable[[dict[str, Tensor]], bool]
     parse: Callable[[dict[str, Tensor], float | None, str | None], Content]
 
@@ -74,27 +66,22 @@ def below(tensors: dict[str, Tensor], place: str) -> dict[str, Tensor]:
 
 
 def trunk(tensors: dict[str, Tensor], place: str) -> dict[str, str]:
-    """Name below the module -> whole name."""
+    """Name below a module -> whole name."""
     return {name: f"{place}.{name}" for name in below(tensors, place)}
 
 
 def rest(tensors: dict[str, Tensor], places: tuple[str, ...], taken: list[str]) -> dict[str, str]:
-    """Name -> the same, of the tensors at certain ``places`` of a model that are not at ``taken`` ones."""
+    """Name -> the same, of what begins with one of ``places`` and with none of ``taken``."""
     return {name: name for name in tensors if name.startswith(places) and not name.startswith(tuple(taken))}
 
 
 def holds_matrix(tensors: dict[str, Tensor], place: str) -> bool:
     """Whether there is a linear layer's weight."""
-    weight = tensors.get(f"{place}.weight")
-    return weight is not None and weight.dim() == 2
+    return f"{place}.weight" in tensors and tensors[f"{place}.weight"].dim() == 2
 
 
 def require_resnet(others: dict[str, str], source: str) -> None:
-    """Refuse other trunks.
-
-    Raises:
-        InputError: it is another.
-    """
+    """Refuse another trunk."""
     if foreign := resnet.foreign(others):
         raise InputError(
             f"expected a plain ResNet or ResNeXt of {source}'s, whose names timm shares, but it also holds "
@@ -102,39 +89,25 @@ def require_resnet(others: dict[str, str], source: str) -> None:
         )
 
 
-def read_classifier(
-    tensors: dict[str, Tensor],
-    name: str,
-    scale: float | None = None,
-    without_bias: str = "linear",
-    **options: Any,
-) -> Classifier:
-    """A linear or cosine classifier.
-
-    Args:
-        tensors: the source's.
-        name: of the classifier.
-        scale: --scale, of a cosine classifier that had a constant one.
-        without_bias: what it is without a bias: ``"cosine"``, ``"linear"``, or linear with ``"zeros"`` in any case.
-        options: further ones of :class:`Classifier`.
-
-    Raises:
-        InputError: a scale is missing, given in vain, or not one number.
-    """
+def linear(tensors: dict[str, Tensor], name: str, **options: Any) -> Classifier:
+    """A linear classifier; ``options`` are further ones of :class:`Classifier`."""
     own = below(tensors, name)
-    weight, bias, learnt = own["weight"], own.get("bias"), own.get("scale")
     parts = {word: Part(own[word], f"{name}.{word}") for word in ("weight", "bias") if word in own}
-    cosine = learnt is not None or (bias is None and without_bias == "cosine")
-    if without_bias == "zeros" or not cosine:
-        if without_bias == "zeros" and bias is None:
-            parts["bias"] = Part(torch.zeros(len(weight), dtype=weight.dtype), None, "zeros")
-        return Classifier(name, parts, lambda x: formulas.linear(x, weight, bias), name, **options)
+    return Classifier(name, parts, lambda x: formulas.linear(x, own["weight"], own.get("bias")), name, **options)
 
-    parts["scale"] = _scale(learnt, name, scale)
-    value = float(parts["scale"].tensor)
+
+def linear_or_cosine(tensors: dict[str, Tensor], name: str, scale: float | None, **options: Any) -> Classifier:
+    """A linear classifier or, without a bias, a cosine one, whose ``scale`` is given if it was constant."""
+    layer, own = linear(tensors, name, **options), below(tensors, name)
+    learnt = own.get("scale")
+    if learnt is None and "bias" in own:
+        return layer
+    layer.parts = {"weight": layer.parts["weight"], "scale": _scale(learnt, name, scale)}
     # Ours, known by a scale without dimensions, counts norms below 1e-3 as it; cvpods as torch does.
     eps = 1e-3 if learnt is not None and learnt.dim() == 0 else 1e-12
-    return Classifier(name, parts, lambda x: formulas.cosine(x, weight, value, eps), name, **options)
+    value = float(layer.parts["scale"].tensor)
+    layer.formula = lambda x: formulas.cosine(x, own["weight"], value, eps)
+    return layer
 
 
 def _scale(learnt, name, given):
@@ -161,15 +134,8 @@ def add_calibration(
 ) -> None:
     """Add a classifier's calibration, if it has one.
 
-    Args:
-        layer: the classifier, altered in place.
-        tensors: the source's.
-        place: what the calibration's tensors lie below.
-        names: our word for such a tensor -> its name below ``place``.
-        formula: the source's scores of stage one's, the features, and the tensors below ``place``.
-
-    Raises:
-        InputError: half a calibration.
+    ``names`` are our words for its tensors and their names below ``place``; ``formula`` gives the source's scores from
+    stage one's, the features and the tensors below ``place``.
     """
     own = below(tensors, place)
     found = [word for word, name in names.items() if name in own]

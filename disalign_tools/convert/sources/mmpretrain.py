@@ -2,20 +2,17 @@
 
 from torch import Tensor
 
-from .frame import IMAGES, Content, Source, below, holds_matrix, read_classifier, require_resnet, trunk
+from .frame import IMAGES, Content, Source, below, holds_matrix, linear, require_resnet, trunk
 
 
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
     others = trunk(tensors, "backbone")
     require_resnet(others, "mmpretrain")
-    return Content("mmpretrain or mmcls", others, [read_classifier(tensors, "head.fc", without_bias="zeros")])
+    return Content("mmpretrain or mmcls", others, [linear(tensors, "head.fc")])
 
 
-SOURCE = Source(
-    name="mmpretrain",
-    task=IMAGES,
-    what="an mmpretrain or mmcls model",
-    mark="backbone.* and head.fc.weight",
-    known=lambda tensors: bool(below(tensors, "backbone")) and holds_matrix(tensors, "head.fc"),
-    parse=parse,
-)
+def known(tensors: dict[str, Tensor]) -> bool:
+    return bool(below(tensors, "backbone")) and holds_matrix(tensors, "head.fc")
+
+
+SOURCE = Source("mmpretrain", IMAGES, "backbone.* and head.fc.weight of an mmpretrain or mmcls model", known, parse)

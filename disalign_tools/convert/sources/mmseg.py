@@ -7,7 +7,7 @@ from torch import Tensor
 from disalign import InputError
 
 from .. import formulas
-from .frame import OURS, PIXELS, Content, Source, add_calibration, read_classifier, rest
+from .frame import OURS, PIXELS, Content, Source, add_calibration, linear, rest
 
 #: First words of a model's tensors.
 PLACES = ("backbone.", "neck.", "decode_head.", "auxiliary_head.")
@@ -23,7 +23,7 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
             "and ReLU before the sigmoid, which ours can't carry; convert its frozen stage one: add "
             f"--drop '{base}.logit_*' --drop '{base}.confidence_layer.*', and train stage two anew"
         )
-    layer = read_classifier(tensors, f"{base}.conv_seg", calibration_place=f"{base}.calibration")
+    layer = linear(tensors, f"{base}.conv_seg", calibration_in=base)
     add_calibration(layer, tensors, f"{base}.calibration", OURS, formulas.ours)
     others = rest(tensors, PLACES, [f"{base}.conv_seg.", f"{base}.calibration."])
     return Content(
@@ -31,11 +31,8 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     )
 
 
-SOURCE = Source(
-    name="mmseg",
-    task=PIXELS,
-    what="an MMSegmentation model",
-    mark="decode_head.conv_seg.weight",
-    known=lambda tensors: any(map(CONV_SEG.fullmatch, tensors)),
-    parse=parse,
-)
+def known(tensors: dict[str, Tensor]) -> bool:
+    return any(map(CONV_SEG.fullmatch, tensors))
+
+
+SOURCE = Source("mmseg", PIXELS, "decode_head.conv_seg.weight of an MMSegmentation model", known, parse)

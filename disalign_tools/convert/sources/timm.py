@@ -7,7 +7,7 @@ from torch import Tensor
 from disalign import InputError
 from disalign.errors import some
 
-from .frame import IMAGES, Content, Source, holds_matrix, read_classifier
+from .frame import IMAGES, Content, Source, holds_matrix, linear
 
 #: Names of timm's and torchvision's classifiers.
 LAST_LINEAR = ("fc", "classifier", "head", "head.fc", "last_linear", "head.l", "head.head.l", "head.fc.fc2", "head.fc2")
@@ -38,7 +38,7 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
             "so --drop it only if it is not used"
         )
     heading = f"torchvision or timm, classifier {layer!r}"
-    return Content(heading, others, [read_classifier(tensors, layer, without_bias="zeros")], timm_name=layer)
+    return Content(heading, others, [linear(tensors, layer)], timm_name=layer)
 
 
 def _last_linear(tensors):
@@ -51,15 +51,10 @@ def _last_linear(tensors):
     return found[0]
 
 
-def _known(tensors):
+def known(tensors: dict[str, Tensor]) -> bool:
     return any(holds_matrix(tensors, name) for name in LAST_LINEAR) or any(map(TORCHVISION_ONLY.match, tensors))
 
 
 SOURCE = Source(
-    name="timm",
-    task=IMAGES,
-    what="a torchvision or timm classifier",
-    mark="its last linear layer (fc, classifier, head, head.fc, ...)",
-    known=_known,
-    parse=parse,
+    "timm", IMAGES, "the last linear layer (fc, classifier, head, ...) of a torchvision or timm model", known, parse
 )
