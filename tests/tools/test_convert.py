@@ -18,7 +18,8 @@ from core.malicious import Malicious
 
 from disalign import CosineClassifier, calibrate_classifier
 from disalign.cli import find_config
-from disalign_tools import classifiers, content, convert, formats, formulas, resnet_names, targets
+from disalign_tools.convert import classifier, command, formulas, main, resnet, targets
+from disalign_tools.convert.sources import SOURCES
 
 from .convert_sources import (
     assert_scores,
@@ -324,10 +325,9 @@ def test_the_documented_table_is_the_codes():
     documented = {}
     for row in rows:
         names = row[columns["--from"]].strip("`") if len(row) == len(header) else ""
-        if names in formats.FORMATS:
+        if names in SOURCES:
             documented[names] = {name for name in targets.TARGETS if row[columns[f"--to {name}"]] != "-"}
-    task = dict.fromkeys(formats.FORMATS, content.IMAGES) | {"detectron2": content.BOXES, "mmseg": content.PIXELS}
-    assert documented == {name: set(targets.FITTING[task[name]]) for name in formats.FORMATS}
+    assert documented == {name: set(targets.FITTING[source.task]) for name, source in SOURCES.items()}
 
 
 def test_the_two_names_of_a_resnet():
@@ -335,13 +335,13 @@ def test_the_two_names_of_a_resnet():
     by_hand = cvpods_names(state)
     for (name, tensor), theirs in zip(state.items(), by_hand, strict=True):
         if name.startswith("fc."):
-            assert resnet_names.to_detectron2(name) is None
+            assert resnet.to_detectron2(name) is None
             continue
-        assert resnet_names.to_detectron2(name) == theirs.removeprefix("network.")
-        assert resnet_names.to_torchvision(theirs.removeprefix("network.")) == name
+        assert resnet.to_detectron2(name) == theirs.removeprefix("network.")
+        assert resnet.to_torchvision(theirs.removeprefix("network.")) == name
         assert by_hand[theirs] is tensor
-    assert resnet_names.to_torchvision("res2.x.conv1.weight") is None
-    assert resnet_names.to_torchvision("res6.0.conv1.weight") is None
+    assert resnet.to_torchvision("res2.x.conv1.weight") is None
+    assert resnet.to_torchvision("res6.0.conv1.weight") is None
 
 
 def test_every_documented_command_can_be_given():
@@ -349,7 +349,7 @@ def test_every_documented_command_can_be_given():
     lines = [line for line in page.splitlines() if line.startswith("python scripts/convert_checkpoint.py ")]
     assert len(lines) > 10
     for line in lines[1:]:  # the first one is the pattern
-        args = convert._arguments(shlex.split(line)[2:])
+        args = command.arguments(shlex.split(line)[2:])
         if args.config and args.to != "timm":
             find_config(args.config)
 
@@ -585,9 +585,10 @@ def test_scores_that_differ_are_refused(tmp_path, capsys, monkeypatch):
         "network.linear.confidence_layer.bias": torch.zeros(1),
     }
     path = saved(tmp_path, {"model": state})
-    stock = formulas.rescaled
+    stock = formulas.cvpods_classification
     # As if the official formula were another one: s instead of 1 + s.
-    monkeypatch.setattr(formulas, "rescaled", lambda z, c, scale, bias: stock(z, c, scale - 1, bias))
+    other = lambda z, x, own: stock(z, x, own | {"logit_scale": own["logit_scale"] - 1})  # noqa: E731
+    monkeypatch.setattr(formulas, "cvpods_classification", other)
     assert "they differ by" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls")
 
 
@@ -634,7 +635,7 @@ def test_a_cosine_classifier_that_is_not_calibrated_folds_too(tmp_path, capsys):
     path = saved(tmp_path, {"state_dict": {"backbone.conv1.weight": torch.ones(4, 3, 1, 1)} | state})
     converted(path, tmp_path, "--fold", "--classifier", "fc")
     x = torch.randn(6, 4, dtype=torch.float64)
-    stock = classifiers.stock_cosine(4, 5)
+    stock = classifier.stock_cosine(4, 5)
     tensors = torch.load(tmp_path / "out.pth", weights_only=True)
     stock.load_state_dict({name.removeprefix("fc."): t for name, t in tensors.items() if name.startswith("fc.")})
     assert_scores(stock, x, cosine_by_hand(x, layer.weight, 7.0))
@@ -678,5 +679,5 @@ def test_tensors_that_do_not_belong_together(tmp_path, capsys):
 
 def test_wrong_arguments_are_argparses(capsys):
     with pytest.raises(SystemExit) as exit_status:
-        convert.main(["a", "b", "--to", "c"])
+        main(["a", "b", "--to", "c"])
     assert exit_status.value.code == 2

@@ -1,14 +1,15 @@
 """Opens a checkpoint of any training loop: its tensors under plain names, and what it says of classes and counts."""
 
+import json
 import os
 import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from disalign.unpickling import records_left_out
 from torch import Tensor, nn
 
 from disalign import InputError, load_file
@@ -23,37 +24,29 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 COUNTERS = ("n_averaged", "steps")
 #: Entries that are read elsewhere, or say nothing.
 KEPT = ("meta", "disalign", "__author__")
+#: What training loops keep beside the weights: MMEngine's log buffers.
+RECORDS = ("mmengine.logging.history_buffer.HistoryBuffer",)
 #: The parts of a classifier-balancing checkpoint.
 HALVES = ("feat_model", "classifier")
 
 
 @dataclass
 class Checkpoint:
-    """An opened file.
+    """An opened file."""
 
-    Attributes:
-        tensors: name -> tensor, on the CPU, without DDP's and others' prefixes.
-        meta: what the result keeps beside the tensors: ``dataset_meta`` (classes, palette) and ``disalign`` (counts).
-        left_out: other entries of the file.
-        notes: sentences for the user.
-    """
-
-    tensors: dict[str, Tensor]
-    meta: dict = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor]  # name -> tensor, on the CPU, without DDP's and others' prefixes
+    meta: dict[str, Any]  # what the result keeps: "dataset_meta" (classes, palette) and "disalign" (counts)
+    left_out: list[str]  # other entries of the file
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
 
-def open_checkpoint(path, ema: bool | None = None, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], ema: bool | None = None, trust: bool = False) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: the file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
         ema: take the averaged weights of a file that has both, or (False) the trained ones; None: refuse such a file.
         trust: unpickle it in full if it can't be used otherwise.
-
-    Raises:
-        InputError: it can't be read, needs ``trust`` or a choice by ``ema``, or holds no tensors.
     """
     path = os.fspath(path)
     if path.endswith(".safetensors"):
@@ -72,11 +65,12 @@ def _opened(content, ema, path):
     if not isinstance(content, Mapping):
         raise InputError(f"expected a checkpoint in {path!r}, got a {type(content).__name__}; save the state dict")
     weights, entry = _weights(content, ema, path)
-    tensors, left_out = {}, [str(key) for key in content if content is not weights and key not in (entry, *KEPT)]
+    left_out = [str(key) for key in content if content is not weights and key not in (entry, *KEPT)]
+    tensors = {}
     for name, value in weights.items():
         if isinstance(value, Mapping) and name in HALVES:
             half = _stripped(_tensors(value, path, left_out))
-            tensors |= {f"{name}.{key}": item for key, item in half.items()}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in half.items()}
         elif content is not weights or name not in KEPT:
             tensors |= _tensors({name: value}, path, left_out)
     if not tensors:
@@ -103,8 +97,7 @@ def _tensors(weights, path, left_out):
 
 def _read_safely(path):
     try:
-        with records_left_out():
-            return load_file(path)
+        return load_file(path, RECORDS)
     except InputError as error:
         if not isinstance(error.__context__, pickle.UnpicklingError) and not zipfile.is_zipfile(path):
             raise  # missing or truncated; a whole archive, as TorchScript's, may be read with trust
@@ -204,38 +197,20 @@ def _stripped(tensors):
 def _metadata(content):
     """What the result keeps, and the names of what it can't keep of the classes and the counts."""
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
-    given = {key: meta[key.upper()] for key in ("classes", "palette") if key.upper() in meta}  # 0.x writes capitals
+    said = {key: meta[key.upper()] for key in ("classes", "palette") if key.upper() in meta}  # 0.x writes capitals
     if isinstance(meta.get("dataset_meta"), Mapping):
-        given |= meta["dataset_meta"]
-    dataset = {key: plain for key in ("classes", "palette") if (plain := _plain_or_none(given.get(key)))}
-    kept = {"dataset_meta": dataset} if dataset else {}
-    lost = [f"dataset_meta.{key}" for key, value in given.items() if key not in dataset and value is not None]
-    # Ours: Detectron2's files have no meta.
-    counts = meta.get("disalign") or content.get("disalign")
-    if isinstance(plain := _plain_or_none(counts), dict):
-        kept["disalign"] = plain
-    elif counts is not None:
-        lost.append("disalign")
-    return kept, lost
-
-
-def _plain_or_none(value):
-    try:
-        return _plain(value)
-    except TypeError:
-        return None
+        said |= meta["dataset_meta"]
+    counts = meta.get("disalign", content.get("disalign"))  # Detectron2's files have no meta
+    dataset = {key: plain for key in ("classes", "palette") if (plain := _plain(said.get(key)))}
+    kept = {"dataset_meta": dataset, "disalign": _plain(counts)}
+    kept = {key: value for key, value in kept.items() if value and isinstance(value, dict)}
+    lost = [f"dataset_meta.{key}" for key, value in said.items() if key not in dataset and value is not None]
+    return kept, lost + (["disalign"] if counts is not None and "disalign" not in kept else [])
 
 
 def _plain(value):
-    """Values that ``weights_only`` loads, tuples as lists; TypeError for anything else."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    raise TypeError
+    """It in values that ``weights_only`` loads, tuples as lists; None if it holds any other."""
+    try:
+        return json.loads(json.dumps(value, default=lambda item: item.tolist()))
+    except (AttributeError, TypeError, ValueError):
+        return None

@@ -1,0 +1,33 @@
+"""The sources of checkpoints, one small parser each."""
+
+from torch import Tensor
+
+from disalign import InputError
+from disalign.errors import some
+
+from . import balancing, cvpods, detectron2, disalign_cls, mmpretrain, mmseg, timm
+from .frame import Source
+
+#: Name for --from -> source. timm's is the last, since other models have layers of such names too.
+SOURCES: dict[str, Source] = {
+    module.SOURCE.name: module.SOURCE
+    for module in (cvpods, balancing, detectron2, mmseg, disalign_cls, mmpretrain, timm)
+}
+
+
+def detect(tensors: dict[str, Tensor], given: str | None, path: str, classifier: str | None) -> Source:
+    """The source of a checkpoint, or the ``given`` one if it fits."""
+    fitting = [name for name, source in SOURCES.items() if source.known(tensors)]
+    if classifier and "timm" not in fitting:
+        fitting.append("timm")
+    if given and given not in fitting:
+        hint = f"it looks like {fitting[0]}" if fitting else "it looks like none that is known"
+        raise InputError(
+            f"expected {SOURCES[given].what} in {path!r}, got none; {hint}, leave out --from or give another"
+        )
+    if not fitting:
+        raise InputError(
+            f"expected a checkpoint of {some(SOURCES, len(SOURCES))} in {path!r}, but its tensors' names are of none "
+            f"({some(tensors, 3)}); an image classifier's last linear layer can be named with --classifier"
+        )
+    return SOURCES[given or fitting[0]]

@@ -1,0 +1,37 @@
+"""classifier-balancing: linear classifiers, cRT, learnable weight scaling."""
+
+from torch import Tensor
+
+from disalign import InputError
+from disalign.errors import some
+
+from .. import formulas
+from .frame import IMAGES, Content, Source, add_calibration, below, linear, require_resnet, trunk
+
+
+def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
+    own = below(tensors, "classifier")
+    if "weight" in own:
+        raise InputError(
+            "expected a linear classifier of classifier-balancing, got its cosine one, which divides by 1 + norm of "
+            "the feature rather than by the norm; ours is another function, train stage one anew"
+        )
+    if not {"fc.weight", "fc.bias"} <= own.keys():
+        raise InputError(
+            "expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got "
+            f"{some(own) or 'no tensors'}; its nearest-mean and meta-embedding classifiers have no counterpart here"
+        )
+    others = trunk(tensors, "feat_model")
+    require_resnet(others, "classifier-balancing")
+    layer = linear(tensors, "classifier.fc")
+    # Eq. 4's magnitude, with confidence one.
+    add_calibration(layer, tensors, "classifier", {"magnitude": "scales"}, formulas.weight_scaling)
+    heading = "classifier-balancing" + ", learnable weight scaling" * layer.calibrated
+    return Content(heading, others, [layer])
+
+
+def known(tensors: dict[str, Tensor]) -> bool:
+    return bool(below(tensors, "feat_model"))
+
+
+SOURCE = Source("classifier-balancing", IMAGES, "feat_model and classifier of classifier-balancing", known, parse)

@@ -1,0 +1,154 @@
+"""What the parsers of all sources share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from disalign import InputError
+from disalign.errors import some
+
+from .. import formulas, resnet
+from ..classifier import CALIBRATION, Classifier, Part
+
+#: Our name of a calibration's tensor -> ours again; the official code's, below the classifier or its predictor.
+OURS = {word: word for word in CALIBRATION}
+OFFICIAL = {
+    "magnitude": "logit_scale",
+    "margin": "logit_bias",
+    "confidence.weight": "confidence_layer.weight",
+    "confidence.bias": "confidence_layer.bias",
+}
+
+
+class Task(NamedTuple):
+    """What a model is for, and the targets that it goes to."""
+
+    what: str
+    targets: tuple[str, ...]
+
+
+#: An image classifier goes to Detectron2 as a backbone to start from.
+IMAGES = Task("an image classifier", ("cls", "timm", "d2"))
+BOXES = Task("a detector", ("d2",))
+PIXELS = Task("a segmentor", ("mmseg",))
+
+
+@dataclass
+class Content:
+    """What a checkpoint holds."""
+
+    heading: str  # what it was taken for
+    others: dict[str, str]  # name -> source's name of all tensors but the classifiers'; an image classifier's in timm's
+    classifiers: list[Classifier]  # those that are calibrated, or could be
+    names_known: bool = False  # others have the target's names; else only a plain ResNet's tell without the model
+    timm_name: str = ""  # the image classifier's in timm, where the source tells it
+    dropped: dict[str, str] = field(default_factory=dict)  # source's name -> why it has no place in the result
+    notes: list[str] = field(default_factory=list)  # sentences for the user
+
+
+class Source(NamedTuple):
+    """Where checkpoints come from: one is ``known`` by its tensors, and read by ``parse(tensors, scale, classifier)``."""
+
+    name: str
+    task: Task
+    what: str  # it is known by
+    known: Callable[[dict[str, Tensor]], bool]
+    parse: Callable[[dict[str, Tensor], float | None, str | None], Content]
+
+
+def below(tensors: dict[str, Tensor], place: str) -> dict[str, Tensor]:
+    """A module's tensors, without its name before theirs."""
+    return {name.removeprefix(f"{place}."): t for name, t in tensors.items() if name.startswith(f"{place}.")}
+
+
+def trunk(tensors: dict[str, Tensor], place: str) -> dict[str, str]:
+    """Name below a module -> whole name."""
+    return {name: f"{place}.{name}" for name in below(tensors, place)}
+
+
+def rest(tensors: dict[str, Tensor], places: tuple[str, ...], taken: list[str]) -> dict[str, str]:
+    """Name -> the same, of what begins with one of ``places`` and with none of ``taken``."""
+    return {name: name for name in tensors if name.startswith(places) and not name.startswith(tuple(taken))}
+
+
+def holds_matrix(tensors: dict[str, Tensor], place: str) -> bool:
+    """Whether there is a linear layer's weight."""
+    return f"{place}.weight" in tensors and tensors[f"{place}.weight"].dim() == 2
+
+
+def require_resnet(others: dict[str, str], source: str) -> None:
+    """Refuse another trunk."""
+    if foreign := resnet.foreign(others):
+        raise InputError(
+            f"expected a plain ResNet or ResNeXt of {source}'s, whose names timm shares, but it also holds "
+            f"{some(foreign, 3)}; other architectures of {source}'s can't be converted"
+        )
+
+
+def linear(tensors: dict[str, Tensor], name: str, **options: Any) -> Classifier:
+    """A linear classifier; ``options`` are further ones of :class:`Classifier`."""
+    own = below(tensors, name)
+    parts = {word: Part(own[word], f"{name}.{word}") for word in ("weight", "bias") if word in own}
+    return Classifier(name, parts, lambda x: formulas.linear(x, own["weight"], own.get("bias")), name, **options)
+
+
+def linear_or_cosine(tensors: dict[str, Tensor], name: str, scale: float | None, **options: Any) -> Classifier:
+    """A linear classifier or, without a bias, a cosine one, whose ``scale`` is given if it was constant."""
+    layer, own = linear(tensors, name, **options), below(tensors, name)
+    learnt = own.get("scale")
+    if learnt is None and "bias" in own:
+        return layer
+    layer.parts = {"weight": layer.parts["weight"], "scale": _scale(learnt, name, scale)}
+    # Ours, known by a scale without dimensions, counts norms below 1e-3 as it; cvpods as torch does.
+    eps = 1e-3 if learnt is not None and learnt.dim() == 0 else 1e-12
+    value = float(layer.parts["scale"].tensor)
+    layer.formula = lambda x: formulas.cosine(x, own["weight"], value, eps)
+    return layer
+
+
+def _scale(learnt, name, given):
+    if learnt is None and given is None:
+        raise InputError(
+            f"expected the scale of the cosine classifier {name!r} (it has no bias) in the file, got none, since it "
+            "was constant; give it: --scale 20 in the official configs"
+        )
+    if learnt is None:
+        return Part(torch.tensor(float(given)), None, "--scale")
+    if learnt.numel() != 1:
+        raise InputError(f"expected one number as {name}.scale, got {tuple(learnt.shape)}; is the file whole?")
+    if given is not None:
+        raise InputError(f"expected no --scale, since the file has one ({float(learnt):g}); leave it out")
+    return Part(learnt.reshape(()), f"{name}.scale")
+
+
+def add_calibration(
+    layer: Classifier,
+    tensors: dict[str, Tensor],
+    place: str,
+    names: dict[str, str],
+    formula: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+) -> None:
+    """Add a classifier's calibration, if it has one.
+
+    ``names`` are our words for its tensors and their names below ``place``; ``formula`` gives the source's scores from
+    stage one's, the features and the tensors below ``place``.
+    """
+    own = below(tensors, place)
+    found = [word for word, name in names.items() if name in own]
+    learnt = [word for word in found if word.startswith("confidence")]
+    # Ours may lack magnitude or margin, or the two of the confidence.
+    whole = len(found) == len(names) or (names is OURS and len(learnt) != 1 and len(learnt) < len(found))
+    if found and not whole:
+        raise InputError(
+            f"expected a whole calibration at {place!r}, got only {some(names[word] for word in found)}; is the file "
+            "whole, or a --drop too much?"
+        )
+    if found:
+        stage_one = layer.formula
+        layer.formula = lambda x: formula(stage_one(x), x, own)
+        for word in found:
+            tensor = own[names[word]]
+            layer.parts[word] = Part(tensor if word in learnt else tensor.flatten(), f"{place}.{names[word]}")

@@ -1,0 +1,18 @@
+"""The ResNets of mmpretrain and mmcls."""
+
+from torch import Tensor
+
+from .frame import IMAGES, Content, Source, below, holds_matrix, linear, require_resnet, trunk
+
+
+def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
+    others = trunk(tensors, "backbone")
+    require_resnet(others, "mmpretrain")
+    return Content("mmpretrain or mmcls", others, [linear(tensors, "head.fc")])
+
+
+def known(tensors: dict[str, Tensor]) -> bool:
+    return bool(below(tensors, "backbone")) and holds_matrix(tensors, "head.fc")
+
+
+SOURCE = Source("mmpretrain", IMAGES, "backbone.* and head.fc.weight of an mmpretrain or mmcls model", known, parse)

@@ -1,0 +1,60 @@
+"""Classifiers of timm, and those of torchvision whose names timm shares."""
+
+import re
+
+from torch import Tensor
+
+from disalign import InputError
+from disalign.errors import some
+
+from .frame import IMAGES, Content, Source, holds_matrix, linear
+
+#: Names of timm's and torchvision's classifiers.
+LAST_LINEAR = ("fc", "classifier", "head", "head.fc", "last_linear", "head.l", "head.head.l", "head.fc.fc2", "head.fc2")
+#: A second classifier: of distillation, or an auxiliary one.
+SECOND = re.compile(r"(head_dist|aux_head|aux\d?|aux_?logits)\.", re.IGNORECASE)
+#: How timm names nothing.
+TORCHVISION_ONLY = re.compile(r"features\.\d+\.\d+\.|trunk_output\.|encoder\.layers\.encoder_layer_|classifier\.\d+\.")
+
+
+def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
+    if foreign := [name for name in tensors if TORCHVISION_ONLY.match(name)]:
+        raise InputError(
+            f"expected timm's names, got torchvision's of an architecture that timm names otherwise ({some(foreign, 2)}"
+            "); ResNet, ResNeXt, Wide ResNet and DenseNet share theirs, take timm's own weights for others"
+        )
+    layer = classifier or _last_linear(tensors)
+    if not holds_matrix(tensors, layer):
+        weight = tensors.get(f"{layer}.weight")
+        found = f"no {layer}.weight" if weight is None else f"{layer}.weight of shape {tuple(weight.shape)}"
+        raise InputError(
+            f"expected the name of a linear layer as --classifier, but the file has {found}; its last names are "
+            f"{some(list(tensors)[-3:])}"
+        )
+    others = {name: name for name in tensors if not name.startswith(f"{layer}.")}
+    if second := [name for name in others if SECOND.match(name)]:
+        raise InputError(
+            f"expected one classifier, got a second beside {layer!r}: {some(second, 2)}; the model may score by both, "
+            "so --drop it only if it is not used"
+        )
+    heading = f"torchvision or timm, classifier {layer!r}"
+    return Content(heading, others, [linear(tensors, layer)], timm_name=layer)
+
+
+def _last_linear(tensors):
+    found = [name for name in LAST_LINEAR if holds_matrix(tensors, name)]
+    if len(found) != 1:
+        raise InputError(
+            f"expected one linear classifier among {some(LAST_LINEAR)}, got {some(found) or 'none'}; name it with "
+            "--classifier"
+        )
+    return found[0]
+
+
+def known(tensors: dict[str, Tensor]) -> bool:
+    return any(holds_matrix(tensors, name) for name in LAST_LINEAR) or any(map(TORCHVISION_ONLY.match, tensors))
+
+
+SOURCE = Source(
+    "timm", IMAGES, "the last linear layer (fc, classifier, head, ...) of a torchvision or timm model", known, parse
+)
