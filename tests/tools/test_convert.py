@@ -327,7 +327,7 @@ def test_the_documented_table_is_the_codes():
         names = row[columns["--from"]].strip("`") if len(row) == len(header) else ""
         if names in SOURCES:
             documented[names] = {name for name in targets.TARGETS if row[columns[f"--to {name}"]] != "-"}
-    assert documented == {name: set(targets.FITTING[source.task]) for name, source in SOURCES.items()}
+    assert documented == {name: set(source.task.targets) for name, source in SOURCES.items()}
 
 
 def test_the_two_names_of_a_resnet():
@@ -414,7 +414,7 @@ def test_a_trunk_that_may_be_another_needs_the_check(state, tmp_path, capsys):
         (cvpods_names(tiny()), ["--to", "cls", "--classifier", "fc"], "no --classifier for cvpods"),
         ({"decode_head.conv_seg.weight": torch.ones(5, 4)}, ["--to", "mmseg", "--classifier", "fc"], "trunk"),
         (
-            below("backbone", tiny()) | below("classifier", {"weight": torch.ones(5, 4)}),
+            below("backbone", tiny()) | below("classifier", {"weight": torch.ones(5, 4), "bias": torch.ones(5)}),
             ["--to", "cls", "--classifier", "fc"],
             "no --classifier for disalign_cls",
         ),

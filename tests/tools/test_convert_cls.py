@@ -308,7 +308,9 @@ def calibrated_state(classifier="linear", **options):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"margin": False}, {"magnitude": False}], ids=["both", "magnitude", "margin"])
+@pytest.mark.parametrize(
+    "options", [{}, {"learn_margin": False}, {"learn_magnitude": False}], ids=["both", "magnitude", "margin"]
+)
 def test_a_linear_stage_two_folds_into_timms_own_model(options, tmp_path):
     model, x = calibrated_state(**options).eval(), torch.randn(2, 3, 64, 64)
     meta = {"disalign": {"class_counts": [9, 5, 3, 2, 1], "rho": 1.2}, "dataset_meta": {"classes": list("abcde")}}
@@ -362,7 +364,9 @@ def test_a_learnt_confidence_is_not_folded(tmp_path, capsys):
 
 def test_a_stock_classifier_has_nothing_to_fold(tmp_path, capsys):
     path = saved(tmp_path, small_resnet().state_dict())
-    assert "leave out --fold" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls", "--fold")
+    assert "is a stock one; leave it out" in refused(
+        capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls", "--fold"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ fit check

@@ -50,7 +50,7 @@ class Content:
 
 
 class Source(NamedTuple):
-    """Where checkpoints come from: one is ``known`` by its tensors, and read by ``parse(tensors, scale, classifier)``."""
+    """Where checkpoints come from: ``known`` by their tensors, read by ``parse(tensors, scale, classifier)``."""
 
     name: str
     task: Task
