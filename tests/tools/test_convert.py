@@ -20,6 +20,7 @@ from disalign import CosineClassifier, calibrate_classifier
 from disalign.cli import find_config
 from disalign_tools.convert import classifier, command, formulas, main, resnet, targets
 from disalign_tools.convert.sources import SOURCES
+from disalign_tools.convert.sources.frame import linear
 
 from .convert_sources import (
     assert_scores,
@@ -681,3 +682,31 @@ def test_wrong_arguments_are_argparses(capsys):
     with pytest.raises(SystemExit) as exit_status:
         main(["a", "b", "--to", "c"])
     assert exit_status.value.code == 2
+
+
+# Errors whose mean over samples and classes is small or 0.
+@pytest.mark.parametrize("errors", [{3: 1e-3}, {0: 1e-3, 1: -1e-3}], ids=["in one class", "that cancel"])
+def test_scores_that_differ_are_refused_whatever_their_mean(errors, tmp_path, capsys, monkeypatch):
+    state = cvpods_names(small_resnet().state_dict()) | {
+        "network.linear.logit_scale": torch.ones(1, 5),
+        "network.linear.logit_bias": torch.ones(1, 5),
+        "network.linear.confidence_layer.weight": torch.ones(1, 32) / 32,
+        "network.linear.confidence_layer.bias": torch.zeros(1),
+    }
+    path = saved(tmp_path, {"model": state})
+    wrong = torch.zeros(5, dtype=torch.float64)
+    for label, error in errors.items():
+        wrong[label] = error
+    stock = formulas.cvpods_classification
+    monkeypatch.setattr(formulas, "cvpods_classification", lambda z, x, own: stock(z, x, own) + wrong)
+    assert "they differ by" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls")
+
+
+def test_the_difference_is_the_largest_of_all_scores():
+    tensors = {"fc.weight": torch.randn(7, 4, dtype=torch.float64), "fc.bias": torch.zeros(7, dtype=torch.float64)}
+    layer = linear(tensors, "fc")
+    x = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    largest = max(abs(score) for row in (x @ tensors["fc.weight"].T).tolist() for score in row)
+    assert layer.difference(tensors) < 1e-15
+    shifted = {**tensors, "fc.bias": torch.tensor([0, 0, 2e-4, 0, -3e-4, 0, 1e-4], dtype=torch.float64)}
+    assert layer.difference(shifted) == pytest.approx(3e-4 / largest, rel=1e-9)
