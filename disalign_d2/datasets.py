@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
-from disalign.errors import InputError, first_line, some
+from disalign.errors import InputError, first_line, in_user_code, some
 from disalign.io.annotations import category_names, read_annotations
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,10 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
         ``not_exhaustive_category_ids`` and ``neg_category_ids`` (ids of the file, not classes; empty in COCO format).
 
     Raises:
-        InputError: a missing or broken file, an entry without a needed key, ids that repeat, an annotation of an
-            unknown category or image, or a box that is not four finite numbers.
+        InputError: see :func:`disalign.io.annotations.read_annotations`; or an image without a file name.
     """
     content = read_annotations(json_file)
-    class_of = {category["id"]: index for index, category in enumerate(content["categories"])}
+    class_of = {category["id"]: index for index, category in enumerate(content.categories)}
     records = {
         image["id"]: {
             "file_name": _path_of(image, json_file, image_root),
@@ -92,26 +91,23 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
             "neg_category_ids": image.get("neg_category_ids", []),
             "annotations": [],
         }
-        for image in sorted(content["images"], key=lambda image: image["id"])
+        for image in sorted(content.images, key=lambda image: image["id"])
     }
-    left_out = 0
-    for annotation in content["annotations"]:
+    for annotation in content.annotations:
         instance = {
             "bbox": annotation["bbox"],
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": class_of[annotation["category_id"]],
-            "iscrowd": int(bool(annotation.get("iscrowd") or annotation.get("ignore"))),
+            "iscrowd": annotation["iscrowd"],
         }
-        if annotation.get("segmentation"):
-            instance["segmentation"] = _mask_of(annotation, json_file)
-            if not instance["segmentation"]:
-                left_out += 1
-                continue
+        if mask := annotation.get("segmentation"):
+            uncompressed = isinstance(mask, dict) and isinstance(mask["counts"], list)
+            instance["segmentation"] = coco_mask.frPyObjects(mask, *mask["size"]) if uncompressed else mask
         records[annotation["image_id"]]["annotations"].append(instance)
-    if left_out:
-        logger.warning("Leaving out %d annotations of %s: no polygon has three points", left_out, json_file)
+    if content.flat:
+        logger.warning("Leaving out %d annotations of %s: no polygon has three points", content.flat, json_file)
     if name is not None:
-        classes = category_names(content["categories"])
+        classes = category_names(content.categories)
         MetadataCatalog.get(name).set(thing_classes=classes, thing_dataset_id_to_contiguous_id=class_of)
     return list(records.values())
 
@@ -135,9 +131,9 @@ def load_records(name: str) -> list[dict]:
         )
     try:
         return DatasetCatalog.get(name)
-    except InputError:
-        raise
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        if isinstance(error, InputError) or in_user_code(error):
+            raise
         raise InputError(
             f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}"
         ) from error
@@ -152,13 +148,18 @@ def place_of(path: str) -> str:
 
 
 class CheckedMapper(DatasetMapper):
-    """Detectron2's mapper; an image that can't be read or is of another size is an :class:`InputError` naming it."""
+    """Detectron2's mapper; an image that can't be read or is of another size is an :class:`InputError` naming it.
+
+    Errors of a user's own augmentations keep their traceback.
+    """
 
     def __call__(self, dataset_dict: dict) -> dict:
         try:
             return super().__call__(dataset_dict)
         # What Pillow raises for truncated files of all formats, and Detectron2 for an image of another size.
         except (OSError, SyntaxError, ValueError) as error:
+            if in_user_code(error):
+                raise
             raise unreadable(dataset_dict, error) from None
 
 
@@ -179,16 +180,3 @@ def _path_of(image, json_file, image_root):
         raise InputError(f"expected a file_name or coco_url of image {image['id']} in {json_file!r}, got neither")
     paths = [os.path.join(image_root, path) for path in paths]
     return next((path for path in paths if len(paths) > 1 and os.path.isfile(path)), paths[0])
-
-
-def _mask_of(annotation, json_file):
-    """Polygons of at least three points, or a compressed RLE."""
-    mask = annotation["segmentation"]
-    if isinstance(mask, dict) and {"counts", "size"} <= mask.keys():
-        return coco_mask.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
-    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
-        raise InputError(
-            f"expected a list of polygons [x, y, x, y, ...] or an RLE as segmentation in {json_file!r}, got another in "
-            f"annotation {annotation['id']}"
-        )
-    return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]

@@ -18,20 +18,31 @@ from datetime import UTC, datetime
 from disalign.cli import command, usable_cpus
 from disalign.errors import InputError, some
 from disalign.io import require_place, write_json
-from disalign.io.annotations import IMAGE_SUFFIXES, image_files
+from disalign.io.images import IMAGE_SUFFIXES, MOST_CLASSES, image_files
 from disalign.splits import frequent_common_rare, head_body_tail, many_medium_few
 
-from .count_files import MOST_CLASSES
+from .count_files import named
 from .count_images import count_folders, count_lists
 from .count_instances import count_json
 from .count_pixels import count_masks
 
-#: Each kind of source: how it is counted, and the options beside ``num_classes`` that it has.
-KINDS = {
-    "list": (count_lists, ()),
-    "folder": (count_folders, ("workers", "verify", "skip_corrupt")),
-    "coco": (count_json, ()),
-    "masks": (count_masks, ("workers", "ignore_index", "reduce_zero_label", "suffix", "skip_corrupt")),
+#: How each kind of source is counted.
+KINDS = {"list": count_lists, "folder": count_folders, "coco": count_json, "masks": count_masks}
+#: The options that only some kinds have, and their help; those without a type are flags.
+OPTIONS = {
+    "verify": (("folder",), None, "decode each image to its end"),
+    "ignore_index": (("masks",), int, "the label that is left out; default: 255"),
+    "reduce_zero_label": (
+        ("masks",),
+        None,
+        "0 is left out and 1, 2, ... are the classes 0, 1, ..., as in MMSegmentation's option",
+    ),
+    "suffix": (("masks",), str, "the end of their names, MMSegmentation's seg_map_suffix; default: .png"),
+    "skip_corrupt": (
+        ("folder", "masks"),
+        None,
+        "leave out files that are missing, empty or can't be decoded, and name them in the JSON",
+    ),
 }
 #: Folders of these names alone are no classes.
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -43,13 +54,13 @@ def main(argv=None):
     if args.out is not None:
         _require_out(args.out, args.sources, args.force)
     kind = args.kind or kind_of(args.sources)
-    record = count(args.sources, kind, args.num_classes, args.workers, **_options(args, kind))
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    record = count(args.sources, kind, args.num_classes, args.workers, **options)
     if args.out is None:
         print(json.dumps(record, indent=2))
     else:
         write_json(args.out, record)
-    say = sys.stderr if args.out is None else sys.stdout
-    print(f"{args.out or 'counted'}: {summary(record)}", file=say)
+    print(f"{args.out or 'counted'}: {summary(record)}", file=sys.stderr if args.out is None else sys.stdout)
     for warning in warnings(record):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -62,24 +73,14 @@ def _parser():
     parser.add_argument("--kind", choices=KINDS, help="of the sources; default: what their content looks like")
     parser.add_argument("--num-classes", type=int, metavar="K", help="list, masks: default: the largest label + 1")
     parser.add_argument("--workers", type=int, help="folder, masks: threads; default: one per CPU, 8 at most; 0: none")
-    parser.add_argument("--verify", action="store_true", default=None, help="folder: decode each image to its end")
-    parser.add_argument("--ignore-index", type=int, metavar="LABEL", help="masks: is left out; default: 255")
-    parser.add_argument(
-        "--reduce-zero-label",
-        action="store_true",
-        default=None,
-        help="masks: 0 is left out and 1, 2, ... are the classes 0, 1, ..., as in MMSegmentation's option",
-    )
-    parser.add_argument(
-        "--suffix", help="masks: the end of their names, MMSegmentation's seg_map_suffix; default: .png"
-    )
-    parser.add_argument(
-        "--skip-corrupt",
-        action="store_true",
-        default=None,
-        help="folder, masks: leave out files that are missing, empty or can't be decoded, and name them in the JSON",
-    )
+    for name, (kinds, type_, text) in OPTIONS.items():
+        how = {"action": "store_true", "default": None} if type_ is None else {"type": type_}
+        parser.add_argument(_flag(name), **how, help=f"{', '.join(kinds)}: {text}")
     return parser
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def _require_out(out, sources, force):
@@ -90,27 +91,13 @@ def _require_out(out, sources, force):
         raise InputError(f"expected a new file as --out, but {out!r} exists; give --force to replace it")
 
 
-def _options(args, kind):
-    """Those of ``kind`` that are given; others are refused, not ignored."""
-    known = {option for _, options in KINDS.values() for option in options} - {"workers"}
-    given = {name: getattr(args, name) for name in sorted(known) if getattr(args, name) is not None}
-    for name in given:
-        kinds = [one for one, (_, options) in KINDS.items() if name in options]
-        if kind not in kinds:
-            raise InputError(
-                f"expected --{name.replace('_', '-')} only for --kind {' or '.join(kinds)}, got {args.sources[0]!r} of "
-                f"kind {kind}; leave it out, or name the --kind"
-            )
-    return given
-
-
 def count(
     sources: Sequence[str], kind: str, num_classes: int | None = None, workers: int | None = None, **options
 ) -> dict:
-    """Count the classes of one or several sources.
+    """Count the classes of one or several sources of a kind.
 
     Args:
-        sources: files or folders, as a user names them.
+        sources: files or folders, as a user names them; they add up.
         kind: one of :data:`KINDS`.
         num_classes: K; default: what the sources say.
         workers: threads that read; default: one per CPU that this process may use, 8 at most. 0: none of its own.
@@ -119,27 +106,34 @@ def count(
 
     Returns:
         A record for JSON, readable by :func:`disalign.load_class_counts`: ``dataset``, ``kind``, ``source``, ``date``
-        (ISO 8601, UTC), and what the kind's function returns.
+        (ISO 8601, UTC), ``unit``, ``files`` and ``images`` (those counted), ``checksum``, ``class_names`` (empty if
+        they are not known), ``train_counts`` of the K classes; of instances and pixels ``image_counts`` (images that
+        show the class), ``left_out`` (annotations) or ``total_pixels`` (ignored ones too); where files may be left out
+        ``skipped``.
 
     Raises:
-        InputError: see there; or a source that is given twice, or options out of range.
+        InputError: see there; or a source that is given twice, or options out of range or of another kind.
     """
+    for name in options:
+        if kind not in OPTIONS[name][0]:
+            raise InputError(
+                f"expected {_flag(name)} only for --kind {' or '.join(OPTIONS[name][0])}, got {sources[0]!r} of kind "
+                f"{kind}; leave it out, or name the --kind"
+            )
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
         raise InputError(f"expected 1 to {MOST_CLASSES} as --num-classes, got {num_classes}")
     if workers is not None and workers < 0:
         raise InputError(f"expected 0 or more as --workers, got {workers}")
-    if len({os.path.realpath(source) for source in sources}) < len(sources):
+    if len(set(map(os.path.realpath, sources))) < len(sources):
         raise InputError(f"expected each source once, or it counts twice, got {some(map(repr, sources))}")
-    function, known = KINDS[kind]
-    if "workers" in known:
+    if kind in ("folder", "masks"):
         options["workers"] = min(8, usable_cpus()) if workers is None else workers
-    names = [os.path.basename(os.path.normpath(source)) for source in sources]
     return {
-        "dataset": " + ".join(names),
+        "dataset": " + ".join(os.path.basename(os.path.normpath(source)) for source in sources),
         "kind": kind,
         "source": " + ".join(map(str, sources)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **function(sources, num_classes, **options),
+        **KINDS[kind](sources, num_classes, **options),
     }
 
 
@@ -167,14 +161,16 @@ def _kind_of(source):
                 f"expected a list file, an annotation file or a folder at {source!r}, but: {error.strerror or error}"
             ) from None
         return "coco" if start in (b"{", b"[") else "list"
-    entries = list(os.scandir(source))
+    entries = [entry for entry in os.scandir(source) if not entry.name.startswith(".")]
+    folders = [entry for entry in entries if entry.is_dir()]
     directly = any(entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
-    within = any(image_files(entry.path) for entry in entries if entry.is_dir())
-    if directly and within:
-        raise InputError(f"expected images or folders of images in {source!r}, got both; name the --kind")
-    if not (directly or within):
-        raise InputError(f"expected images, one folder per class or all of them masks, in {source!r}, got none")
-    splits = sorted({entry.name.lower() for entry in entries if entry.is_dir()})
+    within = any(image_files(folder.path) for folder in folders)
+    if directly == within:
+        got = "both; name the --kind" if directly else "none"
+        raise InputError(
+            f"expected folders of images, one per class, or images alone, as masks, in {source!r}, got {got}"
+        )
+    splits = sorted({folder.name.lower() for folder in folders})
     if within and SPLITS.issuperset(splits):
         raise InputError(
             f"expected one folder per class in {source!r}, got {some(splits)}, which look like splits; count the one "
@@ -185,42 +181,36 @@ def _kind_of(source):
 
 def summary(record: dict) -> str:
     """A record's size, its largest and smallest class, and the groups that fit its kind, on one line."""
-    counts, names, unit = record["train_counts"], record["class_names"], record["unit"]
+    counts, unit = record["train_counts"], record["unit"]
+    size = f"{sum(counts)} {unit}"
     if unit == "pixels":
-        ignored = record["total_pixels"] - sum(counts)
-        size = f"{sum(counts)} pixels ({ignored} more ignored) in {record['files']} masks"
+        size += f" ({record['total_pixels'] - sum(counts)} more ignored) in {record['files']} masks"
         groups = head_body_tail(counts, total=record["total_pixels"])
     elif unit == "instances":
-        size = f"{sum(counts)} instances ({record['left_out']} more left out) in {record['images']} images"
+        size += f" ({record['left_out']} more left out) in {record['images']} images"
         groups = frequent_common_rare(record["image_counts"])
     else:
-        size = f"{sum(counts)} images"
         groups = many_medium_few(counts)
-    largest, smallest = counts.index(max(counts)), counts.index(min(counts))
+    largest, smallest = (f"{number} ({name_of(counts.index(number), record)})" for number in (max(counts), min(counts)))
     sizes = ", ".join(f"{group} {int(members.sum())}" for group, members in groups.items())
-    return (
-        f"{size} of {len(counts)} classes, from {counts[largest]} ({name_of(largest, names)}) down to "
-        f"{counts[smallest]} ({name_of(smallest, names)}); {sizes} classes"
-    )
+    return f"{size} of {len(counts)} classes, from {largest} down to {smallest}; {sizes} classes"
 
 
-def name_of(label: int, names: Sequence[str]) -> str:
-    return str(names[label]) if names else f"class {label}"
+def name_of(label: int, record: dict) -> str:
+    return str(record["class_names"][label]) if record["class_names"] else f"class {label}"
 
 
 def warnings(record: dict) -> list[str]:
     """What a user should know of a record: classes without examples, files left out."""
-    found = []
-    empty = [name_of(label, record["class_names"]) for label, count in enumerate(record["train_counts"]) if not count]
+    found, skipped = [], record.get("skipped")
+    empty = [name_of(label, record) for label, count in enumerate(record["train_counts"]) if not count]
     if empty:
         found.append(
             f"no {record['unit']} of {len(empty)} of the {len(record['train_counts'])} classes: {some(empty)}; stage "
             "two refuses them by default: leave these classes out, or add examples"
         )
-    skipped = record.get("skipped")
     if skipped:
-        named = some((f"{one['file']} ({one['reason']})" for one in skipped), 3)
-        found.append(f"left out {len(skipped)} files that can't be read: {named}; all are named in the JSON")
+        found.append(f"left out {len(skipped)} files that can't be read: {named(skipped)}; all are named in the JSON")
     return found
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import NamedTuple
 
 from disalign.errors import InputError, first_line, some
 
@@ -19,32 +17,32 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-class Unreadable(NamedTuple):
-    """A file that can't be read, by its name below the source, and why."""
-
-    file: str
-    reason: str
-
-
-@contextmanager
-def read_each(function: Callable, files: Sequence[str], workers: int, progress: str) -> Iterator[Iterable]:
-    """``function(path)`` of each file, in order, with a progress bar on a terminal; the end of the context ends it.
-
-    Threads will do: Pillow decodes without Python's lock.
+def read_files(
+    files: Sequence[tuple[str, str]], read: Callable, add: Callable, workers: int, skip_corrupt: bool, progress: str
+) -> dict:
+    """Read each file in threads (Pillow decodes without Python's lock), with a progress bar on a terminal.
 
     Args:
-        function: what it raises stops all, if it is an :class:`InputError`; anything else is the file's fault.
-        files: paths.
+        files: the folder given and the path of each.
+        read: gets a path, returns what the checksum says of the file (its SHA-256 or size) and what ``add`` gets. An
+            :class:`InputError` stops all; anything else is the file's fault.
+        add: gets the place of a file in ``files`` and what was read, in this order.
         workers: threads; 0: none of its own.
+        skip_corrupt: leave out files that can't be read.
         progress: the bar's name.
 
-    Yields:
-        An iterator over what the function returns, or the reasons why files can't be read, as ``str``.
+    Returns:
+        ``files`` (number of those read), ``images`` (the same), ``skipped`` (the others: name and reason) and
+        ``checksum``: SHA-256 of a text with a line ``what  name`` for each, as sha256sum prints it, sorted by name,
+        folder after folder.
+
+    Raises:
+        InputError: files that can't be read: any, or with ``skip_corrupt`` all of them.
     """
 
     def outcome(path):
         try:
-            return function(path)
+            return read(path) if os.stat(path).st_size else "empty"
         except InputError:
             raise
         except UnidentifiedImageError:
@@ -53,30 +51,37 @@ def read_each(function: Callable, files: Sequence[str], workers: int, progress: 
             return getattr(error, "strerror", None) or first_line(error)
 
     pool = ThreadPoolExecutor(workers) if workers else None
+    lines, skipped = {folder: [] for folder, _ in files}, []
     try:
-        outcomes = (pool.map if pool else map)(outcome, files)
+        outcomes = (pool.map if pool else map)(outcome, [path for _, path in files])
         with tqdm(
             outcomes, desc=progress, total=len(files), unit="file", mininterval=1, disable=None, leave=False
         ) as bar:
-            yield bar
+            for place, ((folder, path), found) in enumerate(zip(files, bar, strict=True)):
+                name = os.path.relpath(path, folder).replace(os.sep, "/")
+                if isinstance(found, str):
+                    skipped.append({"file": name, "reason": found})
+                else:
+                    lines[folder].append((name, found[0]))
+                    add(place, found[1])
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
+    if len(skipped) == len(files) or (skipped and not skip_corrupt):
+        hint = "" if skip_corrupt else ", or leave them out with --skip-corrupt"
+        raise InputError(
+            f"expected whole files in {some(map(repr, lines))}, but {len(skipped)} of {len(files)} can't be read: "
+            f"{named(skipped)}; fetch them again{hint}"
+        )
+    text = "".join(f"{what}  {name}\n" for one in lines.values() for name, what in sorted(one))
+    read_ones = len(files) - len(skipped)
+    checksum = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return {"files": read_ones, "images": read_ones, "skipped": skipped, "checksum": checksum}
 
 
-def require_readable(unreadable: Sequence[Unreadable], files: int, where: str, skip: bool) -> None:
-    """Refuse files that can't be read: any, or all of them with ``skip``.
-
-    Raises:
-        InputError: names the first ones, and says how many they are.
-    """
-    if not unreadable or (skip and len(unreadable) < files):
-        return
-    hint = "fetch them again" if skip else "fetch them again, or leave them out with --skip-corrupt"
-    raise InputError(
-        f"expected whole files in {where}, but {len(unreadable)} of {files} can't be read: "
-        f"{some((f'{file} ({reason})' for file, reason in unreadable), 3)}; {hint}"
-    )
+def named(skipped: Sequence[dict]) -> str:
+    """The first files that can't be read, and why, for a sentence."""
+    return some((f"{one['file']} ({one['reason']})" for one in skipped), 3)
 
 
 def checksum_of_bytes(paths: Iterable[str]) -> str:
@@ -87,31 +92,3 @@ def checksum_of_bytes(paths: Iterable[str]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def checksum_of_lines(lines: Iterable[tuple[object, str]]) -> str:
-    """SHA-256 of a text with a line ``what  name`` per file (two spaces, UTF-8, newlines), as sha256sum prints it."""
-    digest = hashlib.sha256()
-    for what, name in lines:
-        digest.update(f"{what}  {name}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def below(folder: str, path: str) -> str:
-    """A file's name below a folder, with ``/`` on every system."""
-    return os.path.relpath(path, folder).replace(os.sep, "/")
-
-
-#: More classes than any benchmark has by far: a label beyond is a mistake, and not worth the memory.
-MOST_CLASSES = 1_000_000
-
-
-def number_of_classes(largest: int, num_classes: int | None, where: str) -> int:
-    """K as given, or the largest label + 1.
-
-    Raises:
-        InputError: a label that nobody can mean.
-    """
-    if num_classes is None and largest >= MOST_CLASSES:
-        raise InputError(f"expected labels below {MOST_CLASSES} in {where}, got {largest}; is it a label at all?")
-    return largest + 1 if num_classes is None else num_classes

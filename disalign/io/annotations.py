@@ -1,17 +1,18 @@
-"""Reading what says which class an image shows: list files, folders of images, LVIS and COCO JSON."""
+"""Reading what says which class an image shows: list files, LVIS and COCO JSON."""
 
 import os
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from ..errors import InputError, some
 from .files import read_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-
-_KEYS = {
+#: What each part of an annotation file must hold to train on it.
+KEYS = {
     "categories": ("id", "name"),
     "images": ("id", "width", "height"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
@@ -45,84 +46,132 @@ def read_list(ann_file: str) -> tuple[list[str], list[int]]:
     return [words[0] for _, _, words in split], [int(words[1]) for _, _, words in split]
 
 
-def class_folders(folder) -> list[str]:
-    """The names of the folders in a folder, in alphabetical order; hidden ones (``.ipynb_checkpoints``) are none."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+@dataclass(frozen=True)
+class AnnotationFile:
+    """The content of a file in LVIS or COCO format.
+
+    Args:
+        categories: in the order of their ids: the classes 0..K-1.
+        images: as in the file.
+        annotations: those that a detector can use, with ``iscrowd`` 0 (it trains) or 1 (a crowd, or to be ignored); a
+            ``segmentation`` of polygons holds only those of at least three points.
+        flat: number of annotations left out because none of their polygons has three points.
+    """
+
+    categories: list[dict[str, Any]]
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    flat: int
 
 
-def image_files(folder) -> list[str]:
-    """The images in a folder and in all below it, in alphabetical order folder by folder; hidden ones are none."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        shown = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-        found.append((place, sorted(shown)))
-    return [os.path.join(place, name) for place, names in sorted(found) for name in names]
-
-
-def read_annotations(json_file) -> dict:
-    """The content of an annotation file in LVIS or COCO format.
-
-    Returns:
-        ``"categories"``, in the order of their ids, ``"images"`` and ``"annotations"``: each with the keys that the
-        format asks for.
+def read_annotations(json_file: str | os.PathLike[str]) -> AnnotationFile:
+    """Read an annotation file in LVIS or COCO format.
 
     Raises:
-        InputError: a missing or broken file, an entry without a needed key, ids that repeat, an annotation of an
-            unknown category or image, or a box that is not four finite numbers.
+        InputError: a missing or broken file, a segmentation that is neither polygons nor RLE, or see
+            :func:`require_format`.
     """
-    json_file = os.fspath(json_file)
-    content = read_json(json_file, "annotations")
-    for part, keys in _KEYS.items():
+    content, where = read_json(json_file, "annotations"), f" in {os.fspath(json_file)!r}"
+    require_format(content, KEYS, where)
+    used = []
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd") or annotation.get("ignore")))
+        if annotation.get("segmentation"):
+            annotation["segmentation"] = _usable_mask(annotation, where)
+            if not annotation["segmentation"]:
+                continue
+        used.append(annotation)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    return AnnotationFile(categories, content["images"], used, len(content["annotations"]) - len(used))
+
+
+def _usable_mask(annotation: dict[str, Any], where: str) -> dict[str, Any] | list[list[float]]:
+    mask = annotation["segmentation"]
+    if isinstance(mask, dict) and {"counts", "size"} <= mask.keys():
+        return mask
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        raise InputError(
+            f"expected a list of polygons [x, y, x, y, ...] or an RLE as segmentation{where}, got another in "
+            f"annotation {annotation['id']}"
+        )
+    return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
+
+
+def require_format(content: Any, keys: Mapping[str, Sequence[str]], where: str = "") -> None:
+    """Refuse content that is not in LVIS or COCO format.
+
+    Args:
+        content: of an annotation file.
+        keys: ``"categories"``, ``"images"`` and ``"annotations"`` -> what each entry must have; ids (whole numbers) and
+            boxes are checked too if they are among them.
+        where: it is from, for the message: ``" in 'train.json'"``.
+
+    Raises:
+        InputError: no category or image, an entry without a needed key, ids that repeat, an annotation of an unknown
+            category or image, or a box that is not four finite numbers.
+    """
+    for part, needed in keys.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise InputError(
-                f"expected lists 'images', 'annotations' and 'categories' in {json_file!r}, got no {part!r}; is it in "
-                "LVIS or COCO format?"
+                f"expected lists 'images', 'annotations' and 'categories'{where}, got no {part!r}; is it in LVIS or "
+                "COCO format?"
             )
-        for number, entry in enumerate(entries):
-            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if lacking or not isinstance(entry["id"], int):
-                raise InputError(
-                    f"expected {some(keys)} (ids whole numbers) in each of the {part} in {json_file!r}, got none or "
-                    f"another {some(lacking or ['id'])} in entry {number}"
-                )
-        repeated = [id_ for id_, times in Counter(entry["id"] for entry in entries).items() if times > 1]
-        if repeated:
-            raise InputError(f"expected each id once among the {part} in {json_file!r}, got {some(repeated)} again")
-    if not content["categories"] or not content["images"]:
-        raise InputError(f"expected images and categories in {json_file!r}, got none")
-    _check(content, json_file)
-    return {**content, "categories": sorted(content["categories"], key=lambda category: category["id"])}
-
-
-def _check(content, json_file):
-    for key, what in (("category_id", "categories"), ("image_id", "images")):
-        known = {entry["id"] for entry in content[what]}
-        wrong = [
-            annotation
-            for annotation in content["annotations"]
-            if not isinstance(annotation[key], Hashable) or annotation[key] not in known
-        ]
+        require_keys(entries, needed, {"categories": "category"}.get(part, part[:-1]), where)
+        ids = [entry["id"] for entry in entries] if "id" in needed else []
+        wrong = [repr(id_) for id_ in ids if not isinstance(id_, int)]
+        wrong = wrong or [f"{id_} again" for id_, times in Counter(ids).items() if times > 1]
         if wrong:
-            named = some(f"{annotation[key]!r} of annotation {annotation['id']}" for annotation in wrong)
+            raise InputError(f"expected whole numbers as ids of the {part}{where}, each once, got {some(wrong)}")
+    if not content["categories"] or not content["images"]:
+        raise InputError(f"expected images and categories{where}, got none")
+    for key, part in (("category_id", "categories"), ("image_id", "images")):
+        known = {entry["id"] for entry in content[part]}
+        unknown = [annotation for annotation in content["annotations"] if not is_known(annotation[key], known)]
+        if unknown:
+            named = some(f"{annotation[key]!r} of annotation {annotation.get('id')}" for annotation in unknown)
             raise InputError(
-                f"expected only annotations of the {what} in {json_file!r}, but {len(wrong)} have another {key}: "
-                f"{named}; drop them or add to the {what}"
+                f"expected only annotations of the {part}{where}, but {len(unknown)} have another {key}: {named}; drop "
+                f"them or add to the {part}"
             )
-    for annotation in content["annotations"]:
-        if not _is_box(annotation["bbox"]):
+    for annotation in content["annotations"] if "bbox" in keys["annotations"] else ():
+        if not is_box(annotation["bbox"]):
             raise InputError(
-                f"expected boxes [x, y, width, height] in {json_file!r}, got {annotation['bbox']!r} in annotation "
-                f"{annotation['id']}"
+                f"expected boxes [x, y, width, height]{where}, got {annotation['bbox']!r} in annotation "
+                f"{annotation.get('id')}"
             )
 
 
-def _is_box(box):
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and isfinite(x) for x in box)
+def require_keys(entries: Sequence[Any], needed: Sequence[str], what: str, where: str = "") -> None:
+    """Refuse entries (each ``what``, for the message) that are no mapping or lack a needed key.
+
+    Raises:
+        InputError: names the first one.
+    """
+    for number, entry in enumerate(entries):
+        lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise InputError(
+                f"expected {some(sorted(needed))} of each {what}{where}, got no {some(lacking)} in entry {number}"
+            )
 
 
-def category_names(categories) -> list[str]:
+def is_known(key: object, table: Collection[int]) -> bool:
+    """Whether an id is a whole number among those of a table."""
+    return isinstance(key, int) and key in table
+
+
+def is_box(value: object) -> bool:
+    """Whether it is x, y, width and height: four finite numbers."""
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(is_number, value))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and isfinite(value)
+
+
+def category_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
     """What Detectron2 calls LVIS's and COCO's categories: the first synonym, where there is one, or else the name."""
     synonyms = (category.get("synonyms") for category in categories)
     return [

@@ -118,18 +118,18 @@ def test_classes_behind_the_largest_label(tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "sentence"),
     [
-        ("a.jpg 0\nb.jpg -1\nc.jpg 1\n", (), "labels 0 or more in 'list.txt', but 1 are not: -1 of b.jpg; correct"),
+        ("a.jpg 0\nb.jpg -1\nc.jpg 1\n", (), "labels 0..999999 in 'list.txt', but 1 are not: -1 of b.jpg; correct"),
         (
             "a.jpg 0\nb.jpg 2\n",
             ("--num-classes", "2"),
-            "labels 0 to 1 in 'list.txt', but 1 are not: 2 of b.jpg; correct",
+            "labels 0..1 in 'list.txt', but 1 are not: 2 of b.jpg; correct",
         ),
         ("a.jpg 0\nb.jpg\n", (), "'path label' on every line of 'list.txt', but 1 differ: line 2: 'b.jpg'"),
         ("a.jpg 0.5\n", (), "'path label' on every line"),
         ("", (), "'path label' lines in 'list.txt', but it is empty"),
         (b"\x89PNG\r\n\xff", (), "a list file of 'path label' lines at 'list.txt', but: 'utf-8' codec"),
-        ("a.jpg 20261120\n", (), "labels below 1000000 in 'list.txt', got 20261120; is it a label at all?"),
-        ("a.jpg " + "9" * 30, (), "labels below 1000000"),
+        ("a.jpg 20261120\n", (), "labels 0..999999 in 'list.txt', but 1 are not: 20261120 of a.jpg"),
+        ("a.jpg " + "9" * 30, (), "labels 0..999999 in"),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -339,7 +339,7 @@ def changed(part, place, **changes):
         (changed("annotations", 0, category_id=[7]), (), "another category_id: [7] of annotation 11; drop"),
         (changed("annotations", 1, image_id=4), (), "the images in 'a.json', but 1 have another image_id: 4 of"),
         (changed("annotations", 1, bbox=None), (), "boxes [x, y, width, height]"),
-        (changed("images", 1, id=5), (), "each id once among the images in 'a.json', got 5 again"),
+        (changed("images", 1, id=5), (), "ids of the images in 'a.json', each once, got 5 again"),
         ({"images": [], "annotations": []}, (), "got no 'categories'; is it in LVIS or COCO format?"),
         ([1, 2], (), "got no 'categories'"),
         (coco() | {"images": []}, (), "expected images and categories"),
@@ -528,12 +528,12 @@ def test_masks_that_are_all_corrupt_are_refused_even_so(tmp_path, capsys):
         (
             [[4, 200, 200]],
             ("--num-classes", 4),
-            "0 to 3, or 255 for ignored pixels, in 'b.png', but 3 pixels are not: 1 ",
+            "0..3, or 255 for ignored pixels, in 'b.png', but 3 pixels are not: 1 ",
         ),
         (
             [[5]],
             ("--num-classes", 4, "--reduce-zero-label"),
-            "1 are 4 (with 1 taken off, as --reduce-zero-label asks); ",
+            "1 are 4 (with 1 taken off, as --reduce-zero-label asks), the first at x 0, y 0; ",
         ),
         ([[255]], ("--num-classes", 4, "--ignore-index", 254), "or 254 for ignored pixels, in 'b.png', but 1 pixels "),
         (np.zeros((2, 2, 3), np.uint8), (), "one whole label per pixel in 'b.png', got an image of mode RGB; save"),
@@ -559,15 +559,15 @@ def test_the_first_bad_label_ends_the_reading(tmp_path, monkeypatch):
     # A shown bar does not pass the end on to what it iterates over.
     monkeypatch.setattr(count_files, "tqdm", lambda *args, **options: bar(*args, **{**options, "disable": False}))
 
-    def slow(path, **_):
+    def slow(path, content):
         read.append(path)
         time.sleep(0.01)
-        return "00", {9: 1}
+        return np.array([[9]])
 
-    monkeypatch.setattr(count_pixels, "_histogram", slow)
+    monkeypatch.setattr(count_pixels, "read_mask", slow)
     for number in range(300):
         write(tmp_path / f"{number}.png", "x")
-    with pytest.raises(InputError, match="labels 0 to 8"):
+    with pytest.raises(InputError, match="labels 0..8"):
         count([str(tmp_path)], "masks", num_classes=9, workers=2)
     already = len(read)
     time.sleep(0.1)
@@ -576,11 +576,11 @@ def test_the_first_bad_label_ends_the_reading(tmp_path, monkeypatch):
 
 def test_a_negative_label_a_real_number_and_nothing_but_ignored_pixels(tmp_path, capsys):
     put(tmp_path, "a.tif", np.array([[-1, 2]], dtype=np.int32))
-    assert "labels 0 or more, or 255 for" in refused(capsys, tmp_path, "--kind", "masks", "--suffix", ".tif")
+    assert "labels 0..999999, or 255 for" in refused(capsys, tmp_path, "--kind", "masks", "--suffix", ".tif")
     put(tmp_path, "a.tif", np.array([[0.5, 2]], dtype=np.float32))
     assert "got an image of mode F" in refused(capsys, tmp_path, "--kind", "masks", "--suffix", ".tif")
     put(tmp_path, "a.tif", np.array([[5_000_000]], dtype=np.int32))
-    assert "expected labels below 1000000" in refused(capsys, tmp_path, "--kind", "masks", "--suffix", ".tif")
+    assert "pixels are not: 1 are 5000000, the first at x 0, y 0" in refused(capsys, tmp_path, "--kind", "masks", "--suffix", ".tif")
     put(tmp_path, "a.png", np.full((2, 2), 255, dtype=np.uint8))
     assert "but all are 255, which is ignored" in refused(capsys, tmp_path, "--kind", "masks")
 
@@ -686,15 +686,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
 
 SLOW = """
 import signal, sys, time
+import numpy as np
 from disalign_tools import count_pixels
 from disalign_tools.count_classes import main
 
-def slow(path, **options):
+def slow(path, content):
     print("reading", flush=True)
     time.sleep(0.05)
-    return "00", {0: 1}
+    return np.array([[0]])
 
-count_pixels._histogram = slow
+count_pixels.read_mask = slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
 sys.exit(main(sys.argv[1:]))
 """

@@ -1,0 +1,170 @@
+"""Folders of images, single images and label masks. Pillow is imported only where a file is opened."""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from ..errors import InputError, some
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+#: More classes than any benchmark has: a label beyond is a mistake.
+MOST_CLASSES = 1_000_000
+
+
+def files_below(folder: str, hidden_folders: bool = False) -> Iterator[str]:
+    """All files below a folder, in no particular order; names that begin with a dot are left out.
+
+    Links to files and to folders are followed, as the scanners of MMEngine and torchvision do. A broken link is listed:
+    whoever opens it says so.
+
+    Args:
+        folder: where to look.
+        hidden_folders: look into folders whose names begin with a dot too, as MMEngine does.
+
+    Raises:
+        InputError: a folder that can't be read, or a link to a folder that contains it.
+    """
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+        folders[:] = [name for name in folders if hidden_folders or not name.startswith(".")]
+        for path in (os.path.join(place, name) for name in folders):
+            if os.path.islink(path) and Path(place).resolve().is_relative_to(Path(path).resolve()):
+                raise InputError(f"expected folders without end below {folder!r}, but {path!r} links back; remove it")
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise InputError(f"expected a folder that can be read at {error.filename!r}, but: {error.strerror}") from None
+
+
+def image_files(folder: str) -> list[str]:
+    """The images in a folder and in all below it, in alphabetical order folder by folder; hidden ones are left out."""
+    return sorted((path for path in files_below(folder) if path.lower().endswith(IMAGE_SUFFIXES)), key=os.path.split)
+
+
+def image_tree(folder: str, classes: Sequence[str] | None = None) -> tuple[list[str], list[tuple[str, int]]]:
+    """The images in a folder with one folder per class.
+
+    Args:
+        folder: hidden folders in it are left out.
+        classes: the folders' names in the order of the labels, some perhaps missing; default: those found, in
+            alphabetical order.
+
+    Returns:
+        The names of the classes, and path and label of each image, class by class.
+
+    Raises:
+        InputError: no such folder, no folder in it, or one that ``classes`` does not name; see :func:`files_below`.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"expected a folder with one folder per class at {folder!r}, but there is none")
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        raise InputError(f"expected one folder per class in {folder!r}, got none")
+    names = found if classes is None else list(classes)
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise InputError(f"expected only folders named in classes in {folder!r}, got {some(unknown)}")
+    labelled = [(os.path.join(folder, name), label) for label, name in enumerate(names) if name in found]
+    return names, [(path, label) for place, label in labelled for path in image_files(place)]
+
+
+def mask_files(folder: str, suffix: str = ".png") -> list[str]:
+    """The label masks below a folder, those that MMSegmentation lists there: hidden folders too, but no hidden files.
+
+    Args:
+        folder: where to look.
+        suffix: the end of their paths, MMSegmentation's ``seg_map_suffix``.
+
+    Returns:
+        At least one path, in alphabetical order.
+
+    Raises:
+        InputError: no such folder, or no such files in it; see :func:`files_below`.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"expected a folder of label images at {folder!r}, but there is none")
+    paths = [path for path in files_below(folder, hidden_folders=True) if path.endswith(suffix)]
+    if not paths:
+        raise InputError(
+            f"expected label images {'*' + suffix!r} in {folder!r}, got none; name the end of their names with --suffix"
+        )
+    return sorted(paths, key=lambda path: path.replace(os.sep, "/"))
+
+
+def open_image(path: str, mode: str = "RGB") -> "Image":
+    """An image, decoded to its end and converted to one of Pillow's modes.
+
+    Raises:
+        InputError: a missing or broken file.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except Exception as error:  # a broken file can break a decoder anywhere
+        raise InputError(f"expected a whole image at {path!r}, but: {error}; fetch it again, or leave it out") from None
+
+
+def read_mask(path: str, content: bytes | None = None) -> np.ndarray:
+    """The labels of a mask; a palette's index is the label.
+
+    Args:
+        path: of the file.
+        content: the file's, if it has been read already.
+
+    Returns:
+        (height, width) bool or whole numbers.
+
+    Raises:
+        InputError: anything but one whole label per pixel. A broken file raises what Pillow does.
+    """
+    from PIL import Image
+
+    with Image.open(path if content is None else io.BytesIO(content)) as image:
+        labels, mode = np.asarray(image), image.mode
+    if labels.ndim != 2 or labels.dtype.kind not in "biu":
+        raise InputError(
+            f"expected one whole label per pixel in {path!r}, got an image of mode {mode}; save the labels as a "
+            "grey-scale or palette image (photographs: give a folder with one folder per class)"
+        )
+    return labels
+
+
+def require_labels(labels: np.ndarray, num_classes: int | None, ignore_index: int, path: str, note: str = "") -> None:
+    """Refuse labels outside [0, K) that are not to be ignored.
+
+    Args:
+        labels: (height, width) whole numbers.
+        num_classes: K; default: :data:`MOST_CLASSES`.
+        ignore_index: the label that is left out.
+        path: of the file they are from, for the message.
+        note: what was done to them, for the message.
+
+    Raises:
+        InputError: names the labels, how many pixels have them, and where the first one is.
+    """
+    num_classes = MOST_CLASSES if num_classes is None else num_classes
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if wrong.any():
+        values, pixels = np.unique(labels[wrong], return_counts=True)
+        rows, columns = wrong.nonzero()
+        named = some(f"{pixel} are {value}" for value, pixel in zip(values, pixels, strict=True))
+        raise InputError(
+            f"expected labels 0..{num_classes - 1}, or {ignore_index} for ignored pixels, in {path!r}, but {len(rows)} "
+            f"pixels are not: {named}{note}, the first at x {columns[0]}, y {rows[0]}; correct the annotation, or the "
+            "classes"
+        )
+
+
+def count_labels(labels: np.ndarray, ignore_index: int, num_classes: int = 0) -> np.ndarray:
+    """(K,) int64 pixels of each label that is not ignored; K is the largest one + 1, and at least ``num_classes``."""
+    return np.bincount(labels[labels != ignore_index].astype(np.int64), minlength=num_classes)
