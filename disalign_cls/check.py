@@ -8,10 +8,11 @@ import sys
 from mmengine.registry import DATASETS
 
 from disalign import InputError, many_medium_few
-from disalign.cli import command
-from disalign_mmengine.cli import config_errors, load_config, parser
+from disalign.cli import command, config_errors
+from disalign.stage_two import require_same_classes
+from disalign_mmengine.cli import load_config, parser
 
-from .datasets import MissingFilesError, require_same_classes
+from .datasets import MissingFilesError
 
 
 @command
@@ -39,7 +40,7 @@ def check(config, name: str, list_all: bool, classes=None):
             if config.get(name) is None:
                 raise InputError(f"expected {name} in the config, got none")
             dataset = DATASETS.build(config[name].dataset)
-            require_same_classes(classes, dataset)
+            require_same_classes(classes, dataset.metainfo["classes"], f"the {dataset.metainfo['split']} set")
             _require_classes(config, dataset, name)
     except InputError as error:
         print(f"{name}: {error}")
@@ -48,10 +49,9 @@ def check(config, name: str, list_all: bool, classes=None):
         return None
     counts = dataset.class_counts
     thresholds = {key: value for key, value in config.get("val_evaluator", {}).items() if key in ("many", "few")}
-    groups = many_medium_few(counts, **thresholds).items()
-    groups = ", ".join(f"{group} {int(members.sum())}" for group, members in groups)
+    sizes = [f"{group} {int(members.sum())}" for group, members in many_medium_few(counts, **thresholds).items()]
     # The groups are of the training set's counts; an evaluated set has none of its own.
-    groups = f"; {groups} classes" if name.startswith("train") else ""
+    groups = f"; {', '.join(sizes)} classes" if name.startswith("train") else ""
     print(
         f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} "
         f"per class{groups}"

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from disalign.errors import InputError, some
 from disalign.io import missing_files
-from disalign.io.annotations import class_folders, image_files, read_list
+from disalign.io.annotations import read_list
+from disalign.io.images import image_tree, open_image
 
 
 def build_transforms(steps: Sequence[dict]) -> v2.Compose:
@@ -92,21 +93,6 @@ class LongTailDataset(Dataset):
         return {"inputs": self.transforms(self.open(index)), "data_samples": self.labels[index]}
 
 
-def require_same_classes(trained: Sequence[str] | None, dataset: LongTailDataset) -> None:
-    """Refuse a set to evaluate whose classes have other names than the trained ones, or another order.
-
-    Raises:
-        InputError: they differ; sets without names are not compared.
-    """
-    evaluated = dataset.metainfo["classes"]
-    if trained and evaluated and trained != evaluated:
-        differing = next((pair for pair in zip(trained, evaluated, strict=False) if pair[0] != pair[1]), "some")
-        raise InputError(
-            f"expected the classes of the training set in the {dataset.metainfo['split']} set too, but {differing} "
-            "differ; give both the same classes=[...], in the same order"
-        )
-
-
 class MissingFilesError(InputError):
     """Images that a list names and that are not there; ``paths`` holds them all."""
 
@@ -133,12 +119,7 @@ class FileDataset(LongTailDataset):
         return self.paths[index]
 
     def open(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files of all formats
-            raise InputError(f"expected a whole image at {path!r}, but: {error}; fetch the file again") from None
+        return open_image(self.paths[index])
 
 
 @DATASETS.register_module()
@@ -183,18 +164,7 @@ class FolderDataset(FileDataset):
     """
 
     def __init__(self, data_root: str, classes: Sequence[str] | None = None, **options) -> None:
-        if not os.path.isdir(data_root):
-            raise InputError(f"expected a folder with one folder per class at {data_root!r}, but there is none")
-        folders = class_folders(data_root)
-        classes = folders if classes is None else list(classes)
-        unknown = [folder for folder in folders if folder not in classes]
-        if unknown:
-            raise InputError(f"expected only folders named in classes in {data_root!r}, got {some(unknown)}")
-        found = [
-            (path, label)
-            for label, class_name in enumerate(classes)
-            for path in image_files(os.path.join(data_root, class_name))
-        ]
+        classes, found = image_tree(data_root, classes)
         paths, labels = zip(*found, strict=True) if found else ((), ())
         super().__init__(paths, labels, where=repr(data_root), classes=classes, **options)
 
@@ -262,13 +232,13 @@ class DigitsLT(ArrayDataset):
         digits = load_digits()
         generator = np.random.default_rng(seed)
         rank = generator.permutation(10)
-        chosen = []
+        per_digit = []
         for digit in range(10):
             indices = generator.permutation(np.flatnonzero(digits.target == digit))
             first = self.test_per_class if split == "train" else 0
             count = self.profile[rank[digit]] if split == "train" else self.test_per_class
-            chosen.append(indices[first : first + count])
-        chosen = np.concatenate(chosen)
+            per_digit.append(indices[first : first + count])
+        chosen = np.concatenate(per_digit)
         images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
         labels = digits.target[chosen]
         self._set_images(images, labels, where="scikit-learn's digits")

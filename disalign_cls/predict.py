@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from mmengine.device import get_device
-from PIL import Image
 from tqdm import tqdm
 
 from disalign import InputError
-from disalign.cli import command
+from disalign.cli import command, config_errors
 from disalign.io import require_place, write_json
-from disalign.io.annotations import IMAGE_SUFFIXES
-from disalign_mmengine.cli import config_errors, load_config, parser
+from disalign.io.images import image_files, open_image
+from disalign_mmengine.checkpoints import class_names
+from disalign_mmengine.cli import load_config, parser
 
 from .cli import load_model
 from .datasets import build_transforms
@@ -41,11 +41,11 @@ def main(argv=None):
 
 
 def find_images(given: list[str]) -> list[str]:
-    """The files named, and all images below the folders named, in order."""
+    """The files named, and the images below the folders named (:func:`disalign.io.images.image_files`)."""
     paths = []
     for path in map(Path, given):
         if path.is_dir():
-            paths += sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            paths += image_files(str(path))
         elif path.is_file():
             paths.append(str(path))
         else:
@@ -53,11 +53,6 @@ def find_images(given: list[str]) -> list[str]:
     if not paths:
         raise InputError(f"expected images in {', '.join(given)}, got none")
     return paths
-
-
-def class_names(checkpoint: dict) -> list[str] | None:
-    """The names that the training set had, if the checkpoint keeps them."""
-    return ((checkpoint.get("meta") or {}).get("dataset_meta") or {}).get("classes")
 
 
 @torch.inference_mode()
@@ -68,14 +63,7 @@ def predict(model, paths: list[str], config, classes: list[str] | None) -> list[
         mode = "L" if config.model.backbone.get("in_chans", 3) == 1 else "RGB"
     predictions = []
     for path in tqdm(paths, unit="image", disable=not sys.stderr.isatty()):
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files of all formats
-            raise InputError(
-                f"expected a whole image at {path!r}, but: {error}; fetch it again, or leave it out"
-            ) from None
-        pixels = transforms(image)
+        pixels = transforms(open_image(path, mode))
         inputs = model.data_preprocessor({"inputs": pixels[None], "data_samples": None})["inputs"]
         scores, labels = model(inputs).softmax(1)[0].topk(min(5, model.num_classes))
         top = [

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile, TestTimeAug
 from mmengine.dataset import ClassBalancedDataset, Compose, ConcatDataset, RepeatDataset
 from mmseg.datasets import MultiImageMixDataset
 
-from disalign.errors import InputError, first_line, some
+from disalign.errors import InputError, first_line, in_user_code
+from disalign.io.images import require_labels
 
 
 def plain_datasets(dataset) -> list:
@@ -78,17 +78,8 @@ class Guarded:
                 f"expected an annotation of its image's size, got {labels.shape[1]} x {labels.shape[0]} in {path!r} "
                 f"and {image[1]} x {image[0]} in {results['img_path']!r}; is it another image's?"
             )
-        wrong = ((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)
-        if wrong.any():
-            values, pixels = np.unique(labels[wrong], return_counts=True)
-            rows, columns = wrong.nonzero()
-            shifted = " (as loaded: reduce_zero_label takes 1 off)" if results.get("reduce_zero_label") else ""
-            raise InputError(
-                f"expected labels 0..{self.num_classes - 1}, or {self.ignore_index} for ignored pixels, in {path!r}, "
-                f"but {len(rows)} pixels are not: "
-                f"{some(f'{pixel} are {value}' for value, pixel in zip(values, pixels, strict=True))}{shifted}, the "
-                f"first at x {columns[0]}, y {rows[0]}; correct the annotation, or the classes"
-            )
+        shifted = " (as loaded: reduce_zero_label takes 1 off)" if results.get("reduce_zero_label") else ""
+        require_labels(labels, self.num_classes, self.ignore_index, path, shifted)
 
 
 def _load(loader, results, is_annotation):
@@ -100,6 +91,8 @@ def _load(loader, results, is_annotation):
     except FileNotFoundError:
         raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
     except Exception as error:  # a broken file can break a reader anywhere
+        if in_user_code(error):
+            raise
         raise InputError(
             f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"
         ) from error

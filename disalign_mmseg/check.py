@@ -10,10 +10,10 @@ import sys
 from mmseg.utils import register_all_modules
 
 from disalign import InputError, head_body_tail
-from disalign.cli import command
+from disalign.cli import command, config_errors
 from disalign.errors import some
 from disalign.io import require_place, write_json
-from disalign_mmengine.cli import config_errors, load_config, parser
+from disalign_mmengine.cli import load_config, parser
 
 from .data_check import SAMPLE, build_dataset, dataset_problems
 from .pixel_counts import count_pixels

@@ -10,7 +10,7 @@ from mmseg.registry import DATASETS
 from PIL import Image
 from tqdm import tqdm
 
-from disalign.errors import InputError, first_line, some
+from disalign.errors import InputError, first_line, in_user_code, some
 from disalign.io import missing_files
 
 from .annotations import Guarded, class_names, loader_of, plain_datasets
@@ -32,8 +32,10 @@ def build_dataset(config: dict):
         return DATASETS.build(config)
     except InputError:
         raise
-    except Exception as error:  # a dataset of the user's own may raise anything
+    except Exception as error:
         reason = next(_unbuildable(config), None)
+        if reason is None and in_user_code(error):
+            raise
         raise InputError(
             reason or f"expected a dataset that can be built from {config.get('type')!r}, but: {first_line(error)}"
         ) from error
@@ -102,7 +104,7 @@ def dataset_problems(
     Returns:
         A sentence for each problem; empty if all is well.
     """
-    problems = []
+    problems: list[str] = []
     for plain in plain_datasets(dataset):
         records = [plain.get_data_info(index) for index in range(len(plain))]
         problems += _other_classes(plain, num_classes)

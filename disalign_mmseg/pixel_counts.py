@@ -14,6 +14,7 @@ from tqdm import tqdm
 from disalign.cli import usable_cpus
 from disalign.errors import InputError, some
 from disalign.io import read_json, write_json
+from disalign.io.images import count_labels
 
 from .annotations import Guarded, class_names, loader_of, plain_datasets
 
@@ -186,11 +187,12 @@ class Annotations(Dataset):
         except InputError as error:
             return str(error)
         labels = results["gt_seg_map"]
-        counts = np.bincount(labels[labels != self.ignore_index].astype(np.int64), minlength=self.num_classes)
-        return counts, labels.size
+        return count_labels(labels, self.ignore_index, self.num_classes), labels.size
 
 
-def read(samples: Dataset, chosen: Iterable[int] | None = None, workers: int | None = None, progress="") -> Iterator:
+def read(
+    samples: Annotations, chosen: Iterable[int] | None = None, workers: int | None = None, progress=""
+) -> Iterator:
     """The items of ``samples`` in order, read by ``workers`` processes, with a progress bar of this name."""
     chosen = range(len(samples)) if chosen is None else list(chosen)
     if workers is None:
