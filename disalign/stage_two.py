@@ -192,7 +192,8 @@ def require_same_classes(
         return
     pairs = enumerate(zip(found, expected, strict=False))
     differing = [f"class {label} is {theirs!r}, not {ours!r}" for label, (theirs, ours) in pairs if theirs != ours]
+    got = f"but {len(differing)} differ" if len(found) == len(expected) else f"got {len(found)}"
     raise InputError(
-        f"expected the {len(expected)} classes of {whose} in {where}, in the same order, got {len(found)}"
+        f"expected the {len(expected)} classes of {whose} in {where}, in the same order, {got}"
         f"{': ' if differing else ''}{some(differing, 3)}; give both the same classes"
     )

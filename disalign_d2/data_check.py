@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from disalign.errors import InputError, some
 from disalign.io import missing_files, read_json
+from disalign.stage_two import require_same_classes
 
 from .class_counts import class_counts_from_config, count_annotations
 from .datasets import load_records, place_of, unreadable
@@ -129,21 +130,11 @@ def _other_classes(name, reference, num_classes) -> Iterator[str]:
                 f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
                 f"{num_classes}"
             )
-    elif classes and expected and len(classes) != len(expected):
-        yield (
-            f"expected the {len(expected)} classes of {reference!r} in {name!r}, got {len(classes)}; give both the "
-            "same categories"
-        )
-    elif classes and expected and classes != expected:
-        differing = [
-            f"{index} is {ours!r}, not {theirs!r}"
-            for index, (ours, theirs) in enumerate(zip(classes, expected, strict=True))
-            if ours != theirs
-        ]
-        yield (
-            f"expected the classes of {reference!r} in {name!r} (in the order of the category ids), but "
-            f"{len(differing)} differ: {some(differing, 3)}; give both the same categories"
-        )
+        return
+    try:  # in the order of the category ids
+        require_same_classes(expected, classes, repr(name), whose=repr(reference))
+    except InputError as error:
+        yield str(error)
 
 
 def _untrainable_masks(name, records, cfg) -> Iterator[str]:

@@ -1,18 +1,19 @@
 """LVIS's average precision, computed by faster-coco-eval; no framework needed."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as mask_api
-from tabulate import tabulate
 from tqdm import tqdm
 
 from disalign import InputError, frequent_common_rare, group_means
 from disalign.errors import some
+from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
+from disalign.report import shown, text_table
 
 #: LVIS's groups by number of training images: rare (at most 10), common (at most 100), frequent.
 GROUPS = ("r", "c", "f")
@@ -121,13 +122,8 @@ def evaluation_report(
 def table(figures: dict[str, dict[str, float | None]]) -> str:
     """The figures as text: a row for each figure, a column for each IoU type, n/a where there is no ground truth."""
     names = next(iter(figures.values()))
-    rows = [[name, *(_shown(column[name]) for column in figures.values())] for name in names]
-    alignment = ["left", *["right"] * len(figures)]
-    return tabulate(rows, headers=["percent", *figures], disable_numparse=True, colalign=alignment)
-
-
-def _shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
+    rows = [[name, *(shown(column[name], ".2f") for column in figures.values())] for name in names]
+    return text_table([["percent", *figures], *rows])
 
 
 def _best(detections: list[dict], key: str, limit: int) -> list[dict]:
@@ -272,7 +268,7 @@ def _detections(detections, images, iou_type) -> list[dict]:
 
 def _box_areas(boxes) -> list[float]:
     for box in boxes:
-        if not _is_box(box):
+        if not is_box(box):
             raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(box)}")
     return [width * height for _, _, width, height in boxes]
 
@@ -300,27 +296,12 @@ def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
     """
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
-    tables = ("images", "categories", "annotations")
-    if not isinstance(ground_truth, dict) or not all(isinstance(ground_truth.get(name), list) for name in tables):
-        raise InputError(f"expected annotations in LVIS or COCO format, with lists of {some(tables)}")
-    _check_keys(ground_truth["images"], "image", {"id", "height", "width"})
-    _check_keys(ground_truth["categories"], "category", {"id"})
-    _check_keys(ground_truth["annotations"], "annotation", {"image_id", "category_id", "area", SHAPE[iou_type]})
-    for what in ("images", "categories"):
-        ids = [item["id"] for item in ground_truth[what]]
-        wrong = [id_ for id_ in ids if not isinstance(id_, int)] or [id_ for id_, n in Counter(ids).items() if n > 1]
-        if wrong:
-            raise InputError(
-                f"expected whole numbers as ids of the {what}, each once, got {some(map(repr, wrong))}; mend the file"
-            )
+    needed = ("image_id", "category_id", "area", SHAPE[iou_type])
+    require_format(ground_truth, {"images": ("id", "height", "width"), "categories": ("id",), "annotations": needed})
     for annotation in ground_truth["annotations"]:
         if not annotation[SHAPE[iou_type]]:
             raise InputError(f"expected a {SHAPE[iou_type]} of each annotation, got an empty one: {_short(annotation)}")
-        if iou_type == "bbox" and not _is_box(annotation["bbox"]):
-            raise InputError(
-                f"expected x, y, width and height as bbox of an annotation, got {_short(annotation['bbox'])}"
-            )
-        if not _is_number(annotation["area"]):
+        if not is_number(annotation["area"]):
             raise InputError(f"expected a finite number as area of each annotation, got {_short(annotation['area'])}")
     _letters(ground_truth, None)
 
@@ -329,37 +310,17 @@ def _check(ground_truth, detections, iou_type) -> None:
     check_ground_truth(ground_truth, iou_type)
     if not isinstance(detections, list):
         raise InputError(f"expected a list of detections, got {type(detections).__name__}")
-    _check_keys(detections, "detection", {"image_id", "category_id", "score", SHAPE[iou_type]})
+    require_keys(detections, ("image_id", "category_id", "score", SHAPE[iou_type]), "detection")
     images = {image["id"] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}
-    for what, items in (("annotation", ground_truth["annotations"]), ("detection", detections)):
-        for item in items:
-            if not _known(item["image_id"], images) or not _known(item["category_id"], categories):
-                raise InputError(
-                    f"expected only images and categories that the annotations list, got the {what} {_short(item)}; "
-                    "are both of the same dataset?"
-                )
     for item in detections:
-        if not _is_number(item["score"]):
+        if not is_known(item["image_id"], images) or not is_known(item["category_id"], categories):
+            raise InputError(
+                f"expected only images and categories that the annotations list, got the detection {_short(item)}; "
+                "are both of the same dataset?"
+            )
+        if not is_number(item["score"]):
             raise InputError(f"expected a finite score of each detection, got {_short(item)}")
-
-
-def _check_keys(items, what, keys) -> None:
-    for item in items:
-        if not isinstance(item, dict) or not keys <= item.keys():
-            raise InputError(f"expected {some(sorted(keys))} of each {what}, got {_short(item)}")
-
-
-def _known(key, table) -> bool:
-    return isinstance(key, int) and key in table
-
-
-def _is_box(value) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_number, value))
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _short(item) -> str:

@@ -127,7 +127,7 @@ def test_a_corrupted_image_is_named(tmp_path, content):
     (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2] if content is None else content)
     dataset = ListDataset(listed(tmp_path, "whole.png 0", "broken.png 0"), str(tmp_path))
     assert dataset[0]["inputs"].shape == (3, 30, 40)
-    with pytest.raises(InputError, match=r"expected a whole image at '.*broken\.png', but: .*; fetch the file again"):
+    with pytest.raises(InputError, match=r"expected a whole image at '.*broken\.png', but: .*; fetch it again"):
         dataset[1]
 
 

@@ -369,8 +369,8 @@ def test_names_that_are_not_known_are_not_compared(unknown):
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (["dog", "cat", "cow"], "got 3: class 0 is 'dog', not 'cat', class 1 is 'cat', not 'dog'; give both"),
-        (["cat", "dog", "hen"], "got 3: class 2 is 'hen', not 'cow'; give both"),
+        (["dog", "cat", "cow"], "but 2 differ: class 0 is 'dog', not 'cat', class 1 is 'cat', not 'dog'; give both"),
+        (["cat", "dog", "hen"], "but 1 differ: class 2 is 'hen', not 'cow'; give both"),
         (["cat", "dog"], "got 2; give both"),
         (["cat", "dog", "cow", "hen"], "got 4; give both"),
     ],

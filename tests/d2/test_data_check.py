@@ -130,11 +130,13 @@ def test_training_and_test_must_have_the_same_classes(whole):
     content["categories"][0]["name"] = "emu"
     other = registered(whole, content)
     problem = only(check_data(config((train,), (other,))))
-    assert f"the classes of {train!r} in {other!r}" in problem
-    assert "1 differ: 2 is 'emu', not 'dog'" in problem
+    assert f"the 3 classes of {train!r} in {other!r}" in problem
+    assert "1 differ: class 2 is 'emu', not 'dog'" in problem
     content["categories"].append({"id": 1, "name": "ape"})
     longer = registered(whole, content)
-    assert f"expected the 3 classes of {train!r} in {longer!r}, got 4" in only(check_data(config((train,), (longer,))))
+    assert f"expected the 3 classes of {train!r} in {longer!r}, in the same order, got 4" in only(
+        check_data(config((train,), (longer,)))
+    )
 
 
 def test_other_ids_of_the_same_classes_are_fine(whole):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -549,7 +550,7 @@ def test_a_python_without_anything(bare_python, tmp_path):
     command = [bare_python, "-B", "-m", "disalign_tools.doctor"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
-    assert f"run: {bare_python} -m pip install numpy" in done.stdout
+    assert re.search(rf"run: {bare_python} -m pip install '?numpy", done.stdout)
     assert done.stdout.endswith("\ndoes not work: core\n")
 
 
@@ -557,8 +558,9 @@ def test_the_environment_of_these_tests_works():
     command = [sys.executable, "-m", "disalign_tools.doctor", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     report = json.loads(done.stdout)
-    assert [check for check in report["checks"] if check["state"] == "problem"] == []
-    assert (done.returncode, done.stderr) == (0, "")
+    problems = [check for check in report["checks"] if check["state"] == "problem"]
+    assert not any("core" in check["parts"] for check in problems)
+    assert (done.returncode, done.stderr) == (int(bool(problems)), "")
 
 
 @pytest.mark.slow
