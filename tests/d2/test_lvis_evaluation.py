@@ -448,7 +448,7 @@ def test_broken_mask():
 
 def test_bad_annotations():
     for bad in ([], {}, {"images": [], "annotations": []}, tiny_set() | {"categories": None}):
-        with pytest.raises(InputError, match="got no '(images|categories)'; is it in LVIS"):
+        with pytest.raises(InputError, match=r"got no '(images|categories|annotations)'; is it in LVIS"):
             evaluate_lvis(bad, [])
     for name, key in (("images", "height"), ("annotations", "area"), ("annotations", "bbox"), ("categories", "id")):
         bad = tiny_set()
