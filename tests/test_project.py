@@ -1,6 +1,8 @@
 """What the README and the docs say must be so."""
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,63 @@ def test_a_checkout_reads_its_own_configs(tmp_path, monkeypatch):
     (tmp_path / "disalign_configs" / "cls").mkdir(parents=True)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert disalign.cli.shipped_configs() == ROOT / "configs"
+
+
+HOSTS = ("detectron2", "fvcore", "mmcv", "mmengine", "mmpretrain", "mmseg", "timm", "torchvision")
+PACKAGES = {path.name for path in ROOT.glob("disalign*") if (path / "__init__.py").is_file()}
+#: Package -> those of ours that it may import; disalign_tools imports a host's package only where one is asked for.
+MAY_IMPORT = {
+    "disalign": set(),
+    "disalign_mmengine": {"disalign"},
+    "disalign_cls": {"disalign", "disalign_mmengine"},
+    "disalign_mmseg": {"disalign", "disalign_mmengine"},
+    "disalign_d2": {"disalign"},
+    "disalign_tools": {"disalign"},
+}
+
+
+def imported(tree):
+    """The first words of what is imported when a module is, and of what only its functions import."""
+    found = {True: set(), False: set()}
+    inner = {
+        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        found[id(node) not in inner].update(name.partition(".")[0] for name in names)
+    return found[True], found[False]
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_a_package_imports_the_core_and_one_framework(package):
+    assert set(MAY_IMPORT) == PACKAGES
+    others = PACKAGES - MAY_IMPORT[package] - {package}
+    for path in (ROOT / package).rglob("*.py"):
+        at_once, later = imported(ast.parse(path.read_text()))
+        assert not at_once & others, path
+        if package != "disalign_tools":
+            assert not later & others, path
+
+
+def test_the_core_knows_torch_numpy_and_no_framework():
+    for path in (ROOT / "disalign").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        at_once, later = imported(tree)
+        typing = {"PIL"} if "TYPE_CHECKING" in path.read_text() else set()
+        assert at_once - set(sys.stdlib_module_names) <= {"torch", "numpy"} | typing, path
+        assert later - set(sys.stdlib_module_names) <= {"torch", "numpy", "PIL"}, path
+        documented = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
+        }
+        words = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented
+        ]
+        assert not [word for word in words if any(host in word.lower() for host in HOSTS)], path

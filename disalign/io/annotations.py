@@ -172,7 +172,7 @@ def is_number(value: object) -> bool:
 
 
 def category_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What Detectron2 calls LVIS's and COCO's categories: the first synonym, where there is one, or else the name."""
+    """Names of LVIS's and COCO's categories: the first synonym, where there is one, or else the name."""
     synonyms = (category.get("synonyms") for category in categories)
     return [
         names[0] if names and isinstance(names, list) else category["name"]

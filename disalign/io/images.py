@@ -22,12 +22,12 @@ MOST_CLASSES = 1_000_000
 def files_below(folder: str, hidden_folders: bool = False) -> Iterator[str]:
     """All files below a folder, in no particular order; names that begin with a dot are left out.
 
-    Links to files and to folders are followed, as the scanners of MMEngine and torchvision do. A broken link is listed:
+    Links to files and to folders are followed, as the data loaders of the frameworks do. A broken link is listed:
     whoever opens it says so.
 
     Args:
         folder: where to look.
-        hidden_folders: look into folders whose names begin with a dot too, as MMEngine does.
+        hidden_folders: look into folders whose names begin with a dot too.
 
     Raises:
         InputError: a folder that can't be read, or a link to a folder that contains it.
@@ -77,11 +77,11 @@ def image_tree(folder: str, classes: Sequence[str] | None = None) -> tuple[list[
 
 
 def mask_files(folder: str, suffix: str = ".png") -> list[str]:
-    """The label masks below a folder, those that MMSegmentation lists there: hidden folders too, but no hidden files.
+    """The label masks below a folder: those in hidden folders too, but no hidden files.
 
     Args:
         folder: where to look.
-        suffix: the end of their paths, MMSegmentation's ``seg_map_suffix``.
+        suffix: the end of their paths.
 
     Returns:
         At least one path, in alphabetical order.
