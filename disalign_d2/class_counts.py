@@ -34,11 +34,11 @@ def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str
     """
     if unit not in UNITS:
         raise InputError(f"expected a unit among {some(UNITS)}, got {unit!r}")
-    labels = []
+    found: list[int] = []
     for record in dataset_dicts:
         present = [one["category_id"] for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
-        labels += set(present) if unit == "images" else present
-    labels = torch.tensor(labels, dtype=torch.int64)
+        found += set(present) if unit == "images" else present
+    labels = torch.tensor(found, dtype=torch.int64)
     wrong = labels[(labels < 0) | (labels >= num_classes)].unique()
     if len(wrong):
         raise InputError(

@@ -111,11 +111,10 @@ def evaluation_report(
         aps = [plain.per_category[category] for category, letter in letters.items() if letter == group]
         groups[group] = {"categories": len(aps), "with_ground_truth": sum(ap is not None for ap in aps)}
     for category, letter in letters.items():
-        aps = {
-            iou_type: {name: values[category] for name, values in columns.items()}
-            for iou_type, columns in per_category.items()
-        }
-        categories.append({"id": category, "name": names[category], "frequency": letter} | aps)
+        of_category: dict = {"id": category, "name": names[category], "frequency": letter}
+        for iou_type, columns in per_category.items():
+            of_category[iou_type] = {name: values[category] for name, values in columns.items()}
+        categories.append(of_category)
     return {"unit": "percent", "figures": figures, "groups": groups, "categories": categories}
 
 
@@ -145,14 +144,14 @@ def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
 def _evaluate(ground_truth, detections, iou_type, image_counts) -> Evaluation:
     letters = _letters(ground_truth, image_counts)
     images = {image["id"]: _image(image, letters) for image in ground_truth["images"]}
-    shown = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
+    present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
     judged = [
         detection
         for detection in detections
         if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
-        or (detection["image_id"], detection["category_id"]) in shown
+        or (detection["image_id"], detection["category_id"]) in present
     ]
-    annotations, judged = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
+    annotations, detected = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
 
     # One category at a time: no category's figures depend on another's, and faster-coco-eval takes time and memory for
     # every pair of image and category that it is given, of which LVIS judges one in a hundred.
@@ -160,7 +159,7 @@ def _evaluate(ground_truth, detections, iou_type, image_counts) -> Evaluation:
     recall = precision.copy()
     for index, category in enumerate(tqdm(letters, desc=iou_type, unit="category", disable=None, leave=False)):
         if category in annotations:
-            precision[index], recall[index] = _of_category(annotations[category], judged[category], images, iou_type)
+            precision[index], recall[index] = _of_category(annotations[category], detected[category], images, iou_type)
 
     ap, everything = precision[:, :, 0].mean(1), torch.ones(len(letters), dtype=torch.bool)
     columns = {

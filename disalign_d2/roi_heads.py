@@ -1,5 +1,7 @@
 """ROI heads whose box predictors are :class:`DisAlignOutputLayers`."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
@@ -7,8 +9,13 @@ from torch import nn
 
 from .fast_rcnn import DisAlignOutputLayers
 
+if TYPE_CHECKING:  # what the mixin is put before
+    from detectron2.modeling.roi_heads import StandardROIHeads as _Host
+else:
+    _Host = object
 
-class LeanTraining:
+
+class LeanTraining(_Host):
     """Mixin before ROI heads: in stage two, training skips the mask and keypoint branches, which are frozen.
 
     The heads in front of it build ``output_layers``; with calibration off nothing is skipped.
@@ -29,7 +36,8 @@ class LeanTraining:
 
     def box_predictors(self) -> list[DisAlignOutputLayers]:
         """The box predictor, or those of all cascade stages."""
-        return list(self.box_predictor) if isinstance(self.box_predictor, nn.ModuleList) else [self.box_predictor]
+        found: Any = self.box_predictor
+        return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -37,8 +45,8 @@ class DisAlignROIHeads(LeanTraining, StandardROIHeads):
     """``StandardROIHeads`` with :class:`DisAlignOutputLayers`; the keys are those of ``add_disalign_config``."""
 
     # Detectron2 says so of its own heads when it exports them, and TorchScript does not inherit it.
-    mask_on: torch.jit.Final[bool]
-    keypoint_on: torch.jit.Final[bool]
+    mask_on: torch.jit.Final[bool]  # type: ignore[misc]
+    keypoint_on: torch.jit.Final[bool]  # type: ignore[misc]
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from disalign.cli import command, usable_cpus
@@ -27,7 +27,12 @@ from .count_instances import count_json
 from .count_pixels import count_masks
 
 #: How each kind of source is counted.
-KINDS = {"list": count_lists, "folder": count_folders, "coco": count_json, "masks": count_masks}
+KINDS: dict[str, Callable[..., dict]] = {
+    "list": count_lists,
+    "folder": count_folders,
+    "coco": count_json,
+    "masks": count_masks,
+}
 #: The options that only some kinds have, and their help; those without a type are flags.
 OPTIONS = {
     "verify": (("folder",), None, "decode each image to its end"),

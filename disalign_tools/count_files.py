@@ -51,7 +51,8 @@ def read_files(
             return getattr(error, "strerror", None) or first_line(error)
 
     pool = ThreadPoolExecutor(workers) if workers else None
-    lines, skipped = {folder: [] for folder, _ in files}, []
+    lines: dict[str, list[tuple[str, object]]] = {folder: [] for folder, _ in files}
+    skipped: list[dict] = []
     try:
         outcomes = (pool.map if pool else map)(outcome, [path for _, path in files])
         with tqdm(

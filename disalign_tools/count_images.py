@@ -23,7 +23,7 @@ def count_lists(lists: Sequence[str], num_classes: int | None = None) -> dict:
     Raises:
         InputError: a missing, empty or malformed file, or a label outside [0, K).
     """
-    counts = Counter()
+    counts: Counter[int] = Counter()
     limit = num_classes or MOST_CLASSES
     for path in lists:
         names, labels = read_list(path)
@@ -67,7 +67,9 @@ def count_folders(
         InputError: no such folder, no class folders or images in it, other class folders than in the first one or than
             K, or images that can't be read.
     """
-    names, files, labels = [], [], []
+    names: list[str] = []
+    files: list[tuple[str, str]] = []
+    labels: list[int] = []
     for folder in folders:
         found, images = image_tree(folder)
         names = names or found

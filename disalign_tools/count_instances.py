@@ -22,8 +22,10 @@ def count_json(files: Sequence[str], num_classes: int | None = None) -> dict:
         InputError: see :func:`disalign.io.annotations.read_annotations`; or other categories than in the first file or
             than K.
     """
-    instances, shown = Counter(), Counter()
-    categories, images, left_out = {}, 0, 0
+    instances: Counter[int] = Counter()
+    shown: Counter[int] = Counter()
+    categories: dict[int, str] = {}
+    images = left_out = 0
     for path in files:
         content = read_annotations(path)
         found = dict(zip((one["id"] for one in content.categories), category_names(content.categories), strict=True))

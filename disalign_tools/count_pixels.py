@@ -48,7 +48,9 @@ def count_masks(
         )
     files = [(folder, path) for folder in folders for path in mask_files(folder, suffix)]
     note = " (with 1 taken off, as --reduce-zero-label asks)" if reduce_zero_label else ""
-    pixels, images, total_pixels = Counter(), Counter(), 0
+    pixels: Counter[int] = Counter()
+    images: Counter[int] = Counter()
+    total_pixels = 0
 
     def read(path):
         content = Path(path).read_bytes()

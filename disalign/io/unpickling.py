@@ -9,7 +9,7 @@ dtype takes flags from the file that make it follow numbers as pointers.
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it holds a {module}.{name}") from None
 
 
-def load_arrays(file: BinaryIO) -> Any:
+def load_arrays(file: IO[bytes]) -> Any:
     """Unpickle numpy arrays of numbers, plain values and builtin containers from a binary file.
 
     Returns:

@@ -40,7 +40,8 @@ class Classifier:
     @property
     def shape(self) -> tuple[int, int]:
         """C, d."""
-        return self.parts["weight"].tensor.shape[:2]
+        outputs, width = self.parts["weight"].tensor.shape[:2]
+        return outputs, width
 
     @property
     def calibrated(self) -> bool:
@@ -121,6 +122,7 @@ class Classifier:
         """
         outputs, width = self.shape
         features = torch.randn(64, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        model: nn.Module
         if self.in_sequence:
             model = stock_cosine(width, outputs)
         else:

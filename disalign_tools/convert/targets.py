@@ -105,8 +105,9 @@ def _timm_classifier(others):
 
 def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
     """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays."""
+    content: dict[str, Any]
     if to == "timm":
-        content = tensors
+        content = {**tensors}
     elif to == "d2":  # whose files have no meta
         content = {"model": tensors, "__author__": "disalign"} | {key: meta[key] for key in meta if key == "disalign"}
     else:

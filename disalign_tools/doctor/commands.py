@@ -42,9 +42,10 @@ def installed(library: Library) -> str | None:
 def origin(module: str) -> str | None:
     """The file that a module's package is imported from; None where there is none."""
     try:
-        return find_spec(module.partition(".")[0]).origin
+        spec = find_spec(module.partition(".")[0])
     except Exception:
         return None
+    return spec.origin if spec else None
 
 
 def is_there(library: Library) -> bool:
@@ -55,7 +56,11 @@ def is_there(library: Library) -> bool:
 def stray(library: Library) -> str | None:
     """The file that is imported in the place of the installed distribution's, if any."""
     name, file = installed(library), origin(library.name)
-    if name and file and not Path(file).is_relative_to(Path(metadata.distribution(name).locate_file("")).absolute()):
+    if (
+        name
+        and file
+        and not Path(file).is_relative_to(Path(str(metadata.distribution(name).locate_file(""))).absolute())
+    ):
         return file
     return None
 
@@ -66,9 +71,8 @@ def requirements(distribution: str = "disalign") -> dict[str, str]:
         lines = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
         lines = []
-    return {"setuptools": "<82"} | dict(
-        re.match(r"([\w.-]+)\(?([^;)]*)", line.replace(" ", "")).groups() for line in lines
-    )
+    matches = [re.match(r"([\w.-]+)\(?([^;)]*)", line.replace(" ", "")) for line in lines]
+    return {"setuptools": "<82"} | {match[1]: match[2] for match in matches if match}
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -114,7 +118,7 @@ def repair(library: Library, error: str) -> str | None:
     if re.search(r"lib(GL|gthread|glib)\b", error):
         return HEADLESS
     if library.name == "lvis" and "np.float" in error:
-        return f"sed -i 's/np\\.float)/float)/' {shlex.quote(origin('lvis').replace('__init__', 'eval'))}"
+        return f"sed -i 's/np\\.float)/float)/' {shlex.quote(str(origin('lvis')).replace('__init__', 'eval'))}"
     if library.name == "checkpoints" or (library.name == "mmseg" and "mmcv._ext" in error):
         # The maintained distributions load their checkpoints, and import without operators.
         return install("onedl-mmengine") if any(map(version_of, OPENMMLAB)) else None
@@ -126,7 +130,7 @@ def repair(library: Library, error: str) -> str | None:
         or (absent and absent[1] != library.name and origin(absent[1]))
     ):
         return None
-    pinned = f"{name}=={version_of(name).partition('+')[0]}"
+    pinned = f"{name}=={str(version_of(name)).partition('+')[0]}"
     if absent and absent[1] != library.name:  # pip adds what it asks for
         return f"{PIP} install {pinned}"
     if name == "torch":  # it asks for CUDA's libraries

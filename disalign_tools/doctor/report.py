@@ -68,7 +68,7 @@ def _conflicts() -> Iterator[Check]:
         yield Check("OpenMMLab", ["cls", "mmseg"], PROBLEM, "", detail, install(*pairs))
     opencv = {name: version_of(name) for name in OPENCV.split() if version_of(name)}
     if len({*opencv.values()}) > 1:
-        detail = f"{' and '.join(map(' '.join, opencv.items()))} overwrite each other's files"
+        detail = f"{' and '.join(f'{name} {version}' for name, version in opencv.items())} overwrite each other's files"
         yield Check("OpenCV", ["cls", "mmseg", "d2"], NOTE, "", detail, commands.HEADLESS)
     torch, wanted = version_of("torch"), requirements("torchvision").get("torch", "")
     if torch and not satisfies(torch, wanted):

@@ -91,7 +91,8 @@ def require_resnet(others: dict[str, str], source: str) -> None:
 def linear(tensors: dict[str, Tensor], name: str, **options: Any) -> Classifier:
     """A linear classifier; ``options`` are further ones of :class:`Classifier`."""
     own = below(tensors, name)
-    parts = {word: Part(own[word], f"{name}.{word}") for word in ("weight", "bias") if word in own}
+    words: list[str] = [word for word in ("weight", "bias") if word in own]
+    parts = {word: Part(own[word], f"{name}.{word}") for word in words}
     return Classifier(name, parts, lambda x: formulas.linear(x, own["weight"], own.get("bias")), name, **options)
 
 
