@@ -37,7 +37,8 @@ class LeanTraining(_Host):
     def box_predictors(self) -> list[DisAlignOutputLayers]:
         """The box predictor, or those of all cascade stages."""
         found: Any = self.box_predictor
-        return list(found) if isinstance(found, nn.ModuleList) else [found]
+        in_stages = isinstance(found, nn.ModuleList)
+        return list(found) if in_stages else [found]
 
 
 @ROI_HEADS_REGISTRY.register()
