@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from core.malicious import Malicious
 from PIL import Image
 
+from disalign.cli import find_config
 from disalign_cls import check, predict, test, train
 
 from .runs import BASELINE, DISALIGN, left_behind, quick
@@ -451,3 +454,38 @@ def test_the_exit_status_of_the_process_is_2(command, case, files, tmp_path):
     assert re.search(BAD[case][3], refusals(done.stderr)[0])
     assert "Traceback" not in done.stderr
     assert left_behind(tmp_path) == []
+
+
+MINE = """
+from mmengine.registry import MODELS
+from disalign_cls.classifiers import ImageClassifier
+
+@MODELS.register_module(force=True)
+class Mine(ImageClassifier):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.head = self.backbone.no_such_layer
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(MINE, AttributeError), ("import no_such_module_of_mine", ImportError), ("x = 1 / 0", ZeroDivisionError)],
+    ids=["in a constructor", "of an import", "while imported"],
+)
+def test_an_error_in_ones_own_code_keeps_its_traceback(code, error, tmp_path, monkeypatch):
+    module = f"mine_{error.__name__.lower()}"
+    (tmp_path / f"{module}.py").write_text(code)
+    (tmp_path / "config.py").write_text(
+        f'_base_ = "{find_config(ONE)}"\n'
+        f'custom_imports = dict(imports=["disalign_cls", "{module}"], allow_failed_imports=False)\n'
+        'model = dict(type="Mine")\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(error) as raised:
+        train.main([str(tmp_path / "config.py"), "--work-dir", str(tmp_path / "work"), "--cfg-options", *quick()])
+    chain, files = raised.value, set()
+    while chain is not None:
+        files |= {Path(frame.filename).name for frame in traceback.extract_tb(chain.__traceback__)}
+        chain = chain.__cause__ or chain.__context__
+    assert f"{module}.py" in files

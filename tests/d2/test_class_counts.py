@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from disalign import InputError
 from disalign.counts import bundled
 from disalign_d2 import add_disalign_config
-from disalign_d2.class_counts import class_counts_from_config, count_annotations
+from disalign_d2.class_counts import class_counts_from_config, count_annotations, training_image_counts
 from disalign_d2.datasets import register_instances
 
 from .annotations import box, coco, unique, write
@@ -177,3 +177,20 @@ def test_no_training_data_and_unknown_training_data_are_refused():
         class_counts_from_config(config(3))
     with pytest.raises(InputError, match="expected a registered dataset, got 'nothing'"):
         class_counts_from_config(config(3, train=("nothing",)))
+
+
+def test_training_images_are_counted_not_their_instances(tmp_path):
+    content = coco()
+    name = registered(tmp_path, content)
+    ids = [category["id"] for category in sorted(content["categories"], key=lambda category: category["id"])]
+    twice = [dict(one, id=one["id"] + 1000) for one in content["annotations"]]
+    doubled = registered(tmp_path, {**content, "annotations": [*content["annotations"], *twice]})
+    shown = [
+        len({one["image_id"] for one in content["annotations"] if one["category_id"] == id_ and not one.get("iscrowd")})
+        for id_ in ids
+    ]
+    for dataset in (name, doubled):
+        assert training_image_counts(config(len(ids), train=(dataset,))).tolist() == shown
+    assert count_annotations(DatasetCatalog.get(doubled), len(ids)).tolist() != shown
+    assert training_image_counts(config(len(ids))) is None
+    assert training_image_counts(config(len(ids), train=("unknown",))) is None

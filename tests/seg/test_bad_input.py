@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -376,3 +377,50 @@ def test_the_exit_status_of_the_process_is_2(files, tmp_path):
     assert len(refusals(done.stderr)) == 1
     assert "Traceback" not in done.stderr
     assert left_behind(tmp_path) == []
+
+
+MINE = """
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.datasets import ADE20KDataset
+from mmseg.registry import DATASETS, TRANSFORMS
+
+@DATASETS.register_module(force=True)
+class MyDataset(ADE20KDataset):
+    def __init__(self, faulty=True, **options):
+        super().__init__(**options)
+        if faulty:
+            self.no_such_thing.append(1)
+
+@TRANSFORMS.register_module(force=True)
+class MyAnnotations(LoadAnnotations):
+    def transform(self, results):
+        return results["no such key"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["train_dataloader.dataset.type=MyDataset"], AttributeError),
+        (
+            [
+                "train_dataloader.dataset.type=MyDataset",
+                "train_dataloader.dataset.faulty=False",
+                "train_dataloader.dataset.pipeline.1.type=MyAnnotations",
+            ],
+            KeyError,
+        ),
+    ],
+    ids=["a dataset", "a transform"],
+)
+def test_an_error_in_ones_own_code_keeps_its_traceback(options, error, files, tmp_path, monkeypatch):
+    (tmp_path / "my_segmentation.py").write_text(MINE)
+    (tmp_path / "config.py").write_text(
+        f'_base_ = "{files.two}"\n'
+        'custom_imports = dict(imports=["disalign_mmseg", "my_segmentation"], allow_failed_imports=False)\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_segmentation", raising=False)
+    with pytest.raises(error) as raised:
+        train(tmp_path / "config.py", tmp_path / "work", START.format(**vars(files)), *options)
+    assert any(Path(entry.path).name == "my_segmentation.py" for entry in raised.traceback)

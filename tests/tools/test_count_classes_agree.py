@@ -1,6 +1,7 @@
 """The three packages count the same, and take the file."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("tqdm", reason="tqdm is not installed")
 from PIL import Image
 
 from disalign import InputError
+from disalign.io.images import mask_files
 from disalign_tools.count_classes import count, main
 
 CLASSES = ("sky", "road", "car", "bird")
@@ -176,28 +178,114 @@ def masks(tmp_path):
 @pytest.mark.parametrize("reduce_zero_label", [False, True])
 def test_segmentation_counts_the_same(masks, reduce_zero_label, out):
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
-    from mmengine.registry import DefaultScope
-    from mmseg.datasets import BaseSegDataset
-
     from disalign_mmseg.pixel_counts import count_pixels
 
     num_classes = 4 if reduce_zero_label else 5
-    # Whatever ran before in this process, names are looked up as within a segmentation run.
-    with DefaultScope.overwrite_default_scope("mmseg"):
-        dataset = BaseSegDataset(
-            data_root=str(masks),
-            data_prefix=dict(img_path="images", seg_map_path="masks"),
-            metainfo=dict(classes=[f"class {label}" for label in range(num_classes)]),
-            reduce_zero_label=reduce_zero_label,
-            pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")],
-            serialize_data=False,
-        )
+    dataset = dataset_of(masks, num_classes, reduce_zero_label=reduce_zero_label)
     expected = count_pixels(dataset, num_classes, workers=0)
     options = ["--reduce-zero-label"] if reduce_zero_label else []
     _, record = out(masks / "masks", "--kind", "masks", *options)
     same = ("train_counts", "image_counts", "total_pixels", "files", "unit")
     assert {key: record[key] for key in same} == {key: expected[key] for key in same}
     assert set(expected) <= set(record)
+
+
+def dataset_of(folder, num_classes=5, **options):
+    from mmengine.registry import DefaultScope
+    from mmseg.datasets import BaseSegDataset
+
+    # Whatever ran before in this process, names are looked up as within a segmentation run.
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return BaseSegDataset(
+            data_root=str(folder),
+            data_prefix=dict(img_path="images", seg_map_path="masks"),
+            metainfo=dict(classes=[f"class {label}" for label in range(num_classes)]),
+            pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")],
+            serialize_data=False,
+            **options,
+        )
+
+
+def test_segmentation_checks_and_counts_the_files_that_mmsegmentation_lists(masks, out, monkeypatch):
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+    from disalign_mmseg import data_check
+    from disalign_mmseg.pixel_counts import Annotations
+
+    elsewhere = masks.parent / "elsewhere"
+    for kind, suffix in (("images", ".jpg"), ("masks", ".png")):
+        (elsewhere / kind / "deep" / "er").mkdir(parents=True)
+        tree = masks / kind
+        for name in (
+            tree / "a" / "._0",
+            tree / ".hidden" / "h",
+            elsewhere / kind / "x",
+            elsewhere / kind / "deep/er/y",
+        ):
+            name.parent.mkdir(exist_ok=True)
+            Image.new("L", (3, 2), color=len(name.name)).save(f"{name}{suffix}")
+        (tree / "linked").symlink_to(elsewhere / kind, target_is_directory=True)
+        (tree / f"link{suffix}").symlink_to(elsewhere / kind / f"x{suffix}")
+        (tree / "notes.txt").write_text("neither")
+    dataset = dataset_of(masks)
+    listed = [dataset.get_data_info(index)["seg_map_path"] for index in range(len(dataset))]
+    names = {os.path.relpath(path, masks / "masks") for path in listed}
+    assert {".hidden/h.png", "linked/x.png", "linked/deep/er/y.png", "link.png", "a/0.png"} < names
+    assert not names & {"a/._0.png", "notes.txt"}
+
+    assert sorted(mask_files(str(masks / "masks"))) == sorted(listed)
+    _, record = out(masks / "masks", "--kind", "masks")
+    assert record["files"] == len(listed)
+
+    read = []
+    stock = Annotations.__getitem__
+    monkeypatch.setattr(
+        Annotations,
+        "__getitem__",
+        lambda self, place: read.append(self.parts[0][0].get_data_info(place)["seg_map_path"]) or stock(self, place),
+    )
+    assert data_check.dataset_problems(dataset, 5, labels=None, workers=0) == []
+    assert sorted(read) == sorted(listed)
+
+
+def test_segmentation_counts_a_list_of_images_and_no_others(masks, tmp_path):
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+    from disalign_mmseg.pixel_counts import count_pixels
+
+    (tmp_path / "train.txt").write_text("a/0\na/3\nb/1\n")
+    record = count_pixels(dataset_of(masks, ann_file=str(tmp_path / "train.txt")), 5, workers=0)
+    labels = [np.asarray(Image.open(masks / "masks" / f"{name}.png")).astype(int) for name in ("a/0", "a/3", "b/1")]
+    assert record["files"] == 3
+    assert record["train_counts"] == [sum(int((one == label).sum()) for one in labels) for label in range(5)]
+
+
+def test_the_detectors_checks_and_counts_are_of_the_records_that_train(annotations, out, caplog):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import get_cfg
+    from detectron2.data import get_detection_dataset_dicts
+
+    from disalign_d2 import add_disalign_config
+    from disalign_d2.class_counts import training_image_counts
+    from disalign_d2.data_check import check_data
+    from disalign_d2.datasets import register_instances
+
+    register_instances("of_the_records_that_train", annotations, annotations.parent)
+    cfg = get_cfg()
+    add_disalign_config(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 6
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("of_the_records_that_train",), ()
+    records = get_detection_dataset_dicts("of_the_records_that_train", filter_empty=False)
+    trained = [[one["category_id"] for one in record["annotations"] if not one["iscrowd"]] for record in records]
+    _, record = out(annotations)
+    assert record["train_counts"] == [sum(labels.count(label) for labels in trained) for label in range(6)]
+    shown = [sum(label in labels for labels in trained) for label in range(6)]
+    assert record["image_counts"] == training_image_counts(cfg).tolist() == shown != record["train_counts"]
+    missing = {
+        path
+        for problem in check_data(cfg)
+        for path in problem.split()
+        if "of_the_records" in problem and "missing" in problem
+    }
+    assert f"{len(records)}" in missing
 
 
 def test_segmentations_loss_and_metric_take_the_file(masks, out):
