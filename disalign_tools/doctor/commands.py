@@ -7,7 +7,6 @@ import shlex
 import sys
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 from .libraries import Library
 
@@ -51,18 +50,6 @@ def origin(module: str) -> str | None:
 def is_there(library: Library) -> bool:
     """Whether there is anything to import, whole or broken."""
     return bool(not library.distributions or installed(library) or origin(library.name))
-
-
-def stray(library: Library) -> str | None:
-    """The file that is imported in the place of the installed distribution's, if any."""
-    name, file = installed(library), origin(library.name)
-    if (
-        name
-        and file
-        and not Path(file).is_relative_to(Path(str(metadata.distribution(name).locate_file(""))).absolute())
-    ):
-        return file
-    return None
 
 
 def requirements(distribution: str = "disalign") -> dict[str, str]:
@@ -122,17 +109,10 @@ def repair(library: Library, error: str) -> str | None:
     if library.name == "checkpoints" or (library.name == "mmseg" and "mmcv._ext" in error):
         # The maintained distributions load their checkpoints, and import without operators.
         return install("onedl-mmengine") if any(map(version_of, OPENMMLAB)) else None
-    # No command for a crash, a hang or an exit, nor for what is imported from elsewhere or lacks a part of another.
-    if (
-        not name
-        or not re.match(r"\w+:", error)
-        or stray(library)
-        or (absent and absent[1] != library.name and origin(absent[1]))
-    ):
+    # None for a crash, a hang or an exit, nor for what lacks a part of another library.
+    if not name or not re.match(r"\w+:", error) or (absent and absent[1] != library.name and origin(absent[1])):
         return None
     pinned = f"{name}=={str(version_of(name)).partition('+')[0]}"
-    if absent and absent[1] != library.name:  # pip adds what it asks for
-        return f"{PIP} install {pinned}"
-    if name == "torch":  # it asks for CUDA's libraries
-        return f"{PIP} install --force-reinstall {pinned}"
+    if name == "torch" or (absent and absent[1] != library.name):  # with what it asks for
+        return f"{PIP} install {'--force-reinstall ' if name == 'torch' else ''}{pinned}"
     return f"{REINSTALL} {DETECTRON2 if name == 'detectron2' else pinned}"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from . import commands
 from .commands import OPENMMLAB, install, requirements, satisfies, version_of
 from .libraries import LIBRARIES, OPENCV, PARTS, Library
-from .probes import NOT_INSTALLED, Outcome, try_all
+from .probes import NOT_INSTALLED, try_all
 
 OK, NOTE, PROBLEM, ABSENT = "ok", "note", "problem", "absent"
 
@@ -33,7 +33,7 @@ def examine(asked: Sequence[str] = (), timeout: int = 120) -> list[Check]:
     parts = [part for part in PARTS if part == "core" or (part in asked if asked else part not in absent)]
     tried = [library for library in LIBRARIES if {*library.parts.split()} & {*parts}]
     outcomes = try_all(tried, timeout)
-    checks = [*(_of_library(library, outcomes[library.name]) for library in tried), *_conflicts()]
+    checks = [*(_of_library(library, *outcomes[library.name]) for library in tried), *_conflicts()]
     checks = [check._replace(parts=[part for part in parts if part in check.parts]) for check in checks]
     for part in [] if asked else absent:
         lacking = [library for library in missing.values() if part in library.parts.split()]
@@ -44,20 +44,20 @@ def examine(asked: Sequence[str] = (), timeout: int = 120) -> list[Check]:
     return [check for check in checks if check.parts]
 
 
-def _of_library(library: Library, outcome: Outcome) -> Check:
+def _of_library(library: Library, value: str, error: str) -> Check:
     name = commands.installed(library) or ""
-    version, wanted, error = version_of(name) or "", requirements().get(name, ""), outcome.error
-    state, detail, command = OK, outcome.value, None
+    version, wanted = version_of(name) or "", requirements().get(name, "")
+    state, detail, command = OK, value, None
     if error:
         state = NOTE if error.startswith("UserWarning: ") else PROBLEM
-        path = commands.stray(library)
-        detail = error.removeprefix("UserWarning: ")[:300] + (f" (imported from {path})" if path else "")
-        command = (
-            install(library.distributions.split()[0]) if error == NOT_INSTALLED else commands.repair(library, error)
-        )
-    if version and not satisfies(version, wanted):
+        detail = error.removeprefix("UserWarning: ")[:300]
+        command = commands.repair(library, error)
+    if error == NOT_INSTALLED:
+        command = install(library.distributions.split()[0])
+    elif version and not satisfies(version, wanted):
         state, detail, command = PROBLEM, f"expected {wanted}; {detail}", install(name)
-    command = None if outcome.cause else command
+    if error.startswith("not tried"):
+        command = None
     return Check(library.name, library.parts.split(), state, f"{name} {version}".strip(), detail, command)
 
 

@@ -234,9 +234,7 @@ def test_the_doctor_starts_where_torch_and_disalign_do_not(environment, module):
     status, lines = environment.report(*command, "core", "tools", module=module)
     assert status == 1
     for name in ("numpy", "PIL"):
-        # No command: pip would install it where it already is.
-        where = f"(imported from {environment.elsewhere / name}.py)"
-        assert lines[name] == ["problem", f"RuntimeError: {name} was imported {where}", None]
+        assert lines[name][:2] == ["problem", f"RuntimeError: {name} was imported"]
     assert lines["torch"][1].startswith("not tried, since numpy does not work")
     (environment.elsewhere / "numpy.py").unlink()
     lines = environment.report(*command, "core", module=module)[1]
@@ -292,8 +290,7 @@ def test_a_torch_that_does_not_import(environment, code):
 )
 def test_a_broken_numpy_or_pillow_is_all_that_is_repaired(environment, name, broken, pinned, parts):
     environment.module(name, broken)
-    # Those that import it, whether the doctor knows or not.
-    for user in ("torch", "torchvision", "matplotlib", "lvis", "detectron2", "faster_coco_eval"):
+    for user in ("torch", "torchvision", "matplotlib", "lvis", "detectron2"):
         code = NO_GPU if user == "torch" else ANYTHING
         environment.module(user, f"{code}\nimport {'numpy' if user == 'torch' else name}")
     status, lines = environment.report()
@@ -303,18 +300,6 @@ def test_a_broken_numpy_or_pillow_is_all_that_is_repaired(environment, name, bro
     assert lines["lvis"] == ["problem", f"not tried, since {name} does not work", None]
     for part in parts:
         assert commands_of(environment.report(part)[1]) == {name: f"{environment.again} {pinned}"}
-
-
-def test_a_broken_library_is_the_cause_where_the_importers_code_does_not_say_so(environment):
-    # tensorboard is not said to need tqdm: the traceback, or the message, tells.
-    for broken in ("raise ImportError('libz.so.1')", None):
-        environment.module("tensorboard", "")
-        environment.module("torch/utils/tensorboard", "import tqdm")
-        environment.module("tqdm", broken) if broken else environment.without("tqdm")
-        command = f"{environment.again} tqdm==4.70.1" if broken else f"{environment.install} tqdm"
-        status, lines = environment.report("cls")
-        assert (status, lines["tensorboard"][0]) == (1, "problem")
-        assert commands_of(lines) == {"tqdm": command}
 
 
 def test_a_library_without_what_it_asks_for(environment):
