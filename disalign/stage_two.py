@@ -170,8 +170,8 @@ def require_own_folder(
             continue
         if other:
             raise InputError(
-                f"expected {option} of stage {ours}'s own, got {os.fspath(folder)!r} with a checkpoint of stage "
-                f"{theirs} ({path!r}), which has the same names; give stage {ours} another {option}"
+                f"expected a folder of stage {ours}'s own as {option}, got {os.fspath(folder)!r} with a checkpoint of "
+                f"stage {theirs} ({path!r}), which has the same names; give another {option}"
             )
 
 

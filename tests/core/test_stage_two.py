@@ -322,8 +322,8 @@ def checkpoints(tmp_path):
 def test_a_folder_with_the_other_stages_checkpoint_is_refused(checkpoints, calibrated, own, other):
     require_own_folder(checkpoints, [checkpoints / f"{own}.pth"], calibrated, "--work-dir")
     sentence = (
-        rf"^expected --work-dir of stage {own}'s own, got '.*' with a checkpoint of stage {other} "
-        rf"\('.*{other}\.pth'\), which has the same names; give stage {own} another --work-dir$"
+        rf"^expected a folder of stage {own}'s own as --work-dir, got '.*' with a checkpoint of stage {other} "
+        rf"\('.*{other}\.pth'\), which has the same names; give another --work-dir$"
     )
     with pytest.raises(InputError, match=sentence):
         require_own_folder(

@@ -458,7 +458,7 @@ def test_bad_annotations():
     for name in ("image_id", "category_id"):
         bad = tiny_set()
         bad["annotations"][0][name] = 12345
-        with pytest.raises(InputError, match="got the annotation"):
+        with pytest.raises(InputError, match=f"1 have another {name}: 12345 of annotation"):
             evaluate_lvis(bad, [])
     bad = tiny_set()
     bad["categories"][0]["frequency"] = "x"

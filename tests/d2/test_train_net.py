@@ -556,8 +556,8 @@ def test_a_stage_keeps_out_of_the_other_stages_folder(stage, flags, tiny, capsys
     err = capsys.readouterr().err
     other = {"one": "two", "two": "one"}[stage]
     assert re.search(
-        f"error: expected OUTPUT_DIR of stage {stage}'s own, got '.*' with a checkpoint of stage {other} "
-        rf"\('.*model_final.pth'\), which has the same names; give stage {stage} another OUTPUT_DIR$",
+        f"error: expected a folder of stage {stage}'s own as OUTPUT_DIR, got '.*' with a checkpoint of stage {other} "
+        rf"\('.*model_final.pth'\), which has the same names; give another OUTPUT_DIR$",
         err.strip(),
     )
     assert err.count("\n") == 1

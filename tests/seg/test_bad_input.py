@@ -314,7 +314,7 @@ def test_stage_ones_folder_is_not_stage_twos(files, tmp_path, capfd):
     shutil.copy(files.stage_one, tmp_path / "iter_4.pth")
     before = (tmp_path / "iter_4.pth").read_bytes()
     assert train(files.two, tmp_path, f"stage_one={tmp_path / 'iter_4.pth'}") == 2
-    assert "error: expected work_dir of stage two's own, got " in capfd.readouterr().err
+    assert "error: expected a folder of stage two's own as work_dir, got " in capfd.readouterr().err
     assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_4.pth"]
     assert (tmp_path / "iter_4.pth").read_bytes() == before
 
