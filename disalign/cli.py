@@ -58,7 +58,7 @@ def config_errors(where: str, errors: tuple[type[Exception], ...] = BUILD_ERRORS
         raise InputError(f"expected a config that can be built in {where!r}, but: {reason}; correct it") from error
 
 
-def sentence_of(error: InputError) -> str:
+def sentence_of(error: Exception) -> str:
     """Its own sentence: from a data loader's worker an error comes with the worker's traceback around it."""
     return str(error).strip().splitlines()[-1].removeprefix("disalign.errors.InputError: ")
 

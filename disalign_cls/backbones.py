@@ -55,7 +55,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_backbone(name: str, pretrained: bool = False, **options) -> Any:
+def build_backbone(name: str, pretrained: bool = False, **options: Any) -> Any:
     """A module (N, C, H, W) -> (N, num_features) by name.
 
     Args:

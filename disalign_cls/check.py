@@ -4,7 +4,10 @@ Builds the training, validation and test set, and lists what is missing.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from disalign import InputError, many_medium_few
@@ -16,7 +19,7 @@ from .datasets import MissingFilesError
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--all", action="store_true", help="list every missing file, not only the first ones")
     args = arguments.parse_args(argv)
@@ -30,7 +33,7 @@ def main(argv=None):
         raise InputError(f"expected complete data, but {complete.count(False)} of its sets can't be read, see above")
 
 
-def check(config, name: str, list_all: bool, classes=None):
+def check(config: Config, name: str, list_all: bool, classes: Sequence[str] | None = None) -> Any:
     """Print one line on a dataloader's dataset, or on what is wrong with it; return it if it is complete, else None.
 
     ``classes`` are the training set's names.

@@ -69,7 +69,7 @@ class ImageClassifier(BaseModel):
         """Plain values that a checkpoint keeps."""
         return {"class_counts": None if self.class_counts is None else self.class_counts.tolist()}
 
-    def forward(self, inputs: Tensor, data_samples: Tensor | None = None, mode: str = "tensor"):
+    def forward(self, inputs: Tensor, data_samples: Tensor | None = None, mode: str = "tensor") -> Any:
         """mmengine's: scores (``"tensor"``), named losses (``"loss"``) or each image's top-5 (``"predict"``)."""
         features = self.backbone(inputs)
         if mode == "tensor":
@@ -99,7 +99,7 @@ class DisAlignClassifier(ImageClassifier):
         options: :class:`ImageClassifier`'s.
     """
 
-    def __init__(self, *args, calibration: dict | None = None, loss: dict | None = None, **options) -> None:
+    def __init__(self, *args: Any, calibration: dict | None = None, loss: dict | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         calibrate_classifier(self.classifier, **(calibration or {}))
         self.loss = GRWCrossEntropyLoss(**(loss or {}))

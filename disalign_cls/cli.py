@@ -1,5 +1,7 @@
 """A classifier from a config and a checkpoint."""
 
+import argparse
+
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
@@ -9,7 +11,7 @@ from disalign.cli import config_errors
 from disalign_mmengine.checkpoints import load_whole
 
 
-def without_pretrained(config: Config, args=None) -> None:
+def without_pretrained(config: Config, args: argparse.Namespace | None = None) -> None:
     """Where a checkpoint follows there is nothing to download first."""
     checkpoint = args is None or any(config.get(key) for key in ("stage_one", "load_from", "resume"))
     if checkpoint and config.model.backbone.get("pretrained"):

@@ -4,6 +4,7 @@ import os
 import re
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,16 @@ class LongTailDataset(Dataset):
         InputError: no images, or a label outside [0, K).
     """
 
-    def __init__(self, labels, num_classes=None, classes=None, transforms=(), name="", split="train", where="") -> None:
+    def __init__(
+        self,
+        labels: Any,
+        num_classes: int | None = None,
+        classes: Sequence[str] | None = None,
+        transforms: Sequence[dict] = (),
+        name: str = "",
+        split: str = "train",
+        where: str = "",
+    ) -> None:
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         if not len(self.labels):
             raise InputError(f"expected images in {where}, got none")
@@ -104,7 +114,7 @@ class MissingFilesError(InputError):
 class FileDataset(LongTailDataset):
     """Images in files, checked for existence when it is built."""
 
-    def __init__(self, paths: Sequence[str], labels, where: str, **options) -> None:
+    def __init__(self, paths: Sequence[str], labels: Any, where: str, **options: Any) -> None:
         self.paths = list(paths)
         super().__init__(labels, where=where, **options)
         absent = missing_files(self.paths)
@@ -134,7 +144,7 @@ class ListDataset(FileDataset):
         options: :class:`LongTailDataset`'s.
     """
 
-    def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] = (), **options) -> None:
+    def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] = (), **options: Any) -> None:
         names, labels = read_list(ann_file)
         if not isinstance(rewrite, (list, tuple)) or len(rewrite) % 2:
             raise InputError(f"expected pairs of a pattern and a replacement in rewrite, got {rewrite!r}")
@@ -163,7 +173,7 @@ class FolderDataset(FileDataset):
         InputError: no such folder, or a folder that ``classes`` does not name.
     """
 
-    def __init__(self, data_root: str, classes: Sequence[str] | None = None, **options) -> None:
+    def __init__(self, data_root: str, classes: Sequence[str] | None = None, **options: Any) -> None:
         classes, found = image_tree(data_root, classes)
         paths, labels = zip(*found, strict=True) if found else ((), ())
         super().__init__(paths, labels, where=repr(data_root), classes=classes, **options)
@@ -180,7 +190,7 @@ class ArrayDataset(LongTailDataset):
         options: :class:`LongTailDataset`'s.
     """
 
-    def __init__(self, file: str, split: str = "train", **options) -> None:
+    def __init__(self, file: str, split: str = "train", **options: Any) -> None:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -224,7 +234,7 @@ class DigitsLT(ArrayDataset):
     profile = (100, 59, 35, 21, 12, 7, 4, 2, 1, 1)
     test_per_class = 50
 
-    def __init__(self, split: str = "train", seed: int = 0, **options) -> None:
+    def __init__(self, split: str = "train", seed: int = 0, **options: Any) -> None:
         from sklearn.datasets import load_digits
 
         if split not in ("train", "test"):

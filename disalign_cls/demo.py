@@ -11,8 +11,10 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.registry import RUNNERS
@@ -34,7 +36,7 @@ GROUPS = ("top1", "many", "medium", "few")
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", default="demo_results", help="folder for results.json and the pictures")
     arguments.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -58,8 +60,8 @@ def main(argv=None):
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread) as pool,
     ):
-        runs = pool.map(run, tasks, [folder] * len(tasks))
-        runs = list(tqdm(runs, total=len(tasks), unit="run", desc="training", file=sys.stderr))
+        found = pool.map(run, tasks, [folder] * len(tasks))
+        runs = list(tqdm(found, total=len(tasks), unit="run", desc="training", file=sys.stderr))
 
     results = {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": runs}
     print(table(runs))
@@ -97,7 +99,7 @@ def run(task: tuple[int, str], folder: str) -> dict:
     }
 
 
-def train(config: str, seed: int, work_dir: str, **options) -> Runner:
+def train(config: str, seed: int, work_dir: str, **options: Any) -> Runner:
     """One run of a shipped config, quietly."""
     split_seeds = {f"{split}_dataloader.dataset.seed": seed for split in ("train", "val", "test")}
     quiet = {"log_level": "ERROR", "default_hooks.checkpoint.interval": 60, "visualizer.vis_backends": []}

@@ -12,12 +12,14 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ TOLERANCE = 1e-5
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, checkpoint="of the config's model", out="the file to write, .pt or .onnx")
     arguments.add_argument("--size", type=int, help="height and width of the images; default: the config's")
     arguments.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -83,7 +85,7 @@ def main(argv=None):
 
 
 @contextmanager
-def exporting(suffix: str):
+def exporting(suffix: str) -> Iterator[None]:
     """An exporter and its runtime fail as they like: in one sentence then."""
     try:
         yield
@@ -95,7 +97,7 @@ def exporting(suffix: str):
         ) from error
 
 
-def image_size(config) -> int:
+def image_size(config: Config) -> int:
     """Height and width that the config evaluates at.
 
     Raises:
@@ -204,7 +206,7 @@ def to_torchscript(deployed: nn.Module, batches: list[Tensor], facts: str) -> by
     return buffer.getvalue()
 
 
-def load_torchscript(content: bytes):
+def load_torchscript(content: bytes) -> Any:
     return torch.jit.load(io.BytesIO(content))
 
 
@@ -228,7 +230,7 @@ def to_onnx(deployed: nn.Module, batches: list[Tensor], facts: str) -> bytes:
     return model.SerializeToString()
 
 
-def load_onnx(content: bytes):
+def load_onnx(content: bytes) -> Any:
     if find_spec("onnxruntime") is None:
         return None
     from onnxruntime import InferenceSession

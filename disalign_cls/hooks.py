@@ -5,6 +5,7 @@ import os
 from mmengine.dist import broadcast, master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 from disalign import InputError, load_class_counts
 from disalign.io import write_json
@@ -23,7 +24,7 @@ class ClassCountsHook(Hook):
     def __init__(self) -> None:
         self._classes: list[str] | None = None
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         model = unwrapped(runner.model)
         dataset = runner.train_dataloader.dataset
         counts = dataset.class_counts
@@ -37,10 +38,10 @@ class ClassCountsHook(Hook):
         if runner.val_loop is not None:
             self._tell(runner, runner.val_loop)
 
-    def before_val(self, runner) -> None:
+    def before_val(self, runner: Runner) -> None:
         self._tell(runner, runner.val_loop)
 
-    def before_test(self, runner) -> None:
+    def before_test(self, runner: Runner) -> None:
         self._tell(runner, runner.test_loop)
 
     def _tell(self, runner, loop) -> None:
@@ -60,13 +61,13 @@ class ClassCountsHook(Hook):
                     f"got {len(counts)}"
                 )
 
-    def after_load_checkpoint(self, runner, checkpoint) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         counts = (metadata(checkpoint).get("disalign") or {}).get("class_counts")
         if counts is not None:
             unwrapped(runner.model).set_class_counts(load_class_counts(counts))
         self._classes = class_names(checkpoint)
 
-    def before_save_checkpoint(self, runner, checkpoint) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint["meta"]["disalign"] = unwrapped(runner.model).metadata()
 
 
@@ -77,7 +78,7 @@ class BroadcastBuffersHook(Hook):
     Each rank of a stage-one run has its own, and stage two would meet other figures than stage one printed.
     """
 
-    def before_val_epoch(self, runner) -> None:
+    def before_val_epoch(self, runner: Runner) -> None:
         for buffer in runner.model.buffers():
             broadcast(buffer)
 
@@ -86,10 +87,10 @@ class BroadcastBuffersHook(Hook):
 class ResultsHook(Hook):
     """Writes the last evaluation in full, per class, to ``results_{split}.json`` in the work folder."""
 
-    def after_val_epoch(self, runner, metrics=None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         self._write(runner, runner.val_evaluator)
 
-    def after_test_epoch(self, runner, metrics=None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         self._write(runner, runner.test_evaluator)
 
     @master_only

@@ -1,11 +1,14 @@
 """The long tail's metric: average, groups, per class; stage two beside stage one."""
 
+from typing import Any
+
 import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from mmengine.registry import METRICS
 
 from disalign import group_means, load_class_counts, many_medium_few
+from disalign.counts import ClassCounts
 from disalign.report import report, table
 
 COLUMNS = {
@@ -34,7 +37,14 @@ class LongTailAccuracy(BaseMetric):
         stage_one: report stage one's figures too.
     """
 
-    def __init__(self, class_counts=None, many: float = 100, few: float = 20, stage_one: bool = True, **options):
+    def __init__(
+        self,
+        class_counts: ClassCounts | None = None,
+        many: float = 100,
+        few: float = 20,
+        stage_one: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.class_counts = None if class_counts is None else load_class_counts(class_counts)
         many_medium_few([0], many, few)  # refuses thresholds before the first evaluation does
@@ -44,14 +54,14 @@ class LongTailAccuracy(BaseMetric):
         self.report: dict | None = None
 
     @property
-    def prefix(self):
+    def prefix(self) -> str:
         return (self.dataset_meta or {}).get("split", "val")
 
     @prefix.setter
-    def prefix(self, _value):
+    def prefix(self, _value: Any) -> None:
         """The split names the metrics."""
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Any) -> None:
         self.results.extend({name: value.numpy() for name, value in sample.items()} for sample in data_samples)
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:

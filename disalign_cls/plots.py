@@ -1,5 +1,7 @@
 """The demo's two pictures: accuracy per class before and after, and what the calibration learned."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -22,18 +24,18 @@ STYLE: Any = {
 }
 
 
-def save(figure, path) -> None:
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a PNG, whole or not at all, and close the figure."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=160)
     plt.close(figure)
 
 
-def footnote(figure, text: str) -> None:
+def footnote(figure: Any, text: str) -> None:
     figure.supxlabel(text, x=0.99, ha="right", fontsize=9, color="#666666")
 
 
-def plot_accuracy(path, counts, before, after) -> None:
+def plot_accuracy(path: str | os.PathLike[str], counts: Sequence[int], before: Any, after: Any) -> None:
     """Accuracy per class, ordered by training images, before and after (the paper's Fig. 1).
 
     Args:
@@ -65,7 +67,7 @@ def plot_accuracy(path, counts, before, after) -> None:
         save(figure, path)
 
 
-def plot_calibration(path, counts, magnitude, margin) -> None:
+def plot_calibration(path: str | os.PathLike[str], counts: Sequence[int], magnitude: Any, margin: Any) -> None:
     """Learned magnitude and margin against training images (the paper's Fig. 6).
 
     Args:

@@ -5,9 +5,11 @@ Prints JSON: for each image the five best classes and their softmax scores.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.device import get_device
 from tqdm import tqdm
 
@@ -23,7 +25,7 @@ from .datasets import build_transforms
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, checkpoint="of the config's model")
     arguments.add_argument("images", nargs="+", help="image files, or folders of them")
     arguments.add_argument("--out", help="write the JSON to this file rather than to the screen")
@@ -56,7 +58,7 @@ def find_images(given: list[str]) -> list[str]:
 
 
 @torch.inference_mode()
-def predict(model, paths: list[str], config, classes: list[str] | None) -> list[dict]:
+def predict(model: Any, paths: list[str], config: Config, classes: list[str] | None) -> list[dict]:
     """For each image its path and the five best classes with their scores."""
     with config_errors(config.filename):
         transforms = build_transforms(config.test_dataloader.dataset.get("transforms", ()))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from mmengine.dist import get_dist_info, sync_random_seed
@@ -28,7 +29,7 @@ class PowerSampler(Sampler):
         InputError: q outside [0, 1].
     """
 
-    def __init__(self, dataset, q: float = 1.0, seed: int | None = None) -> None:
+    def __init__(self, dataset: Any, q: float = 1.0, seed: int | None = None) -> None:
         if not 0 <= q <= 1:
             raise InputError(f"expected q in [0, 1] (1 instance-balanced, 0 class-balanced), got {q}")
         self.dataset = dataset
@@ -75,7 +76,7 @@ class ProgressivelyBalancedSampler(PowerSampler):
         max_epochs: T, the epochs of the run; t = 0 .. T - 1.
     """
 
-    def __init__(self, dataset, max_epochs: int, seed: int | None = None) -> None:
+    def __init__(self, dataset: Any, max_epochs: int, seed: int | None = None) -> None:
         super().__init__(dataset, q=1.0, seed=seed)
         if max_epochs < 1:
             raise InputError(f"expected max_epochs >= 1, got {max_epochs}")

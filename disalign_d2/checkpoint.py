@@ -1,10 +1,11 @@
 """Detectron2's checkpointer, but safe and strict: it runs no code of a file, and where a tensor is missing it stops."""
 
 import os
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from torch import Tensor
+from torch import Tensor, nn
 
 from disalign import GRWCrossEntropyLoss, InputError, load_file, load_stage_one
 from disalign.errors import first_line
@@ -45,15 +46,15 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             this very model and stage.
     """
 
-    def __init__(self, model, save_dir="", *, training: bool = False, **checkpointables):
+    def __init__(self, model: nn.Module, save_dir: str = "", *, training: bool = False, **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.path_manager = _AtomicWrites(PathManager)
         self.training = training
         self._calibrations = calibrations(self.model)
         self._fresh = False
-        self._name = None
+        self._name: str | os.PathLike[str] | None = None
 
-    def resume_or_load(self, path, *, resume=True):
+    def resume_or_load(self, path: str | os.PathLike[str], *, resume: bool = True) -> Any:
         """As in Detectron2; a fresh run of stage two takes ``path`` as its stage one."""
         resuming = resume and self.has_checkpoint()
         self._fresh = self.training and not resuming
@@ -65,14 +66,14 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         finally:
             self._fresh = False
 
-    def save(self, name, **kwargs):
+    def save(self, name: str, **kwargs: Any) -> None:
         """As in Detectron2, with the calibration's counts and rho under ``"disalign"``."""
         losses = [module for module in self.model.modules() if isinstance(module, GRWCrossEntropyLoss)]
         if losses:  # a cascade's are alike
             kwargs["disalign"] = losses[0].metadata()
         super().save(name, **kwargs)
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As in Detectron2; a path that leads nowhere is bad input."""
         self._name = path
         try:

@@ -31,7 +31,7 @@ def register_from_config(cfg: CfgNode) -> None:
         register_instances(*entry)
 
 
-def register_instances(name: str, json_file, image_root) -> None:
+def register_instances(name: str, json_file: str | os.PathLike[str], image_root: str | os.PathLike[str]) -> None:
     """Make an annotation file known to Detectron2 under a name; it is read only when the dataset is used.
 
     Args:

@@ -6,6 +6,7 @@ folder; ANNOTATIONS.json is in LVIS or COCO format. Prints a table; no model and
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from disalign import InputError
 from disalign.cli import command
@@ -15,7 +16,7 @@ from .lvis_metrics import SHAPE, evaluation_report, table
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("detections", help="JSON: image_id, category_id, score, bbox and segmentation of each")
     arguments.add_argument("annotations", help="JSON in LVIS or COCO format")

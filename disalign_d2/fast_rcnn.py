@@ -5,9 +5,10 @@ Shapes: R regions of interest (RoIs), K foreground classes, d the length of the 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 
 # Private, but the names of its figures are those that Detectron2's users watch; the only such import of ours.
@@ -49,7 +50,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
     @configurable
     def __init__(
         self,
-        input_shape,
+        input_shape: Any,
         *,
         classifier: str = "linear",
         scale: float = 20.0,
@@ -62,8 +63,8 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         rho: float = 0.8,
         reduction: str = "weighted_mean",
         background_weight: float = 1.0,
-        **stock,
-    ):
+        **stock: Any,
+    ) -> None:
         super().__init__(input_shape, **stock)
         if classifier not in ("linear", "cosine"):
             raise InputError(f"expected the classifier 'linear' or 'cosine', got {classifier!r}")
@@ -81,7 +82,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         self.loss = GRWCrossEntropyLoss(rho=rho, reduction=reduction, background_weight=background_weight)
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict:
         ret = super().from_config(cfg, input_shape)
         disalign = cfg.MODEL.DISALIGN
         ret.update(
@@ -121,7 +122,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
             )
         self.loss.set_class_counts(counts)
 
-    def losses(self, predictions, proposals):
+    def losses(self, predictions: Any, proposals: Any) -> dict:
         """The re-weighted loss (eq. 8-11) of the calibrated scores; Detectron2's own losses in stage one.
 
         Args:
@@ -143,6 +144,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         target = cat([p.gt_classes for p in proposals]) if proposals else scores.new_empty(0, dtype=torch.int64)
         _log_classification_stats(scores, target)
         storage = get_event_storage()
-        for name, value in self.cls_score.calibration.statistics().items():
+        calibration: Any = self.cls_score.calibration
+        for name, value in calibration.statistics().items():
             storage.put_scalar(f"disalign/{name}", float(value))
         return {"loss_cls": self.loss(scores, target) * self.loss_weight.get("loss_cls", 1.0)}

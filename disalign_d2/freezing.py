@@ -1,7 +1,9 @@
 """Stage two of a Detectron2 model: everything frozen but the calibrations."""
 
 import logging
+from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling import build_model as build_stock_model
@@ -22,11 +24,13 @@ NOT_NEEDED = ("pixel_*", "*anchor*")
 class LeanRPN(RPN):
     """A frozen RPN: the same proposals, no losses, and no anchors labelled for them."""
 
-    def label_and_sample_anchors(self, anchors, gt_instances):
+    def label_and_sample_anchors(self, anchors: Any, gt_instances: Any) -> Any:
         """Nothing is labelled."""
         return [], []
 
-    def losses(self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+    def losses(
+        self, anchors: Any, pred_objectness_logits: Any, gt_labels: Any, pred_anchor_deltas: Any, gt_boxes: Any
+    ) -> dict:
         """What is frozen has no loss."""
         return {}
 
@@ -70,7 +74,7 @@ def freeze(model: nn.Module) -> FreezeReport:
     return stage_two.freeze(model, held)
 
 
-def build_model(cfg) -> nn.Module:
+def build_model(cfg: CfgNode) -> nn.Module:
     """Detectron2's ``build_model``, frozen when the config calibrates.
 
     Raises:

@@ -17,15 +17,15 @@ class StageTwoHook(HookBase):
 
     _run = None
 
-    def before_train(self):
+    def before_train(self) -> None:
         model = getattr(self.trainer.model, "module", self.trainer.model)
         advice = "keep SOLVER.CLIP_GRADIENTS on, or lower SOLVER.BASE_LR or MODEL.DISALIGN.RHO"
         self._run = StageTwoRun(model, self.trainer.optimizer, advice)
 
-    def after_step(self):
-        if warning := self._run.warning(self.trainer.iter + 1):
+    def after_step(self) -> None:
+        if self._run and (warning := self._run.warning(self.trainer.iter + 1)):
             logger.warning(warning)
 
-    def after_train(self):
+    def after_train(self) -> None:
         if self._run:  # called even where before_train failed
             logger.info(self._run.finish())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from typing import Any
 
 from detectron2.evaluation import LVISEvaluator
 
@@ -29,15 +30,15 @@ class DisAlignLVISEvaluator(LVISEvaluator):
 
     def __init__(
         self,
-        dataset_name,
-        tasks=None,
-        distributed=True,
-        output_dir=None,
+        dataset_name: str,
+        tasks: Any = None,
+        distributed: Any = True,
+        output_dir: Any = None,
         *,
         max_dets_per_image: int | None = None,
         fixed_ap: bool = False,
-        image_counts=None,
-    ):
+        image_counts: Any = None,
+    ) -> None:
         super().__init__(dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image)
         self._fixed_ap = fixed_ap
         self._image_counts = image_counts

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from faster_coco_eval.core import mask as mask_api
 from tqdm import tqdm
 
 from disalign import InputError, frequent_common_rare, group_means
+from disalign.counts import ClassCounts
 from disalign.errors import some
 from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
 from disalign.report import shown, text_table
@@ -39,7 +41,11 @@ class Evaluation:
 
 
 def evaluate_lvis(
-    ground_truth: dict, detections: list[dict], iou_type: str = "bbox", max_dets: int = 300, image_counts=None
+    ground_truth: dict,
+    detections: list[dict],
+    iou_type: str = "bbox",
+    max_dets: int = 300,
+    image_counts: ClassCounts | None = None,
 ) -> Evaluation:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
@@ -66,7 +72,11 @@ def evaluate_lvis(
 
 
 def fixed_ap(
-    ground_truth: dict, detections: list[dict], iou_type: str = "bbox", per_category: int = 10_000, image_counts=None
+    ground_truth: dict,
+    detections: list[dict],
+    iou_type: str = "bbox",
+    per_category: int = 10_000,
+    image_counts: ClassCounts | None = None,
 ) -> Evaluation:
     """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
 
@@ -83,7 +93,12 @@ def fixed_ap(
 
 
 def evaluation_report(
-    ground_truth: dict, detections: list[dict], iou_types, max_dets: int = 300, fixed: bool = False, image_counts=None
+    ground_truth: dict,
+    detections: list[dict],
+    iou_types: Any,
+    max_dets: int = 300,
+    fixed: bool = False,
+    image_counts: ClassCounts | None = None,
 ) -> dict:
     """Everything about one set of detections, ready for JSON.
 

@@ -1,6 +1,7 @@
 """The meta-architecture of stage two for LazyConfig, whose train loop neither freezes nor loads strictly."""
 
 import logging
+from typing import Any
 
 from detectron2.modeling import GeneralizedRCNN
 
@@ -25,11 +26,11 @@ class DisAlignGeneralizedRCNN(GeneralizedRCNN):
         InputError: no box predictor is calibrated; on loading, a tensor is missing, mis-shaped, not finite or unknown.
     """
 
-    def __init__(self, **parts):
+    def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         logger.info(str(freeze(self)))
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As in torch; the missing and unknown tensors that ``strict=False`` (Detectron2's) lets pass are refused too.
 
         Only a whole calibration may be missing then: the state dict is stage one's.

@@ -27,7 +27,7 @@ class LeanTraining(_Host):
 
     output_layers = DisAlignOutputLayers
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Any:
         super().train(mode)
         skip = mode and any(getattr(predictor, "calibrated", False) for predictor in self.box_predictors())
         self.mask_on = hasattr(self, "mask_head") and not skip

@@ -6,13 +6,16 @@
 The config is a file, or the name of a shipped one below configs/. Stage two takes its stage one as MODEL.WEIGHTS.
 """
 
+import argparse
 import functools
 import logging
 import os
 import sys
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from detectron2.checkpoint import Checkpointer
@@ -23,6 +26,7 @@ from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from disalign import InputError, at_identity
 from disalign.cli import command, config_errors, find_config, sentence_of
@@ -43,7 +47,7 @@ logger = logging.getLogger("disalign_d2")
 
 
 @contextmanager
-def ddp_without_device_ids():
+def ddp_without_device_ids() -> Iterator[None]:
     """Within it Detectron2 wraps a model that lies on the CPU, for which it has no option."""
     stock = defaults.create_ddp_model
     defaults.create_ddp_model = functools.partial(stock, device_ids=None)
@@ -56,35 +60,36 @@ def ddp_without_device_ids():
 class Trainer(DefaultTrainer):
     """Detectron2's trainer: stage one, or with ``MODEL.DISALIGN.CALIBRATE`` stage two."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode) -> None:
         with ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
             super().__init__(cfg)
         if cfg.MODEL.DISALIGN.CALIBRATE:
-            for predictor in getattr(self.model, "module", self.model).roi_heads.box_predictors():
+            model: Any = getattr(self.model, "module", self.model)
+            for predictor in model.roi_heads.box_predictors():
                 predictor.resolve_class_counts()
 
     @classmethod
-    def build_model(cls, cfg):
+    def build_model(cls, cfg: CfgNode) -> Any:
         model = build_model(cfg)
         logger.info(f"Model:\n{model}")
         return model
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(cfg, model)
         keep_magnitude_from_decay(optimizer, model)
         return optimizer
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
         return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True))
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         return build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(cfg, False))
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> Any:
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # their files have the same names
             output_folder = os.path.join(output_folder, dataset_name)
@@ -104,7 +109,7 @@ class Trainer(DefaultTrainer):
             "register it through DATASETS.OWN"
         )
 
-    def build_hooks(self):
+    def build_hooks(self) -> list:
         # Before the hooks are built, since the one that saves takes hold of it.
         self.checkpointer = DisAlignCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, training=True, trainer=weakref.proxy(self)
@@ -113,7 +118,7 @@ class Trainer(DefaultTrainer):
         return [*stage_two, *super().build_hooks()]
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         results = super().test(cfg, model, evaluators)
         if evaluators is None and cfg.MODEL.DISALIGN.CALIBRATE and cfg.DATASETS.TEST:
             stage_one = cls.test_stage_one(cfg, model) if cfg.MODEL.DISALIGN.EVAL_STAGE_ONE else None
@@ -125,7 +130,7 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
-    def test_stage_one(cls, cfg, model):
+    def test_stage_one(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Stage one's figures, from its one evaluation or, for these very weights and data, from an earlier one's."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", "stage_one")
         path = os.path.join(folder, "results.json")
@@ -142,7 +147,7 @@ class Trainer(DefaultTrainer):
         return stage_one
 
     @classmethod
-    def test_with_tta(cls, cfg, model):
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluate with test-time augmentation (``TEST.AUG``)."""
         logger.info("Evaluating with test-time augmentation")
         model = GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model))
@@ -151,7 +156,7 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{task}_TTA", figures) for task, figures in cls.test(cfg, model, evaluators).items())
 
 
-def setup(args) -> CfgNode:
+def setup(args: argparse.Namespace) -> CfgNode:
     """The config of the arguments, checked, with its datasets registered.
 
     Raises:
@@ -190,7 +195,7 @@ def setup(args) -> CfgNode:
     return cfg
 
 
-def refuse_other_stage(cfg) -> None:
+def refuse_other_stage(cfg: CfgNode) -> None:
     """Keep a run from writing into the folder of the other stage, see :func:`disalign.stage_two.require_own_folder`."""
     last = Checkpointer(torch.nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
     paths = [last, os.path.join(cfg.OUTPUT_DIR, "model_final.pth")]  # copied there it has no tag
@@ -200,7 +205,7 @@ def refuse_other_stage(cfg) -> None:
     require_own_folder(cfg.OUTPUT_DIR, paths, cfg.MODEL.DISALIGN.CALIBRATE, "OUTPUT_DIR")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> Any:
     """What each process does."""
     cfg = setup(args)
     if comm.is_main_process():
@@ -230,7 +235,7 @@ def run(args):
     return trainer.train()
 
 
-def print_data_check(cfg):
+def print_data_check(cfg: CfgNode) -> None:
     """Say what is missing where.
 
     Raises:
@@ -245,7 +250,7 @@ def print_data_check(cfg):
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> Any:
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--data-check", action="store_true", help="say what is missing of the data, and stop")
     args = parser.parse_args(argv)

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -27,7 +28,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 class KeyValue(DictAction):
     """mmengine's KEY=VALUE, with argparse's exit for what is none."""
 
-    def __call__(self, arguments, namespace, values, option_string=None):
+    def __call__(self, arguments: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
             super().__call__(arguments, namespace, values, option_string)
         except (AssertionError, ValueError) as error:
@@ -115,7 +116,7 @@ def load_config(path: str, options: dict) -> Config:
     return config
 
 
-def prepare(config: Config, args) -> None:
+def prepare(config: Config, args: argparse.Namespace) -> None:
     """Write the parsed arguments into the config; on CPUs the processes will speak gloo.
 
     Raises:
@@ -145,7 +146,7 @@ def prepare(config: Config, args) -> None:
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
 
 
-def build_runner(config: Config, args) -> Runner:
+def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The config's Runner for the parsed arguments; what it starts from is read once beforehand.
 
     Raises:

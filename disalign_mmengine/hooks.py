@@ -1,12 +1,15 @@
 """What a run adds on MMEngine: plain and whole checkpoints, and the watch over stage two from its first step on."""
 
 import os
+from typing import Any
 
 import numpy as np
+from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
 
 from disalign import InputError, load_stage_one
 from disalign.io import atomic_file, require_folder
@@ -21,7 +24,7 @@ from .runner import DisAlignRunner
 class AtomicBackend(LocalBackend):
     """MMEngine's own, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
 
-    def put(self, obj: bytes, filepath) -> None:
+    def put(self, obj: bytes, filepath: str | os.PathLike[str]) -> None:
         with atomic_file(filepath) as file:
             file.write(obj)
 
@@ -34,18 +37,18 @@ class PlainCheckpointHook(Hook):
     only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
     """
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         for hook in runner.hooks:
             ours = isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args)
             if ours and "://" not in (hook.out_dir or runner.work_dir):
                 require_folder(hook.out_dir or runner.work_dir)
                 hook.backend_args = {"backend": "disalign_atomic"}
 
-    def after_load_checkpoint(self, runner, checkpoint) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # On resuming MMEngine would run the config in it, which is Python.
         metadata(checkpoint).pop("config", None)
 
-    def before_save_checkpoint(self, runner, checkpoint) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = {}
         hub["runtime_info"] = {
@@ -71,13 +74,13 @@ class StageTwoHook(Hook):
         self.threshold = threshold
         self._run: StageTwoRun | None = None
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         path = runner.cfg.get("load_from")
         if path and not isinstance(runner, DisAlignRunner):
             # `mim test` takes MMEngine's own Runner, which would unpickle whatever the file holds, and only warn.
             load_whole(unwrapped(runner.model), load_checkpoint(path), path)
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         model = unwrapped(runner.model)
         if runner.iter == 0:
             _require_own_folder(runner, bool(calibrations(model)))
@@ -90,16 +93,18 @@ class StageTwoHook(Hook):
         advice = "keep optim_wrapper.clip_grad=dict(max_norm=1.0), or lower the learning rate or rho"
         self._run = StageTwoRun(model, runner.optim_wrapper.optimizer, advice, self.threshold)
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         if self._run and (warning := self._run.warning(runner.iter + 1)):
             runner.logger.warning(warning)
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         if self._run:
             runner.logger.info(self._run.finish())
 
 
-def stage_one_of(config) -> str | None:
+def stage_one_of(config: Config) -> str | None:
     """The stage-one checkpoint of a training config: ``stage_one``, or ``load_from``, which is another name for it.
 
     Raises:
@@ -114,7 +119,7 @@ def stage_one_of(config) -> str | None:
     return stage_one or load_from
 
 
-def hand_over(runner, model) -> None:
+def hand_over(runner: Runner, model: nn.Module) -> None:
     """Load the config's stage one into stage two's model, strictly (:func:`disalign.load_stage_one`).
 
     Raises:

@@ -1,6 +1,7 @@
 """MMEngine's Runner, with what it loads read safely and fitting exactly."""
 
 import os
+from typing import Any
 
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -28,7 +29,7 @@ class DisAlignRunner(Runner):
 
     _trains = False
 
-    def train(self):
+    def train(self) -> Any:
         self._trains = True
         return super().train()
 
@@ -41,7 +42,9 @@ class DisAlignRunner(Runner):
             raise InputError("expected a checkpoint to test, got none; give it as CHECKPOINT")
         super().load_or_resume()
 
-    def load_checkpoint(self, filename, map_location="cpu", strict=True, revise_keys=()) -> dict:
+    def load_checkpoint(
+        self, filename: Any, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ()
+    ) -> dict:
         """Load a checkpoint completely or not at all; tensors are read on the CPU whatever ``map_location`` says."""
         checkpoint = load_checkpoint(filename)
         load_whole(unwrapped(self.model), checkpoint, os.fspath(filename))

@@ -1,6 +1,7 @@
 """A dataset's annotations as its own pipeline loads them, and one sentence for what is wrong with one."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile, TestTimeAug
 from mmengine.dataset import ClassBalancedDataset, Compose, ConcatDataset, RepeatDataset
@@ -10,7 +11,7 @@ from disalign.errors import InputError, first_line, in_user_code
 from disalign.io.images import require_labels
 
 
-def plain_datasets(dataset) -> list:
+def plain_datasets(dataset: Any) -> list:
     """The datasets within wrappers, each as often as it is listed; how often a wrapper repeats it does not matter.
 
     Raises:
@@ -28,7 +29,7 @@ def plain_datasets(dataset) -> list:
     return [dataset]
 
 
-def class_names(dataset) -> list[str]:
+def class_names(dataset: Any) -> list[str]:
     """The names of a dataset's classes; empty if it has none."""
     return list(dataset.metainfo.get("classes") or ())
 
@@ -44,12 +45,12 @@ class Guarded:
         ignore_index: the label that is left out.
     """
 
-    def __init__(self, loader, num_classes: int, ignore_index: int) -> None:
+    def __init__(self, loader: Any, num_classes: int, ignore_index: int) -> None:
         self.loader = loader
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 
-    def __call__(self, results: dict):
+    def __call__(self, results: dict) -> Any:
         """The loaded results.
 
         Raises:
@@ -98,7 +99,7 @@ def _load(loader, results, is_annotation):
         ) from error
 
 
-def guard(dataset, num_classes: int, ignore_index: int = 255) -> None:
+def guard(dataset: Any, num_classes: int, ignore_index: int = 255) -> None:
     """Put :class:`Guarded` around the transforms of a dataset that load images and annotations, in place.
 
     To be called before the data loader starts its workers.
@@ -118,7 +119,7 @@ def guard(dataset, num_classes: int, ignore_index: int = 255) -> None:
             ]
 
 
-def loader_of(dataset, kind: type):
+def loader_of(dataset: Any, kind: type) -> Any:
     """The first transform of this kind in a plain dataset's pipeline, without its guard; ``None`` if there is none."""
     found = (getattr(one, "loader", one) for transforms in _steps(dataset.pipeline) for one in transforms)
     return next((one for one in found if isinstance(one, kind)), None)

@@ -1,6 +1,7 @@
 """Configs to build on: MMSegmentation's, ours, and stage two laid over any of them."""
 
 from pathlib import Path
+from typing import Any
 
 import mmseg
 from mmengine.config import Config, ConfigDict
@@ -47,7 +48,7 @@ def disalign_config(name: str) -> str:
     return str(path)
 
 
-def stage_two(base: ConfigDict, settings: str = "_base_/disalign_4k.py", **loss) -> None:
+def stage_two(base: ConfigDict, settings: str = "_base_/disalign_4k.py", **loss: Any) -> None:
     """Turn a stage-one config into stage two's, in place: the one line of a config over it.
 
     ::

@@ -4,9 +4,12 @@ Builds the training, validation and test set and reads every annotation, minutes
 wrong. --counts keeps the training pixels per class, for class_counts="FILE" in the loss.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 
+from mmengine.config import Config
 from mmseg.utils import register_all_modules
 
 from disalign import InputError, head_body_tail
@@ -22,7 +25,7 @@ SHOWN = 10
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--quick", action="store_true", help=f"read {SAMPLE} annotations per set, not all")
     arguments.add_argument("--counts", metavar="FILE", help="write the training pixels per class as JSON")
@@ -61,7 +64,7 @@ def main(argv=None):
         )
 
 
-def labels_of(config) -> tuple[int, int]:
+def labels_of(config: Config) -> tuple[int, int]:
     """The number of classes and the ignored label of a config's decode head, a cascade's last.
 
     Raises:
@@ -75,7 +78,7 @@ def labels_of(config) -> tuple[int, int]:
         return head.num_classes, head.get("ignore_index", 255)
 
 
-def check(config, name: str, num_classes: int, ignore_index: int, args) -> bool:
+def check(config: Config, name: str, num_classes: int, ignore_index: int, args: argparse.Namespace) -> bool:
     """Print one line on a dataloader's dataset, or on what is wrong with it; return whether it is whole."""
     try:
         if config.get(name) is None:

@@ -2,13 +2,15 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
-from mmengine.runner import TestLoop, autocast
+from mmengine.runner import Runner, TestLoop, autocast
 from mmseg.models import SegTTAModel
 from mmseg.registry import HOOKS
 from torch import nn
@@ -24,7 +26,7 @@ COLUMNS = ("mIoU", "mAcc", "aAcc", *(f"{mean}.{group}" for mean in ("mIoU", "mAc
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Within it every module is in eval mode; afterwards each is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -35,13 +37,13 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
-def reporting_metric(loop):
+def reporting_metric(loop: Any) -> Any:
     """The loop's metric that keeps a report (a :class:`LongTailIoUMetric`), or None."""
     metrics = (metric for metric in loop.evaluator.metrics if isinstance(metric, LongTailIoUMetric))
     return next((metric for metric in metrics if not metric.format_only), None)
 
 
-def evaluate(runner, loop) -> dict | None:
+def evaluate(runner: Runner, loop: Any) -> dict | None:
     """Evaluate the model on a loop's images once more: no hooks, no files, the loop's own metrics untouched.
 
     Args:
@@ -89,14 +91,14 @@ class ComparisonHook(Hook):
         self.stage_one = stage_one
         self._validated_at: int | None = None
 
-    def after_val_epoch(self, runner, metrics=None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         self._validated_at = runner.iter
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         if runner.val_loop is not None:
             self._compare(runner, runner.val_loop, "val", evaluated=self._validated_at == runner.iter)
 
-    def after_test(self, runner) -> None:
+    def after_test(self, runner: Runner) -> None:
         self._compare(runner, runner.test_loop, "test", evaluated=True)
 
     def _compare(self, runner, loop, split: str, evaluated: bool) -> None:

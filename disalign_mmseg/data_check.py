@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
@@ -22,7 +23,7 @@ SAMPLE = 200
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on height and width change places
 
 
-def build_dataset(config: dict):
+def build_dataset(config: dict) -> Any:
     """Build a dataset from its config.
 
     Raises:
@@ -69,7 +70,7 @@ def _unbuildable(config) -> Iterator[str]:
 
 
 def check_dataset(
-    dataset, num_classes: int, ignore_index: int = 255, labels: int | None = SAMPLE, workers: int | None = None
+    dataset: Any, num_classes: int, ignore_index: int = 255, labels: int | None = SAMPLE, workers: int | None = None
 ) -> None:
     """Refuse a dataset that would stop or spoil training.
 
@@ -86,7 +87,7 @@ def check_dataset(
 
 
 def dataset_problems(
-    dataset, num_classes: int, ignore_index: int = 255, labels: int | None = SAMPLE, workers: int | None = None
+    dataset: Any, num_classes: int, ignore_index: int = 255, labels: int | None = SAMPLE, workers: int | None = None
 ) -> list[str]:
     """Check the number of classes, that all files are there, all images' and annotations' sizes, and some labels.
 

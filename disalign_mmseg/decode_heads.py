@@ -1,7 +1,7 @@
 """The calibration on MMSegmentation's decode heads."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmseg.models import decode_heads
@@ -54,7 +54,7 @@ class DisAlignHead(_Host):
 
     loss_decode: nn.Module
 
-    def __init__(self, *args, calibration: dict | None = None, **options) -> None:
+    def __init__(self, *args: Any, calibration: dict | None = None, **options: Any) -> None:
         name = type(self).__name__.removeprefix("DisAlign")
         if name in _COMPILED and find_spec("mmcv._ext") is None:
             raise InputError(f"expected mmcv's compiled operators for {name}, got none; install an mmcv that has them")
@@ -72,7 +72,7 @@ class DisAlignHead(_Host):
     def cls_seg(self, feat: Tensor) -> Tensor:
         return self.calibration(super().cls_seg(feat), feat)
 
-    def loss_by_feat(self, seg_logits, batch_data_samples) -> dict:
+    def loss_by_feat(self, seg_logits: Any, batch_data_samples: Any) -> dict:
         """The head's loss, on calibrated scores; other outputs of the head (DAHead, EncHead) have nothing to learn."""
         scores = seg_logits[0] if isinstance(seg_logits, tuple) else seg_logits
         if torch.is_grad_enabled() and not scores.requires_grad:

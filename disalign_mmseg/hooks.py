@@ -1,7 +1,9 @@
 """What stage two adds to a segmentation run: checked data and class counts."""
 
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from mmseg.registry import HOOKS
+from torch import nn
 
 from disalign import InputError, load_class_counts
 from disalign_mmengine.checkpoints import metadata
@@ -35,7 +37,7 @@ class ClassCountsHook(Hook):
         self._kept: dict = {}
         self._total_pixels: int | None = None
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         head = calibrated_head(runner.model)
         datasets = [runner.train_dataloader.dataset]
         if runner.val_loop is not None:
@@ -48,19 +50,19 @@ class ClassCountsHook(Hook):
         if runner.val_loop is not None:
             self._tell(runner, runner.val_loop)
 
-    def before_val(self, runner) -> None:
+    def before_val(self, runner: Runner) -> None:
         self._tell(runner, runner.val_loop)
 
-    def before_test(self, runner) -> None:
+    def before_test(self, runner: Runner) -> None:
         head = calibrated_head(runner.model)
         guard(runner.test_dataloader.dataset, head.num_classes, head.ignore_index)
         self._tell(runner, runner.test_loop)
 
-    def after_load_checkpoint(self, runner, checkpoint) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._kept = metadata(checkpoint).get("disalign") or {}
         self._total_pixels = self._kept.get("total_pixels")
 
-    def before_save_checkpoint(self, runner, checkpoint) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         loss = calibrated_head(runner.model).loss_decode
         if isinstance(loss, GRWCrossEntropyLoss):
             checkpoint["meta"]["disalign"] = loss.metadata() | {"total_pixels": self._total_pixels}
@@ -97,7 +99,7 @@ class ClassCountsHook(Hook):
                 metric.class_counts = counts
 
 
-def calibrated_head(model) -> DisAlignHead:
+def calibrated_head(model: nn.Module) -> DisAlignHead:
     """A segmentor's calibrated head, through DDP's and test-time augmentation's wrappers.
 
     Raises:

@@ -1,10 +1,13 @@
 """The generalized re-weighted loss as MMSegmentation's heads call it."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
 import disalign
+from disalign.counts import ClassCounts
 from disalign.errors import InputError
 from disalign.functional import grw_mean
 
@@ -38,7 +41,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
 
     def __init__(
         self,
-        class_counts="dataset",
+        class_counts: ClassCounts | None = "dataset",
         rho: float = 0.2,
         *,
         reduction: str = "weighted_mean",
@@ -91,9 +94,9 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         self,
         cls_score: Tensor,
         label: Tensor,
-        weight=None,
-        avg_factor=None,
-        reduction_override=None,
+        weight: Any = None,
+        avg_factor: Any = None,
+        reduction_override: Any = None,
         ignore_index: int | None = None,
     ) -> Tensor:
         """The exact loss of logits that are upsampled already, as stock heads call it.

@@ -4,14 +4,16 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
+from torch import Tensor
 
 from disalign import InputError, group_means, head_body_tail, load_class_counts
-from disalign.counts import bundled
+from disalign.counts import ClassCounts, bundled
 from disalign.errors import some
 from disalign.functional import check_labels
 from disalign.io import read_json
@@ -54,13 +56,13 @@ class LongTailIoUMetric(IoUMetric):
 
     def __init__(
         self,
-        class_counts=None,
+        class_counts: ClassCounts | None = None,
         groups: str | Mapping[str, float] | None = None,
         total_pixels: float | None = None,
-        iou_metrics=("mIoU",),
+        iou_metrics: Any = ("mIoU",),
         keep_results: bool = False,
         collect_dir: str | None = None,
-        **stock,
+        **stock: Any,
     ) -> None:
         known = inspect.signature(IoUMetric).parameters.keys() - {"kwargs"}
         if stock.keys() - known:  # IoUMetric would swallow them
@@ -88,7 +90,7 @@ class LongTailIoUMetric(IoUMetric):
         return self._class_counts
 
     @class_counts.setter
-    def class_counts(self, class_counts) -> None:
+    def class_counts(self, class_counts: ClassCounts | None) -> None:
         self._class_counts = None if class_counts is None else load_class_counts(class_counts)
         self._refuse_other_classes()
         self.members()  # refuses a total that is too small
@@ -139,7 +141,7 @@ class LongTailIoUMetric(IoUMetric):
             )
         return head_body_tail(self.class_counts, **self.groups, total=self.total_pixels)
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Any) -> None:
         if not self.format_only:
             for sample in data_samples:
                 self._refuse_other_labels(sample)
@@ -167,7 +169,9 @@ class LongTailIoUMetric(IoUMetric):
             )
 
     @staticmethod
-    def intersect_and_union(pred_label, label, num_classes, ignore_index):
+    def intersect_and_union(
+        pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """mmseg's four areas per class, each (K,) int64 on the CPU: intersection, union, prediction, label."""
         valid = label != ignore_index
         pred_label, label = pred_label[valid].long(), label[valid].long()

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,12 @@ CACHE = "class_counts.json"
 
 
 def class_counts_of(
-    dataset, num_classes: int, ignore_index: int = 255, folder=None, workers: int | None = None, accept=None
+    dataset: Any,
+    num_classes: int,
+    ignore_index: int = 255,
+    folder: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    accept: Callable[[list[int]], None] | None = None,
 ) -> dict:
     """:func:`count_pixels` for a run: the main process counts, all get the result, and ``folder`` keeps it.
 
@@ -43,9 +49,9 @@ def class_counts_of(
     return on_main_process(_kept_or_counted, dataset, num_classes, ignore_index, folder, workers, accept)
 
 
-def on_main_process(function, *args):
+def on_main_process(function: Any, *args: Any) -> Any:
     """Call a function in the main process alone; all get its result, or raise its :class:`InputError`."""
-    outcome = [None, None]
+    outcome: list = [None, None]
     if is_main_process():
         try:
             outcome[0] = function(*args)
@@ -81,7 +87,7 @@ def _kept(dataset, num_classes, ignore_index, folder):
     return record if same and len(record.get("train_counts", ())) == num_classes else None
 
 
-def count_pixels(dataset, num_classes: int, ignore_index: int = 255, workers: int | None = None) -> dict:
+def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, workers: int | None = None) -> dict:
     """Count pixels and images per class, in the annotations as the dataset's own ``LoadAnnotations`` gives them.
 
     So ``label_map``, ``reduce_zero_label`` and the reading backend are the training's; no augmentation takes place.
@@ -133,7 +139,7 @@ def count_pixels(dataset, num_classes: int, ignore_index: int = 255, workers: in
     }
 
 
-def checksum(dataset, num_classes: int, ignore_index: int = 255) -> str:
+def checksum(dataset: Any, num_classes: int, ignore_index: int = 255) -> str:
     """SHA-256 of what the counts depend on, without reading a mask: how they are loaded, all names, sizes and times.
 
     A copy of the data with other times has another one: then the pixels are counted again.
@@ -161,7 +167,7 @@ class Annotations(Dataset):
         InputError: no ``LoadAnnotations`` in a pipeline.
     """
 
-    def __init__(self, dataset, num_classes: int, ignore_index: int) -> None:
+    def __init__(self, dataset: Any, num_classes: int, ignore_index: int) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.parts = []
@@ -191,7 +197,7 @@ class Annotations(Dataset):
 
 
 def read(
-    samples: Annotations, chosen: Iterable[int] | None = None, workers: int | None = None, progress=""
+    samples: Annotations, chosen: Iterable[int] | None = None, workers: int | None = None, progress: str = ""
 ) -> Iterator:
     """The items of ``samples`` in order, read by ``workers`` processes, with a progress bar of this name."""
     chosen = range(len(samples)) if chosen is None else list(chosen)

@@ -1,5 +1,7 @@
 """The Runner of :mod:`disalign_mmengine`, over datasets whose broken files are named in one sentence."""
 
+from typing import Any
+
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -14,7 +16,7 @@ class DisAlignSegRunner(DisAlignRunner):
     """:class:`disalign_mmengine.runner.DisAlignRunner` for segmentation (``runner_type = "DisAlignSegRunner"``)."""
 
     @staticmethod
-    def build_dataloader(dataloader, seed=None, diff_rank_seed=False):
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
         """MMEngine's, over a dataset whose broken files and wrong labels are said in one sentence."""
         if isinstance(dataloader, dict):
             dataset = dataloader["dataset"]

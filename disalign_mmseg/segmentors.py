@@ -1,6 +1,6 @@
 """Segmentors of stage two: frozen from the start but for the calibration of their last head."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmseg.models.segmentors import CascadeEncoderDecoder, EncoderDecoder
 from mmseg.registry import MODELS
@@ -36,7 +36,7 @@ class FrozenSegmentor(_Host):
 
     not_needed = ("auxiliary_head.*",)
 
-    def __init__(self, *args, auxiliary_head=None, pretrained=None, **options) -> None:
+    def __init__(self, *args: Any, auxiliary_head: Any = None, pretrained: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         head = self.calibrated_head
         if not isinstance(head, DisAlignHead):
@@ -67,7 +67,7 @@ class DisAlignEncoderDecoder(FrozenSegmentor, EncoderDecoder):
 class DisAlignCascadeEncoderDecoder(FrozenSegmentor, CascadeEncoderDecoder):
     """``CascadeEncoderDecoder`` as stage two of its last head; the earlier heads are stage one's, without a loss."""
 
-    def __init__(self, *args, decode_head, **options) -> None:
+    def __init__(self, *args: Any, decode_head: Any, **options: Any) -> None:
         if not isinstance(decode_head, (list, tuple)):
             raise InputError(
                 "expected decode_head as the list of all heads, got one; restate the list in the config, with DisAlign "

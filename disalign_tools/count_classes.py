@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from disalign.cli import command, usable_cpus
 from disalign.errors import InputError, some
@@ -54,7 +55,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.out is not None:
         _require_out(args.out, args.sources, args.force)
@@ -97,7 +98,7 @@ def _require_out(out, sources, force):
 
 
 def count(
-    sources: Sequence[str], kind: str, num_classes: int | None = None, workers: int | None = None, **options
+    sources: Sequence[str], kind: str, num_classes: int | None = None, workers: int | None = None, **options: Any
 ) -> dict:
     """Count the classes of one or several sources of a kind.
 
