@@ -302,6 +302,17 @@ def test_a_broken_numpy_or_pillow_is_all_that_is_repaired(environment, name, bro
         assert commands_of(environment.report(part)[1]) == {name: f"{environment.again} {pinned}"}
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "user"), [("tqdm", "4.70.1", "detectron2"), ("matplotlib", "3.11.2", "lvis")]
+)
+def test_of_a_library_and_one_that_imports_it_only_the_first_is_repaired(environment, name, version, user):
+    environment.module(name, "raise ImportError('broken')")
+    environment.module(user, f"import {name}")
+    status, lines = environment.report("d2")
+    assert (status, commands_of(lines)) == (1, {name: f"{environment.again} {name}=={version}"})
+    assert lines[user] == ["problem", f"not tried, since {name} does not work", None]
+
+
 def test_a_library_without_what_it_asks_for(environment):
     environment.module("timm", "import absl.flags")
     assert environment.report("cls")[1]["timm"] == [
