@@ -103,6 +103,17 @@ def test_the_earlier_heads_of_a_cascade_are_only_run_once(monkeypatch):
     assert len(calls) == 1
 
 
+def test_each_head_of_a_cascade_sees_the_scores_of_the_one_before(monkeypatch):
+    _, model, _ = handed_over(THREE)
+    first, second, last = model.decode_head
+    seen = []
+    monkeypatch.setattr(first, "forward", lambda features: "scores of the first")
+    monkeypatch.setattr(second, "forward", lambda features, scores: seen.append(scores) or "scores of the second")
+    monkeypatch.setattr(last, "loss", lambda features, scores, *rest: seen.append(scores) or {})
+    model.loss(*batch())
+    assert seen == ["scores of the first", "scores of the second"]
+
+
 @pytest.mark.parametrize("config", [OCR, THREE], ids=["two heads", "three heads"])
 def test_the_loss_of_a_cascade_is_its_last_heads(config):
     _, model, _ = handed_over(config)
