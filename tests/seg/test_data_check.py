@@ -160,7 +160,8 @@ def test_labels_of_sixteen_bits_that_would_become_others(folder):
     put(folder, "b.png", labels)
     path = str(folder / "masks/b.png")
     assert only(dataset_problems(dataset(folder), K)) == (
-        f"expected labels 0..255 in {path!r}, got 258 in 1 pixels, the first at x 2, y 3; MMSegmentation reads 8 bits"
+        f"expected labels 0..255, or 255 for ignored pixels, in {path!r}, but 1 pixels are not: 1 are 258 "
+        "(MMSegmentation reads 8 bits), the first at x 2, y 3; correct the annotation, or the classes"
     )
 
 
@@ -207,6 +208,21 @@ def test_missing_folders_and_empty_ones(folder, wrap):
         InputError, match=r"^expected the names of the images of BaseSegDataset in '.*/empty\.txt', but it"
     ):
         build_dataset(wrap(config(folder, ann_file="empty.txt", serialize_data=True)))
+
+
+def test_images_in_a_linked_folder_are_no_reason_that_a_dataset_can_not_be_built(folder, tmp_path):
+    """MMSegmentation reads them, so the sentence must be about what is really wrong."""
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").mkdir()
+    (folder / "images/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(dataset(folder)) == 3
+    with pytest.raises(InputError, match=r"^expected a dataset that can be built .*NoSuchStep"):
+        build_dataset(config(folder, pipeline=[dict(type="NoSuchStep")]))
+    (tmp_path / "elsewhere/._x.jpg").write_text("what a Mac leaves behind")
+    for name in "abc":
+        (tmp_path / f"elsewhere/{name}.jpg").unlink()
+    with pytest.raises(InputError, match=r"^expected images \(\*\.jpg\) of BaseSegDataset in '.*/images', got none"):
+        build_dataset(config(folder, serialize_data=True))
 
 
 def test_no_images_in_a_dataset_that_lets_itself_be_built(folder):
