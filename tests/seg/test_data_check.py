@@ -10,6 +10,8 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 import numpy as np
 from mmengine.dataset import Compose, ConcatDataset, RepeatDataset
+from mmseg.datasets import BaseSegDataset, LoadAnnotations
+from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,7 @@ from disalign.cli import sentence_of
 from disalign_mmseg import check
 from disalign_mmseg.annotations import Guarded, guard
 from disalign_mmseg.data_check import build_dataset, check_dataset, dataset_problems
+from disalign_mmseg.pixel_counts import count_pixels
 
 from .annotated import CLASSES, PIPELINE, config, dataset, put, write
 
@@ -322,6 +325,33 @@ def test_test_time_augmentation_is_guarded_too(folder):
     with pytest.raises(InputError, match=re.escape(expected)):
         guarded[1]
     assert expected in only(dataset_problems(guarded, K))
+
+
+@TRANSFORMS.register_module(force=True)
+class LoadFaulty(LoadAnnotations):
+    def transform(self, results):
+        return results["no such key"]
+
+
+@DATASETS.register_module(force=True)
+class FaultyDataset(BaseSegDataset):
+    def load_data_list(self):
+        return [one.no_such_attribute for one in super().load_data_list()]
+
+
+def test_errors_in_classes_of_ones_own_keep_their_traceback(folder):
+    faulty = dataset(folder, pipeline=[PIPELINE[0], dict(type="LoadFaulty")])
+    for check_it in (check_dataset, count_pixels):
+        with pytest.raises(KeyError, match="no such key") as caught:
+            check_it(faulty, K)
+        assert "LoadFaulty.transform" in str(caught.traceback[-1].frame.code.raw.co_qualname)
+        assert caught.value.__notes__ == [f"while loading {str(folder / 'masks/a.png')!r}"]
+    with pytest.raises(AttributeError, match="no_such_attribute") as caught:
+        build_dataset(config(folder, type="FaultyDataset"))
+    assert not isinstance(caught.value, InputError)
+    # A fault of the data is one sentence even so.
+    with pytest.raises(InputError, match=r"^expected the images of FaultyDataset in '.*no/images', but there is no"):
+        build_dataset(config(folder / "no", type="FaultyDataset"))
 
 
 def test_another_ignored_label_is_let_through(folder):
