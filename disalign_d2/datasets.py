@@ -159,6 +159,7 @@ class CheckedMapper(DatasetMapper):
         # What Pillow raises for truncated files of all formats, and Detectron2 for an image of another size.
         except (OSError, SyntaxError, ValueError) as error:
             if in_user_code(error):
+                error.add_note(f"while loading {dataset_dict['file_name']!r}")
                 raise
             raise unreadable(dataset_dict, error) from None
 
@@ -167,7 +168,7 @@ def unreadable(record: dict, error: Exception) -> InputError:
     """The sentence on an image that can't be used."""
     return InputError(
         f"expected a whole image of {record.get('width')} x {record.get('height')} pixels at {record['file_name']!r}, "
-        f"but: {first_line(error)}; fetch the file again, or mend its entry in the annotations"
+        f"but: {first_line(error)}; fetch the file again, or correct its entry in the annotations"
     )
 
 

@@ -93,6 +93,7 @@ def _load(loader, results, is_annotation):
         raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
     except Exception as error:  # a broken file can break a reader anywhere
         if in_user_code(error):
+            error.add_note(f"while loading {path!r}")
             raise
         raise InputError(
             f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmengine.fileio import list_dir_or_file
 from mmseg.registry import DATASETS
 from PIL import Image
 from tqdm import tqdm
 
 from disalign.errors import InputError, first_line, in_user_code, some
 from disalign.io import missing_files
+from disalign.io.images import read_mask, require_labels
 
 from .annotations import Guarded, class_names, loader_of, plain_datasets
 from .pixel_counts import Annotations, read
@@ -53,20 +55,16 @@ def _unbuildable(config) -> Iterator[str]:
     except Exception:
         return
     name = config["type"] if isinstance(config["type"], str) else config["type"].__name__
-    folder = (dataset.data_prefix or {}).get("img_path")
-    suffix = getattr(dataset, "img_suffix", "")
-    if dataset.ann_file and not os.path.exists(dataset.ann_file):
-        yield f"expected the list of images of {name} at {dataset.ann_file!r}, but there is no such file"
-    elif not dataset.ann_file and folder and not os.path.isdir(folder):
+    folder, suffix = (dataset.data_prefix or {}).get("img_path"), getattr(dataset, "img_suffix", None)
+    if dataset.ann_file:
+        if not os.path.exists(dataset.ann_file):
+            yield f"expected the list of images of {name} at {dataset.ann_file!r}, but there is no such file"
+        elif os.path.isfile(dataset.ann_file) and not os.path.getsize(dataset.ann_file):
+            yield f"expected the names of the images of {name} in {dataset.ann_file!r}, but it is empty"
+    elif folder and not os.path.isdir(folder):
         yield f"expected the images of {name} in {folder!r}, but there is no such folder; check data_root"
-    elif (
-        not dataset.ann_file
-        and folder
-        and not any(file.endswith(suffix) for _, _, files in os.walk(folder) for file in files)
-    ):
-        yield f"expected images (*{suffix}) of {name} in {folder!r}, got none; check data_root and img_suffix"
-    elif dataset.ann_file and os.path.isfile(dataset.ann_file) and not os.path.getsize(dataset.ann_file):
-        yield f"expected the names of the images of {name} in {dataset.ann_file!r}, but it is empty"
+    elif folder and not any(list_dir_or_file(folder, list_dir=False, suffix=suffix, recursive=True)):
+        yield f"expected images (*{suffix or ''}) of {name} in {folder!r}, got none; check data_root and img_suffix"
 
 
 def check_dataset(
@@ -186,14 +184,7 @@ def _refuse_wrapped_labels(record) -> None:
     if record["gt_seg_map"].dtype != np.uint8:
         return
     try:
-        with Image.open(record["seg_map_path"]) as annotation:
-            labels = np.asarray(annotation)
+        labels = read_mask(record["seg_map_path"])
     except OSError:
         return  # a format that Pillow does not know; its own loader has just read it
-    wrong = (labels < 0) | (labels > 255)
-    if wrong.any():
-        rows, columns = wrong.nonzero()
-        raise InputError(
-            f"expected labels 0..255 in {record['seg_map_path']!r}, got {some(np.unique(labels[wrong]).tolist())} in "
-            f"{len(rows)} pixels, the first at x {columns[0]}, y {rows[0]}; MMSegmentation reads 8 bits"
-        )
+    require_labels(labels, 256, 255, record["seg_map_path"], " (MMSegmentation reads 8 bits)")

@@ -19,6 +19,7 @@ from disalign_cls.datasets import (
     build_transforms,
     missing_files,
 )
+from disalign_cls.predict import find_images
 
 
 def images(root, *names, mode="RGB"):
@@ -188,6 +189,28 @@ def test_folders_without_images_are_refused(tmp_path):
     (tmp_path / "ant").mkdir()
     with pytest.raises(InputError, match=r"expected images in .*, got none"):
         FolderDataset(str(tmp_path))
+
+
+def test_training_counting_and_prediction_read_the_same_files(tmp_path):
+    count_classes = pytest.importorskip("disalign_tools.count_classes")
+    images(tmp_path / "elsewhere", "9.png", "deep/8.jpg")
+    root = tmp_path / "root"
+    images(root, "ant/1.png", "ant/._1.png", "ant/.cache/1.png", "ant/b/2.PNG", "bee/1.webp", ".trash/1.png")
+    (root / "bee/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "ant/0.png").symlink_to(tmp_path / "elsewhere/9.png")
+    (root / "bee/notes.gif").write_text("no image")
+    dataset = FolderDataset(str(root))
+    assert [os.path.relpath(path, root) for path in dataset.paths] == [
+        "ant/0.png",
+        "ant/1.png",
+        "ant/b/2.PNG",
+        "bee/1.webp",
+        "bee/linked/9.png",
+        "bee/linked/deep/8.jpg",
+    ]
+    assert find_images([str(root)]) == dataset.paths
+    assert find_images([str(root / "bee"), str(root / "ant/1.png")]) == [*dataset.paths[3:], dataset.paths[1]]
+    assert count_classes.count([str(root)], "folder")["train_counts"] == dataset.class_counts.tolist() == [3, 3]
 
 
 # ------------------------------------------------------------------------------------------------------- arrays

@@ -15,6 +15,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data.datasets import load_coco_json, load_lvis_json
+from detectron2.data.transforms import Augmentation, AugmentationList
 from pycocotools import mask as coco_mask
 
 from disalign import InputError
@@ -312,10 +313,36 @@ def test_an_image_of_another_size_and_a_missing_one_are_named(tmp_path):
     write_images(tmp_path / "images", "3.png", size=(10, 24))
     records = load_instances(write(tmp_path, coco()), str(tmp_path / "images"))
     mapper = CheckedMapper(config(), True)
-    with pytest.raises(InputError, match=r"images/3.png', but: Mismatched image shape.*mend its entry"):
+    with pytest.raises(InputError, match=r"images/3.png', but: Mismatched image shape.*correct its entry"):
         mapper(records[0])
     with pytest.raises(InputError, match=r"images/5.png', but: .*No such file"):
         mapper(records[1])
+
+
+class Faulty(Augmentation):
+    def get_transform(self, image):
+        raise ValueError("a fault in an augmentation of one's own")
+
+
+def test_an_error_in_code_of_ones_own_keeps_its_traceback_and_names_the_image(tmp_path):
+    write_images(tmp_path / "images", "3.png")
+    record = load_instances(write(tmp_path, coco()), str(tmp_path / "images"))[0]
+    mapper = CheckedMapper(config(), True)
+    mapper.augmentations = AugmentationList([Faulty()])
+    with pytest.raises(ValueError, match=r"^a fault in an augmentation") as caught:
+        mapper(record)
+    assert not isinstance(caught.value, InputError)
+    assert caught.traceback[-1].name == "get_transform"
+    assert caught.value.__notes__ == [f"while loading {str(tmp_path / 'images/3.png')!r}"]
+
+    def records():
+        return {}["no such key"]
+
+    name = unique()
+    DatasetCatalog.register(name, records)
+    with pytest.raises(KeyError, match="no such key") as caught:
+        load_records(name)
+    assert caught.traceback[-1].name == "records"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -335,7 +362,7 @@ def test_a_truncated_image_stops_the_loaders_with_its_sentence(tmp_path, workers
                 pass
         sentence = sentence_of(caught.value)
         assert sentence.startswith(f"expected a whole image of 32 x 24 pixels at {str(bad)!r}, but: ")
-        assert sentence.endswith("mend its entry in the annotations")
+        assert sentence.endswith("correct its entry in the annotations")
 
 
 def test_a_file_name_of_2014_leads_to_where_the_url_says(tmp_path):

@@ -10,6 +10,8 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 import numpy as np
 from mmengine.dataset import Compose, ConcatDataset, RepeatDataset
+from mmseg.datasets import BaseSegDataset, LoadAnnotations
+from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,7 @@ from disalign.cli import sentence_of
 from disalign_mmseg import check
 from disalign_mmseg.annotations import Guarded, guard
 from disalign_mmseg.data_check import build_dataset, check_dataset, dataset_problems
+from disalign_mmseg.pixel_counts import count_pixels
 
 from .annotated import CLASSES, PIPELINE, config, dataset, put, write
 
@@ -160,7 +163,8 @@ def test_labels_of_sixteen_bits_that_would_become_others(folder):
     put(folder, "b.png", labels)
     path = str(folder / "masks/b.png")
     assert only(dataset_problems(dataset(folder), K)) == (
-        f"expected labels 0..255 in {path!r}, got 258 in 1 pixels, the first at x 2, y 3; MMSegmentation reads 8 bits"
+        f"expected labels 0..255, or 255 for ignored pixels, in {path!r}, but 1 pixels are not: 1 are 258 "
+        "(MMSegmentation reads 8 bits), the first at x 2, y 3; correct the annotation, or the classes"
     )
 
 
@@ -207,6 +211,21 @@ def test_missing_folders_and_empty_ones(folder, wrap):
         InputError, match=r"^expected the names of the images of BaseSegDataset in '.*/empty\.txt', but it"
     ):
         build_dataset(wrap(config(folder, ann_file="empty.txt", serialize_data=True)))
+
+
+def test_images_in_a_linked_folder_are_no_reason_that_a_dataset_can_not_be_built(folder, tmp_path):
+    """MMSegmentation reads them, so the sentence must be about what is really wrong."""
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").mkdir()
+    (folder / "images/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(dataset(folder)) == 3
+    with pytest.raises(InputError, match=r"^expected a dataset that can be built .*NoSuchStep"):
+        build_dataset(config(folder, pipeline=[dict(type="NoSuchStep")]))
+    (tmp_path / "elsewhere/._x.jpg").write_text("what a Mac leaves behind")
+    for name in "abc":
+        (tmp_path / f"elsewhere/{name}.jpg").unlink()
+    with pytest.raises(InputError, match=r"^expected images \(\*\.jpg\) of BaseSegDataset in '.*/images', got none"):
+        build_dataset(config(folder, serialize_data=True))
 
 
 def test_no_images_in_a_dataset_that_lets_itself_be_built(folder):
@@ -306,6 +325,33 @@ def test_test_time_augmentation_is_guarded_too(folder):
     with pytest.raises(InputError, match=re.escape(expected)):
         guarded[1]
     assert expected in only(dataset_problems(guarded, K))
+
+
+@TRANSFORMS.register_module(force=True)
+class LoadFaulty(LoadAnnotations):
+    def transform(self, results):
+        return results["no such key"]
+
+
+@DATASETS.register_module(force=True)
+class FaultyDataset(BaseSegDataset):
+    def load_data_list(self):
+        return [one.no_such_attribute for one in super().load_data_list()]
+
+
+def test_errors_in_classes_of_ones_own_keep_their_traceback(folder):
+    faulty = dataset(folder, pipeline=[PIPELINE[0], dict(type="LoadFaulty")])
+    for check_it in (check_dataset, count_pixels):
+        with pytest.raises(KeyError, match="no such key") as caught:
+            check_it(faulty, K)
+        assert "LoadFaulty.transform" in str(caught.traceback[-1].frame.code.raw.co_qualname)
+        assert caught.value.__notes__ == [f"while loading {str(folder / 'masks/a.png')!r}"]
+    with pytest.raises(AttributeError, match="no_such_attribute") as caught:
+        build_dataset(config(folder, type="FaultyDataset"))
+    assert not isinstance(caught.value, InputError)
+    # A fault of the data is one sentence even so.
+    with pytest.raises(InputError, match=r"^expected the images of FaultyDataset in '.*no/images', but there is no"):
+        build_dataset(config(folder / "no", type="FaultyDataset"))
 
 
 def test_another_ignored_label_is_let_through(folder):

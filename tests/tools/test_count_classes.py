@@ -445,17 +445,18 @@ def test_the_suffix_chooses_among_the_files(tmp_path, capsys):
     assert "expected label images '*.tif' in" in refused(capsys, tmp_path, "--kind", "masks", "--suffix", ".tif")
 
 
-def test_any_number_of_workers_gives_the_same_record(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
+def test_any_number_of_workers_gives_the_same_record(tmp_path):
+    rng, masks = np.random.default_rng(0), tmp_path / "masks"
     for number in range(40):
-        put(tmp_path, f"{number}.png", rng.integers(0, 9, (number + 1, 50), dtype=np.uint8))
+        put(masks, f"{number}.png", rng.integers(0, 9, (number + 1, 50), dtype=np.uint8))
         if number % 7 == 0:
-            write(tmp_path / f"{number}_broken.png", bytes(number))
-    records = [timeless(count([str(tmp_path)], "masks", workers=w, skip_corrupt=True)) for w in (0, 1, 2, 8, None)]
+            write(masks / f"{number}_broken.png", bytes(number))
+    records = [timeless(count([str(masks)], "masks", workers=w, skip_corrupt=True)) for w in (0, 1, 2, 8, None)]
     assert len(records[0]["skipped"]) == 6
     assert all(record == records[0] for record in records)
-    folder = [timeless(count([str(tmp_path.parent)], "folder", workers=w, skip_corrupt=True)) for w in (0, 2)]
+    folder = [timeless(count([str(tmp_path)], "folder", workers=w, skip_corrupt=True)) for w in (0, 2)]
     assert folder[0] == folder[1]
+    assert folder[0]["train_counts"] == [45]  # only one of the 6 is empty; the others nobody decodes
 
 
 def test_one_thread_per_cpu_eight_at_most(tmp_path, monkeypatch):

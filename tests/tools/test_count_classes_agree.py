@@ -279,13 +279,49 @@ def test_the_detectors_checks_and_counts_are_of_the_records_that_train(annotatio
     assert record["train_counts"] == [sum(labels.count(label) for labels in trained) for label in range(6)]
     shown = [sum(label in labels for labels in trained) for label in range(6)]
     assert record["image_counts"] == training_image_counts(cfg).tolist() == shown != record["train_counts"]
-    missing = {
-        path
-        for problem in check_data(cfg)
-        for path in problem.split()
-        if "of_the_records" in problem and "missing" in problem
+    # Whether the images are there is asked of the records' files, each of them and no other.
+    absent = [one["file_name"] for one in records[3:10:3]]
+    for one in records:
+        if one["file_name"] not in absent:
+            Image.new("RGB", (9, 9)).save(one["file_name"])
+    (problem,) = [problem for problem in check_data(cfg) if "missing" in problem]
+    assert f"expected {len(records)} images of 'of_the_records_that_train', but 3 are missing" in problem
+    assert f": {', '.join(absent)};" in problem
+
+
+@pytest.mark.parametrize("kind", ["coco", "lvis"])
+def test_detectron2s_own_loaders_see_the_annotations_that_count(kind, tmp_path, out):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    pytest.importorskip("lvis", reason="lvis is not installed")
+    from detectron2.data.datasets import load_coco_json
+    from detectron2.data.datasets.lvis import load_lvis_json
+
+    ids, images = [1, 2, 3, 4, 5], list(range(30, 0, -1))
+    content = {
+        "categories": [{"id": id_, "name": f"name {id_}"} for id_ in ids],
+        "images": [
+            {"id": id_, "file_name": f"{id_}.png", "width": 9, "height": 9, "neg_category_ids": []}
+            | {"not_exhaustive_category_ids": [], "coco_url": f"http://x.org/train2017/{id_}.png"}
+            for id_ in images
+        ],
+        # Detectron2 refuses ignored ones; LVIS has polygons of at least three points, and no crowds.
+        "annotations": [dict(one, ignore=0) for one in entries(ids[:4], images)],
     }
-    assert f"{len(records)}" in missing
+    if kind == "lvis":
+        content["annotations"] = [
+            dict(one, iscrowd=0, segmentation=[[1, 1, 5, 1, 5, 5]]) for one in content["annotations"]
+        ]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    records = (load_coco_json if kind == "coco" else load_lvis_json)(str(path), str(tmp_path))
+    # Without a dataset's name the ids stay those of the file; LVIS's become 0, 1, ...
+    first = 1 if kind == "coco" else 0
+    trained = [[one["category_id"] - first for one in r["annotations"] if not one.get("iscrowd")] for r in records]
+    _, record = out(path)
+    assert record["images"] == len(records)
+    assert record["train_counts"] == [sum(labels.count(label) for labels in trained) for label in range(5)]
+    assert record["image_counts"] == [sum(label in labels for labels in trained) for label in range(5)]
+    assert record["left_out"] + sum(map(len, trained)) == 400
 
 
 def test_segmentations_loss_and_metric_take_the_file(masks, out):
