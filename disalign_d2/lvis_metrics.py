@@ -49,9 +49,8 @@ def evaluate_lvis(
 ) -> Evaluation:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
-    Of each image the ``max_dets`` best detections count. A category is judged only on the images annotated for it:
-    those that show it and those verified not to (``neg_category_ids``). Where an image is not annotated exhaustively
-    for it (``not_exhaustive_category_ids``), an unmatched detection is no error.
+    A category is judged only on the images that show it or are verified not to (``neg_category_ids``); where an image
+    is not annotated exhaustively for it (``not_exhaustive_category_ids``), an unmatched detection is no error.
 
     Args:
         ground_truth: the content of an annotation file in LVIS format; or in COCO format: an image without
@@ -59,7 +58,7 @@ def evaluate_lvis(
         detections: each with ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height; pixels) or
             ``segmentation`` (compressed RLE). Of equal scores the first is the better.
         iou_type: ``"bbox"``, or ``"segm"``: the area of a detection is then its mask's.
-        max_dets: detections per image; negative: all.
+        max_dets: the best detections of each image that count; negative: all.
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
             not give the ``frequency`` itself; anything :func:`disalign.load_class_counts` takes.
 
@@ -67,8 +66,7 @@ def evaluate_lvis(
         InputError: annotations or detections of another form, or detections of images or categories that the
             annotations do not list.
     """
-    _check(ground_truth, detections, iou_type)
-    return _evaluate(ground_truth, _best(detections, "image_id", max_dets), iou_type, image_counts)
+    return _evaluate(ground_truth, detections, iou_type, image_counts, "image_id", max_dets)
 
 
 def fixed_ap(
@@ -86,8 +84,7 @@ def fixed_ap(
     Returns:
         AP-fixed, AP50-fixed, ... APf-fixed, in percent.
     """
-    _check(ground_truth, detections, iou_type)
-    fixed = _evaluate(ground_truth, _best(detections, "category_id", per_category), iou_type, image_counts)
+    fixed = _evaluate(ground_truth, detections, iou_type, image_counts, "category_id", per_category)
     figures = {f"{name}-fixed": value for name, value in fixed.figures.items() if name.startswith("AP")}
     return Evaluation(figures, fixed.per_category)
 
@@ -121,15 +118,15 @@ def evaluation_report(
             per_category[iou_type]["AP-fixed"] = extra.per_category
     letters = _letters(ground_truth, image_counts)
     names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
-    groups, categories = {}, []
+    groups = {}
     for group in GROUPS:
         aps = [plain.per_category[category] for category, letter in letters.items() if letter == group]
         groups[group] = {"categories": len(aps), "with_ground_truth": sum(ap is not None for ap in aps)}
-    for category, letter in letters.items():
-        of_category: dict = {"id": category, "name": names[category], "frequency": letter}
-        for iou_type, columns in per_category.items():
-            of_category[iou_type] = {name: values[category] for name, values in columns.items()}
-        categories.append(of_category)
+    categories = [
+        {"id": category, "name": names[category], "frequency": letter}
+        | {iou_type: {name: aps[category] for name, aps in of.items()} for iou_type, of in per_category.items()}
+        for category, letter in letters.items()
+    ]
     return {"unit": "percent", "figures": figures, "groups": groups, "categories": categories}
 
 
@@ -140,15 +137,6 @@ def table(figures: dict[str, dict[str, float | None]]) -> str:
     return text_table([["percent", *figures], *rows])
 
 
-def _best(detections: list[dict], key: str, limit: int) -> list[dict]:
-    """The best ``limit`` (negative: all) of each image or category; of equal scores the first, as lvis-api does."""
-    return [
-        detection
-        for group in _grouped(detections, key).values()
-        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
-    ]
-
-
 def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
     groups = defaultdict(list)
     for item in items:
@@ -156,13 +144,21 @@ def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
     return groups
 
 
-def _evaluate(ground_truth, detections, iou_type, image_counts) -> Evaluation:
+def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) -> Evaluation:
+    """Of each ``limited`` (image or category) the best ``limit`` detections count; negative: all."""
+    _check(ground_truth, detections, iou_type)
     letters = _letters(ground_truth, image_counts)
-    images = {image["id"]: _image(image, letters) for image in ground_truth["images"]}
+    # In COCO format an image is annotated for all categories, and may have crowds.
+    defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
+    images = {
+        image["id"]: defaults | {"crowds": "neg_category_ids" not in image} | image for image in ground_truth["images"]
+    }
     present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
     judged = [
         detection
-        for detection in detections
+        for group in _grouped(detections, limited).values()
+        # Of equal scores the first, as lvis-api does.
+        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
         if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
         or (detection["image_id"], detection["category_id"]) in present
     ]
@@ -203,7 +199,7 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
         "categories": [{"id": annotations[0]["category_id"], "frequency": "f"}],
     }
     evaluation = COCOeval_faster(
-        COCO(listed | {"annotations": _annotations(annotations, images, iou_type)}),
+        COCO(listed | {"annotations": _annotations(annotations, images)}),
         COCO(listed | {"annotations": _detections(detections, images, iou_type)}),
         iou_type,
         lvis_style=True,
@@ -235,26 +231,12 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
     return {category: next(group for group in GROUPS if groups[group][index]) for index, category in enumerate(letters)}
 
 
-def _image(image, categories) -> dict:
-    """An image for faster-coco-eval; in COCO format it is annotated for all categories, and may have crowds."""
-    return {
-        "id": image["id"],
-        "height": image["height"],
-        "width": image["width"],
-        "neg_category_ids": image.get("neg_category_ids", categories),
-        "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", ()),
-        "crowds": "neg_category_ids" not in image,
-    }
-
-
-def _annotations(annotations, images, iou_type) -> list[dict]:
+def _annotations(annotations, images) -> list[dict]:
     """One category's annotations for faster-coco-eval, with lvis-api's ``ignore`` and COCO's crowds."""
     return [
-        {
+        annotation
+        | {
             "id": place,
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
-            SHAPE[iou_type]: annotation[SHAPE[iou_type]],
             # What lies outside of every area range is ignored.
             "area": -1 if annotation.get("ignore") else annotation["area"],
             "iscrowd": annotation.get("iscrowd", 0) if images[annotation["image_id"]]["crowds"] else 0,
@@ -265,32 +247,24 @@ def _annotations(annotations, images, iou_type) -> list[dict]:
 
 def _detections(detections, images, iou_type) -> list[dict]:
     """One category's detections for faster-coco-eval, with the areas of the boxes or of the masks."""
-    shapes = [detection[SHAPE[iou_type]] for detection in detections]
-    areas = _box_areas(shapes) if iou_type == "bbox" else _mask_areas(shapes, detections, images)
+    areas = _box_areas(detections) if iou_type == "bbox" else _mask_areas(detections, images)
     return [
-        {
-            "id": place,
-            "image_id": detection["image_id"],
-            "category_id": detection["category_id"],
-            "score": detection["score"],
-            SHAPE[iou_type]: shape,
-            "area": area,
-        }
-        for place, (detection, shape, area) in enumerate(zip(detections, shapes, areas, strict=True), 1)
+        detection | {"id": place, "area": area}
+        for place, (detection, area) in enumerate(zip(detections, areas, strict=True), 1)
     ]
 
 
-def _box_areas(boxes) -> list[float]:
-    for box in boxes:
-        if not is_box(box):
-            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(box)}")
-    return [width * height for _, _, width, height in boxes]
+def _box_areas(detections) -> list[float]:
+    for detection in detections:
+        if not is_box(detection["bbox"]):
+            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(detection['bbox'])}")
+    return [detection["bbox"][2] * detection["bbox"][3] for detection in detections]
 
 
-def _mask_areas(rles, detections, images) -> list[int]:
+def _mask_areas(detections, images) -> list[int]:
+    rles = [detection["segmentation"] for detection in detections]
     for rle, detection in zip(rles, detections, strict=True):
-        image = images[detection["image_id"]]
-        size = [image["height"], image["width"]]
+        size = [images[detection["image_id"]][side] for side in ("height", "width")]
         if not isinstance(rle, dict) or rle.get("size") != size or not isinstance(rle.get("counts"), (str, bytes)):
             raise InputError(
                 f"expected compressed RLE of the image's size {size} as segmentation of a detection, got {_short(rle)}"
@@ -305,8 +279,8 @@ def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
     """Refuse annotations that would break the evaluation, or silently count for something else.
 
     Raises:
-        InputError: another form than LVIS's or COCO's, an annotation without its area or without what ``iou_type``
-            compares, or a ``frequency`` that is none.
+        InputError: another form than LVIS's or COCO's, no usable area or nothing for ``iou_type`` to compare, or a
+            ``frequency`` other than r, c and f.
     """
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
