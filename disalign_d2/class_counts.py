@@ -49,17 +49,16 @@ def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str
 
 
 def class_counts_from_config(cfg: CfgNode) -> Tensor:
-    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` ask for; only training needs them.
+    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` ask for.
 
-    Args:
-        cfg: ``CLASS_COUNTS`` is a bundled name, a JSON file (see :func:`disalign.load_class_counts`), or empty: then
-            the annotations of all of ``DATASETS.TRAIN`` are counted.
+    ``CLASS_COUNTS`` is a bundled name, a JSON file (see :func:`disalign.load_class_counts`), or empty: then the
+    annotations of all of ``DATASETS.TRAIN`` are counted.
 
     Returns:
         (K,) int64, all at least 1.
 
     Raises:
-        InputError: an unknown unit or dataset, counts that can't be read, counts of another number of classes than
+        InputError: unknown or unreadable settings or data, another number of classes than
             ``MODEL.ROI_HEADS.NUM_CLASSES``, or a class without training examples.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -85,8 +84,8 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     if empty:
         raise InputError(
             f"expected at least one of the {unit} per class, got none of {len(empty)} classes in {source}: "
-            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give counts of at "
-            "least 1 as a JSON file in MODEL.DISALIGN.CLASS_COUNTS"
+            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give other counts "
+            "in MODEL.DISALIGN.CLASS_COUNTS"
         )
     return counts.clone()
 

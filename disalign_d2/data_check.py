@@ -42,10 +42,10 @@ def require_data(cfg: CfgNode, training: bool) -> None:
 
 
 def check_data(cfg: CfgNode, decode: bool = False) -> list[str]:
-    """Check the datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
+    """Check the registered datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
 
     Args:
-        cfg: its datasets must be registered.
+        cfg: the config.
         decode: read every image to its end too, which takes minutes for LVIS.
 
     Returns:
@@ -55,12 +55,18 @@ def check_data(cfg: CfgNode, decode: bool = False) -> list[str]:
 
 
 def _problems(cfg, training, decode):
-    problems = list(_config_problems(cfg, training))
-    train = cfg.DATASETS.TRAIN if training else ()
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    counts = torch.zeros(num_classes, dtype=torch.int64)
-    uncounted = set(train)
-    reference = None
+    num_classes, disalign = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.DISALIGN
+    needed, problems = "TRAIN" if training else "TEST", []
+    if not cfg.DATASETS[needed]:
+        problems.append(f"expected a dataset in DATASETS.{needed}, got none")
+    given = None  # else the training data is counted, and checked below
+    if training and disalign.CALIBRATE and disalign.CLASS_COUNTS:
+        try:
+            given = class_counts_from_config(cfg)
+        except InputError as error:
+            problems.append(str(error))
+    train = tuple(dict.fromkeys(cfg.DATASETS.TRAIN)) if training else ()
+    counts, reference = [], None
     for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
         try:
             records = load_records(name)
@@ -77,31 +83,25 @@ def _problems(cfg, training, decode):
             continue
         logger.info("%s: %d images and %d annotations of %d classes", name, len(records), int(own.sum()), len(own))
         if name in train:
-            if len(own) == num_classes:
-                counts += own
-                uncounted.discard(name)
+            counts.append(own)
             problems += _untrainable_masks(name, records, cfg)
             _log_flat_boxes(name, records)
         if name in cfg.DATASETS.TEST:
             problems += _unfit_for_evaluation(name, cfg)
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
-    if train and not uncounted:
-        problems += _unseen_classes(counts, train, cfg)
-        _log_other_counts(counts, train, cfg)
+    if train and [len(own) for own in counts] == [num_classes] * len(train):
+        total = sum(counts)
+        problems += _unseen_classes(total, train, disalign)
+        if given is not None and disalign.COUNT_UNIT == "instances" and not torch.equal(given, total):
+            logger.warning(
+                "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); '' would count them",
+                disalign.CLASS_COUNTS,
+                some(train),
+                int(total.sum()),
+                int(given.sum()),
+            )
     return problems
-
-
-def _config_problems(cfg, training) -> Iterator[str]:
-    needed = "TRAIN" if training else "TEST"
-    if not cfg.DATASETS[needed]:
-        yield f"expected a dataset in DATASETS.{needed}, got none"
-    # Without CLASS_COUNTS the training data is counted, and checked below.
-    if training and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.CLASS_COUNTS:
-        try:
-            class_counts_from_config(cfg)
-        except InputError as error:
-            yield str(error)
 
 
 def _classes(name) -> list[str]:
@@ -123,16 +123,13 @@ def _missing_images(name, records) -> Iterator[str]:
 
 
 def _other_classes(name, reference, num_classes) -> Iterator[str]:
-    classes, expected = _classes(name), _classes(reference)
-    if name == reference:
-        if classes and len(classes) != num_classes:
-            yield (
-                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
-                f"{num_classes}"
-            )
-        return
+    classes = _classes(name)
+    if name == reference and len(classes) not in (0, num_classes):
+        yield (
+            f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got {num_classes}"
+        )
     try:  # in the order of the category ids
-        require_same_classes(expected, classes, repr(name), whose=repr(reference))
+        require_same_classes(_classes(reference), classes, repr(name), whose=repr(reference))
     except InputError as error:
         yield str(error)
 
@@ -144,13 +141,13 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
         [one.get("segmentation") for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
         for record in records
     ]
-    lacking = sum(mask is None for masks in images for mask in masks)
+    lacking = [sum(mask is None for mask in masks) for masks in images]
     # Stage two needs no masks, but Detectron2 reads all or none of an image.
-    mixed = any(0 < sum(mask is None for mask in masks) < len(masks) for masks in images)
-    if lacking and (mixed or not cfg.MODEL.DISALIGN.CALIBRATE):
+    mixed = any(0 < none < len(masks) for none, masks in zip(lacking, images, strict=True))
+    if mixed or (any(lacking) and not cfg.MODEL.DISALIGN.CALIBRATE):
         yield (
-            f"expected a mask for every annotation of {name!r}, as MODEL.MASK_ON says, but {lacking} have none; add "
-            "them, or train a model of boxes alone"
+            f"expected a mask for every annotation of {name!r}, as MODEL.MASK_ON says, but {sum(lacking)} have none; "
+            "add them, or train a model of boxes alone"
         )
     rle = sum(isinstance(mask, dict) for masks in images for mask in masks)
     if rle and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -174,24 +171,6 @@ def _unfit_for_evaluation(name, cfg) -> Iterator[str]:
         yield f"in {name!r}: {error}"
 
 
-def _log_other_counts(counts, train, cfg) -> None:
-    disalign = cfg.MODEL.DISALIGN
-    if not (disalign.CALIBRATE and disalign.CLASS_COUNTS) or disalign.COUNT_UNIT != "instances":
-        return
-    try:
-        given = class_counts_from_config(cfg)
-    except InputError:
-        return  # said already
-    if not torch.equal(given, counts):
-        logger.warning(
-            "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); set it to '' to count them",
-            disalign.CLASS_COUNTS,
-            some(train),
-            int(counts.sum()),
-            int(given.sum()),
-        )
-
-
 def _log_flat_boxes(name, records) -> None:
     flat = sum(
         one["bbox_mode"] == BoxMode.XYWH_ABS and min(one["bbox"][2:]) <= 0
@@ -202,7 +181,7 @@ def _log_flat_boxes(name, records) -> None:
         logger.warning("%s: %d boxes have no area; Detectron2 leaves them out of training", name, flat)
 
 
-def _unseen_classes(counts, train, cfg) -> Iterator[str]:
+def _unseen_classes(counts, train, disalign) -> Iterator[str]:
     unseen = (counts == 0).nonzero().flatten().tolist()
     if not unseen:
         return
@@ -212,7 +191,7 @@ def _unseen_classes(counts, train, cfg) -> Iterator[str]:
         f"{some(names[index] if names else index for index in unseen)}"
     )
     # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
-    if len(unseen) == len(counts) or (cfg.MODEL.DISALIGN.CALIBRATE and not cfg.MODEL.DISALIGN.CLASS_COUNTS):
+    if len(unseen) == len(counts) or (disalign.CALIBRATE and not disalign.CLASS_COUNTS):
         yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
     else:
         logger.warning(sentence)

@@ -37,16 +37,12 @@ def register_instances(name: str, json_file: str | os.PathLike[str], image_root:
     Args:
         name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``; it means nothing else.
         json_file: LVIS or COCO format, see :func:`load_instances`.
-        image_root: the images' folder. Both paths are as for any command: relative to the current folder, ``~`` is the
-            home.
+        image_root: the images' folder; in both paths ``~`` is the home.
 
     Raises:
         InputError: the name is taken by other paths; the same ones again are fine.
     """
-    paths = {
-        "json_file": os.path.expanduser(os.fspath(json_file)),
-        "image_root": os.path.expanduser(os.fspath(image_root)),
-    }
+    paths = {"json_file": os.path.expanduser(json_file), "image_root": os.path.expanduser(image_root)}
     if name in DatasetCatalog:
         taken = {key: MetadataCatalog.get(name).get(key) for key in paths}
         if taken != paths:
@@ -67,8 +63,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
 
     Args:
         json_file: polygons or RLE masks.
-        image_root: an image is at ``image_root/file_name``, or, if it is not or has no such name, at
-            ``image_root/split/file`` after its ``coco_url``.
+        image_root: of ``file_name``, or else of ``split/file`` at the end of ``coco_url``.
         name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
             the classes 0..K-1 are the categories in the order of their ids.
 
