@@ -10,7 +10,6 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor
 
 from disalign import load_class_counts
-from disalign.counts import BUNDLED
 from disalign.errors import InputError, some
 
 from .datasets import load_records
@@ -19,10 +18,10 @@ UNITS = ("instances", "images")
 
 
 def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str = "instances") -> Tensor:
-    """Count the annotations that train: crowds don't.
+    """Count the annotations of the K classes that train: crowds don't.
 
     Args:
-        dataset_dicts: in Detectron2's format, ``category_id`` in [0, K).
+        dataset_dicts: in Detectron2's format.
         num_classes: K.
         unit: ``"instances"``, or ``"images"`` that show the class at least once.
 
@@ -66,12 +65,9 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     if unit not in UNITS:
         raise InputError(f"expected MODEL.DISALIGN.COUNT_UNIT among {some(UNITS)}, got {unit!r}")
     if source:
-        path = source if source in BUNDLED else os.path.expanduser(source)
-        counts = load_class_counts(path, unit="images" if unit == "images" else None)
+        counts = load_class_counts(os.path.expanduser(source), unit="images" if unit == "images" else None)
         names = None
     else:
-        if not cfg.DATASETS.TRAIN:
-            raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
         counts, names = _count_datasets(tuple(cfg.DATASETS.TRAIN), num_classes, unit)
         source = f"the annotations of {some(cfg.DATASETS.TRAIN)}"
     if len(counts) != num_classes:
@@ -93,6 +89,8 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
 # A cascade asks once per stage, and LVIS's file takes a minute; a registered dataset always returns the same.
 @functools.cache
 def _count_datasets(datasets, num_classes, unit):
+    if not datasets:
+        raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
     records = [record for name in datasets for record in load_records(name)]
     names = MetadataCatalog.get(datasets[0]).get("thing_classes")
     return count_annotations(records, len(names) if names else num_classes, unit), names
@@ -104,8 +102,6 @@ def training_image_counts(cfg: CfgNode) -> Tensor | None:
     Returns:
         (K,) int64.
     """
-    if not cfg.DATASETS.TRAIN:
-        return None
     try:
         return _count_datasets(tuple(cfg.DATASETS.TRAIN), cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images")[0].clone()
     except InputError:

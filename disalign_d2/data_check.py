@@ -28,33 +28,26 @@ logger = logging.getLogger(__name__)
 def require_data(cfg: CfgNode, training: bool) -> None:
     """Refuse to start on incomplete data; reads the annotations and lists the folders, but opens no image.
 
-    Args:
-        cfg: its datasets must be registered.
-        training: check ``DATASETS.TRAIN`` and ``TEST``; else only ``TEST``.
-
     Raises:
         InputError: the first problem of :func:`check_data`, and how many there are.
     """
-    problems = _problems(cfg, training, decode=False)
+    problems = check_data(cfg, training=training)
     if problems:
         more = f" (and {len(problems) - 1} more, see --data-check)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
 
 
-def check_data(cfg: CfgNode, decode: bool = False) -> list[str]:
+def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> list[str]:
     """Check the registered datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
 
     Args:
         cfg: the config.
         decode: read every image to its end too, which takes minutes for LVIS.
+        training: else only ``TEST``.
 
     Returns:
         What would stop or spoil training or evaluation, a sentence each; empty if all is well.
     """
-    return _problems(cfg, training=True, decode=decode)
-
-
-def _problems(cfg, training, decode):
     num_classes, disalign = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.DISALIGN
     needed, problems = "TRAIN" if training else "TEST", []
     if not cfg.DATASETS[needed]:
@@ -110,16 +103,15 @@ def _classes(name) -> list[str]:
 
 def _missing_images(name, records) -> Iterator[str]:
     absent = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
-    if not absent:
-        return
-    folders = Counter(os.path.dirname(path) for path in absent)
-    hint = place_of(absent[0]) or "; check the image folder"
-    if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
-        hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
-    yield (
-        f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
-        f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
-    )
+    if absent:
+        folders = Counter(map(os.path.dirname, absent))
+        hint = place_of(absent[0]) or "; check the image folder"
+        if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
+            hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
+        yield (
+            f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
+            f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
+        )
 
 
 def _other_classes(name, reference, num_classes) -> Iterator[str]:
@@ -151,9 +143,7 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
         )
     rle = sum(isinstance(mask, dict) for masks in images for mask in masks)
     if rle and cfg.INPUT.MASK_FORMAT == "polygon":
-        yield (
-            f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
-        )
+        yield f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
 
 
 def _unfit_for_evaluation(name, cfg) -> Iterator[str]:
@@ -183,18 +173,17 @@ def _log_flat_boxes(name, records) -> None:
 
 def _unseen_classes(counts, train, disalign) -> Iterator[str]:
     unseen = (counts == 0).nonzero().flatten().tolist()
-    if not unseen:
-        return
-    names = _classes(train[0])
-    sentence = (
-        f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have none: "
-        f"{some(names[index] if names else index for index in unseen)}"
-    )
-    # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
-    if len(unseen) == len(counts) or (disalign.CALIBRATE and not disalign.CLASS_COUNTS):
-        yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
-    else:
-        logger.warning(sentence)
+    if unseen:
+        names = _classes(train[0]) or range(len(counts))
+        sentence = (
+            f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have "
+            f"none: {some(names[index] for index in unseen)}"
+        )
+        # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
+        if len(unseen) == len(counts) or (disalign.CALIBRATE and not disalign.CLASS_COUNTS):
+            yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
+        else:
+            logger.warning(sentence)
 
 
 def _broken_images(name, records, image_format) -> list[str]:

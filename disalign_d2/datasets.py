@@ -19,7 +19,7 @@ def register_from_config(cfg: CfgNode) -> None:
     """Register every ``[name, annotation file, image folder]`` of ``cfg.DATASETS.OWN``.
 
     Raises:
-        InputError: an entry that is none, or see :func:`register_instances`.
+        InputError: another entry, or see :func:`register_instances`.
     """
     for entry in cfg.DATASETS.OWN:
         is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
@@ -35,7 +35,7 @@ def register_instances(name: str, json_file: str | os.PathLike[str], image_root:
     """Make an annotation file known to Detectron2 under a name; it is read only when the dataset is used.
 
     Args:
-        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``; it means nothing else.
+        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: LVIS or COCO format, see :func:`load_instances`.
         image_root: the images' folder; in both paths ``~`` is the home.
 
@@ -116,8 +116,7 @@ def load_records(name: str) -> list[dict]:
     if name not in DatasetCatalog:
         known = [known for known in DatasetCatalog if MetadataCatalog.get(known).get("evaluator_type") == "lvis"]
         raise InputError(
-            f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; name your own in "
-            "DATASETS.OWN"
+            f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; or set DATASETS.OWN"
         )
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is not None and not PathManager.isfile(json_file):

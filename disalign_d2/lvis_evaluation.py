@@ -15,17 +15,17 @@ from .lvis_metrics import evaluation_report, table
 class DisAlignLVISEvaluator(LVISEvaluator):
     """Boxes and masks by :func:`disalign_d2.lvis_metrics.evaluate_lvis`; lvis-api only reads the annotations.
 
-    Into ``output_dir`` go ``lvis_instances_results.json``, all detections, which ``python -m disalign_d2.evaluate``
-    takes, and ``lvis_results.json``, what :func:`disalign_d2.lvis_metrics.evaluation_report` returns. In the results
-    that Detectron2 gets a figure without ground truth is NaN.
+    Into ``output_dir`` go ``lvis_instances_results.json``, all detections, for ``python -m disalign_d2.evaluate``, and
+    ``lvis_results.json``, see :func:`disalign_d2.lvis_metrics.evaluation_report`. To Detectron2 a figure without ground
+    truth is NaN.
 
     Args:
         dataset_name, distributed, output_dir: as the base class's.
         tasks: as the base class's; left out, a model that detects nothing at all is evaluated for boxes only.
         max_dets_per_image: default: LVIS's 300.
         fixed_ap: also the fixed AP; the model should give it more than 300 detections per image.
-        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; or a function that returns it (or ``None``),
-            which is called only if a category of the annotations has no ``frequency``.
+        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; or a function that returns it, called only if
+            a category has no ``frequency``.
     """
 
     def __init__(

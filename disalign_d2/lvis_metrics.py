@@ -151,7 +151,7 @@ def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) 
     # In COCO format an image is annotated for all categories, and may have crowds.
     defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
     images = {
-        image["id"]: defaults | {"crowds": "neg_category_ids" not in image} | image for image in ground_truth["images"]
+        image["id"]: defaults | image | {"crowds": "neg_category_ids" not in image} for image in ground_truth["images"]
     }
     present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
     judged = [
