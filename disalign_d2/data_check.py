@@ -84,7 +84,7 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
     if train and [len(own) for own in counts] == [num_classes] * len(train):
-        total = sum(counts)
+        total = torch.stack(counts).sum(0)
         problems += _unseen_classes(total, train, disalign)
         if given is not None and disalign.COUNT_UNIT == "instances" and not torch.equal(given, total):
             logger.warning(

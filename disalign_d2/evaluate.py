@@ -7,7 +7,6 @@ folder; ANNOTATIONS.json is in LVIS or COCO format. Prints a table; no model and
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from disalign import InputError
 from disalign.cli import command
@@ -35,18 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("expected 1 or more as --max-dets, or -1 for all, got 0")
     detections = read_json(args.detections, "detections")
     annotations = read_json(args.annotations, "annotations")
-    iou_types = args.iou_type or shapes_of(detections)
+    first = detections[0] if isinstance(detections, list) and detections else None
+    shapes = [iou_type for iou_type, key in SHAPE.items() if isinstance(first, dict) and key in first]
+    iou_types = args.iou_type or shapes or ["bbox"]
     report = evaluation_report(annotations, detections, iou_types, args.max_dets, args.fixed_ap, args.image_counts)
     if args.out:
         write_json(args.out, report)
     print(table(report["figures"]))
-
-
-def shapes_of(detections: Any) -> list[str]:
-    """The IoU types that the detections can be evaluated for."""
-    first = detections[0] if isinstance(detections, list) and detections else None
-    shapes = [iou_type for iou_type, key in SHAPE.items() if isinstance(first, dict) and key in first]
-    return shapes or ["bbox"]
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ class DisAlignLVISEvaluator(LVISEvaluator):
         tasks: as the base class's; left out, a model that detects nothing at all is evaluated for boxes only.
         max_dets_per_image: default: LVIS's 300.
         fixed_ap: also the fixed AP; the model should give it more than 300 detections per image.
-        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; or a function that returns it, called only if
-            a category has no ``frequency``.
+        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; a function is called only where it is needed.
     """
 
     def __init__(
@@ -54,11 +53,8 @@ class DisAlignLVISEvaluator(LVISEvaluator):
         tasks = sorted(self._tasks or self._tasks_from_predictions(detections))
         max_dets = 300 if self._max_dets_per_image is None else self._max_dets_per_image
         self._logger.info("Evaluating %d detections: %s", len(detections), ", ".join(tasks))
-        ground_truth, image_counts = self._lvis_api.dataset, self._image_counts
-        if callable(image_counts):
-            known = all(category.get("frequency") for category in ground_truth["categories"])
-            image_counts = None if known else image_counts()
-        report = evaluation_report(ground_truth, detections, tasks, max_dets, self._fixed_ap, image_counts)
+        ground_truth = self._lvis_api.dataset
+        report = evaluation_report(ground_truth, detections, tasks, max_dets, self._fixed_ap, self._image_counts)
         if self._output_dir:
             write_json(os.path.join(self._output_dir, "lvis_results.json"), report)
         self._logger.info("Evaluation results:\n%s", table(report["figures"]))

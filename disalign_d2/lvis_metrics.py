@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from disalign.errors import some
 from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
 from disalign.report import shown, text_table
 
+#: Training images per category, in the order of their ids, or a function that counts them if they are needed.
+ImageCounts = ClassCounts | Callable[[], ClassCounts | None] | None
 #: LVIS's groups by number of training images: rare (at most 10), common (at most 100), frequent.
 GROUPS = ("r", "c", "f")
 #: Suffixes of the area ranges, in faster-coco-eval's order: all, small (to 32^2 pixels), medium (to 96^2), large.
@@ -45,7 +48,7 @@ def evaluate_lvis(
     detections: list[dict],
     iou_type: str = "bbox",
     max_dets: int = 300,
-    image_counts: ClassCounts | None = None,
+    image_counts: ImageCounts = None,
 ) -> Evaluation:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
@@ -60,7 +63,7 @@ def evaluate_lvis(
         iou_type: ``"bbox"``, or ``"segm"``: the area of a detection is then its mask's.
         max_dets: the best detections of each image that count; negative: all.
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
-            not give the ``frequency`` itself; anything :func:`disalign.load_class_counts` takes.
+            not give the ``frequency``; what :func:`disalign.load_class_counts` takes, or a function that returns it.
 
     Raises:
         InputError: annotations or detections of another form, or detections of images or categories that the
@@ -74,7 +77,7 @@ def fixed_ap(
     detections: list[dict],
     iou_type: str = "bbox",
     per_category: int = 10_000,
-    image_counts: ClassCounts | None = None,
+    image_counts: ImageCounts = None,
 ) -> Evaluation:
     """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
 
@@ -95,14 +98,13 @@ def evaluation_report(
     iou_types: Any,
     max_dets: int = 300,
     fixed: bool = False,
-    image_counts: ClassCounts | None = None,
+    image_counts: ImageCounts = None,
 ) -> dict:
-    """Everything about one set of detections, ready for JSON.
+    """Everything about one set of detections, ready for JSON; see :func:`evaluate_lvis`.
 
     Args:
         iou_types: some of ``"bbox"`` and ``"segm"``.
         fixed: also the fixed AP.
-        ground_truth, detections, max_dets, image_counts: see :func:`evaluate_lvis`.
 
     Returns:
         ``figures`` (IoU type -> name -> percent or None), ``groups`` (r, c, f -> number of categories, and of those
@@ -200,7 +202,7 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
     }
     evaluation = COCOeval_faster(
         COCO(listed | {"annotations": _annotations(annotations, images)}),
-        COCO(listed | {"annotations": _detections(detections, images, iou_type)}),
+        COCO(listed | {"annotations": _detections(detections, iou_type)}),
         iou_type,
         lvis_style=True,
         print_function=lambda *_: None,
@@ -221,7 +223,10 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
     unknown = set(letters.values()) - {*GROUPS, None}
     if unknown:
         raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
-    if image_counts is None or all(letters.values()):
+    if all(letters.values()):
+        return letters
+    image_counts = image_counts() if callable(image_counts) else image_counts
+    if image_counts is None:
         return letters
     groups = frequent_common_rare(image_counts)
     if len(groups["f"]) != len(letters):
@@ -245,34 +250,17 @@ def _annotations(annotations, images) -> list[dict]:
     ]
 
 
-def _detections(detections, images, iou_type) -> list[dict]:
+def _detections(detections, iou_type) -> list[dict]:
     """One category's detections for faster-coco-eval, with the areas of the boxes or of the masks."""
-    areas = _box_areas(detections) if iou_type == "bbox" else _mask_areas(detections, images)
+    shapes = [detection[SHAPE[iou_type]] for detection in detections]
+    try:
+        areas = mask_api.area(shapes).tolist() if iou_type == "segm" and shapes else [box[2] * box[3] for box in shapes]
+    except ValueError as error:
+        raise InputError(f"expected compressed RLE as segmentation of each detection, but of one: {error}") from None
     return [
         detection | {"id": place, "area": area}
         for place, (detection, area) in enumerate(zip(detections, areas, strict=True), 1)
     ]
-
-
-def _box_areas(detections) -> list[float]:
-    for detection in detections:
-        if not is_box(detection["bbox"]):
-            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(detection['bbox'])}")
-    return [detection["bbox"][2] * detection["bbox"][3] for detection in detections]
-
-
-def _mask_areas(detections, images) -> list[int]:
-    rles = [detection["segmentation"] for detection in detections]
-    for rle, detection in zip(rles, detections, strict=True):
-        size = [images[detection["image_id"]][side] for side in ("height", "width")]
-        if not isinstance(rle, dict) or rle.get("size") != size or not isinstance(rle.get("counts"), (str, bytes)):
-            raise InputError(
-                f"expected compressed RLE of the image's size {size} as segmentation of a detection, got {_short(rle)}"
-            )
-    try:
-        return mask_api.area(rles).tolist() if rles else []
-    except ValueError as error:
-        raise InputError(f"expected compressed RLE as segmentation of each detection, but of one: {error}") from None
 
 
 def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
@@ -299,16 +287,25 @@ def _check(ground_truth, detections, iou_type) -> None:
     if not isinstance(detections, list):
         raise InputError(f"expected a list of detections, got {type(detections).__name__}; is it the annotations?")
     require_keys(detections, ("image_id", "category_id", "score", SHAPE[iou_type]), "detection")
-    images = {image["id"] for image in ground_truth["images"]}
+    sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}
     for item in detections:
-        if not is_known(item["image_id"], images) or not is_known(item["category_id"], categories):
+        if not is_known(item["image_id"], sizes) or not is_known(item["category_id"], categories):
             raise InputError(
                 f"expected only images and categories that the annotations list, got the detection {_short(item)}; "
                 "are both of the same dataset?"
             )
         if not is_number(item["score"]):
             raise InputError(f"expected a finite score of each detection, got {_short(item)}")
+        shape, size = item[SHAPE[iou_type]], sizes[item["image_id"]]
+        if iou_type == "bbox" and not is_box(shape):
+            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(shape)}")
+        is_rle = isinstance(shape, dict) and isinstance(shape.get("counts"), (str, bytes))
+        if iou_type == "segm" and not (is_rle and shape.get("size") == size):
+            raise InputError(
+                f"expected compressed RLE of the image's size {size} as segmentation of each detection, got "
+                f"{_short(shape)}"
+            )
 
 
 def _short(item) -> str:
