@@ -9,7 +9,7 @@ from detectron2.evaluation import LVISEvaluator
 
 from disalign.io import atomic_file, write_json
 
-from .lvis_metrics import evaluation_report, table
+from .lvis_metrics import ImageCounts, evaluation_report, table
 
 
 class DisAlignLVISEvaluator(LVISEvaluator):
@@ -20,25 +20,14 @@ class DisAlignLVISEvaluator(LVISEvaluator):
     truth is NaN.
 
     Args:
-        dataset_name, distributed, output_dir: as the base class's.
-        tasks: as the base class's; left out, a model that detects nothing at all is evaluated for boxes only.
-        max_dets_per_image: default: LVIS's 300.
+        args, stock: the arguments of ``LVISEvaluator``. Without ``tasks`` a model that detects nothing at all is
+            evaluated for boxes only; ``max_dets_per_image`` is LVIS's 300 by default.
         fixed_ap: also the fixed AP; the model should give it more than 300 detections per image.
         image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; a function is called only where it is needed.
     """
 
-    def __init__(
-        self,
-        dataset_name: str,
-        tasks: Any = None,
-        distributed: Any = True,
-        output_dir: Any = None,
-        *,
-        max_dets_per_image: int | None = None,
-        fixed_ap: bool = False,
-        image_counts: Any = None,
-    ) -> None:
-        super().__init__(dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image)
+    def __init__(self, *args: Any, fixed_ap: bool = False, image_counts: ImageCounts = None, **stock: Any) -> None:
+        super().__init__(*args, **stock)
         self._fixed_ap = fixed_ap
         self._image_counts = image_counts
 

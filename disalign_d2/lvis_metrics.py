@@ -189,7 +189,7 @@ def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) 
     )
 
 
-def _percent(value: float | None) -> float | None:
+def _percent(value) -> float | None:
     return None if value is None or math.isnan(value) else 100 * value
 
 
