@@ -49,30 +49,36 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
         What would stop or spoil training or evaluation, a sentence each; empty if all is well.
     """
     num_classes, disalign = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.DISALIGN
-    needed, problems = "TRAIN" if training else "TEST", []
+    problems: list[str] = []
+
+    def checked(check, *args, where=""):
+        try:
+            return check(*args)
+        except InputError as error:
+            problems.append(f"{where}{error}")
+
+    needed = "TRAIN" if training else "TEST"
     if not cfg.DATASETS[needed]:
         problems.append(f"expected a dataset in DATASETS.{needed}, got none")
     given = None  # else the training data is counted, and checked below
     if training and disalign.CALIBRATE and disalign.CLASS_COUNTS:
-        try:
-            given = class_counts_from_config(cfg)
-        except InputError as error:
-            problems.append(str(error))
+        given = checked(class_counts_from_config, cfg)
     train = tuple(dict.fromkeys(cfg.DATASETS.TRAIN)) if training else ()
     counts, reference = [], None
     for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
-        try:
-            records = load_records(name)
-        except InputError as error:
-            problems.append(str(error))
+        records = checked(load_records, name)
+        if records is None:
             continue
-        problems += _missing_images(name, records)
-        reference = reference or name
-        problems += _other_classes(name, reference, num_classes)
-        try:
-            own = count_annotations(records, len(_classes(name)) or num_classes)
-        except InputError as error:
-            problems.append(f"in {name!r}: {error}")
+        reference, classes, where = reference or name, _classes(name), f"in {name!r}: "
+        checked(_require_images, name, records)
+        if name == reference and len(classes) not in (0, num_classes):
+            problems.append(
+                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
+                f"{num_classes}"
+            )
+        checked(require_same_classes, _classes(reference), classes, repr(name), repr(reference))
+        own = checked(count_annotations, records, len(classes) or num_classes, where=where)
+        if own is None:
             continue
         logger.info("%s: %d images and %d annotations of %d classes", name, len(records), int(own.sum()), len(own))
         if name in train:
@@ -80,7 +86,7 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
             problems += _untrainable_masks(name, records, cfg)
             _log_flat_boxes(name, records)
         if name in cfg.DATASETS.TEST:
-            problems += _unfit_for_evaluation(name, cfg)
+            checked(_require_ground_truth, name, cfg, where=where)
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
     if train and [len(own) for own in counts] == [num_classes] * len(train):
@@ -101,29 +107,17 @@ def _classes(name) -> list[str]:
     return MetadataCatalog.get(name).get("thing_classes") or []
 
 
-def _missing_images(name, records) -> Iterator[str]:
+def _require_images(name, records) -> None:
     absent = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
     if absent:
         folders = Counter(map(os.path.dirname, absent))
         hint = place_of(absent[0]) or "; check the image folder"
         if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
             hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
-        yield (
+        raise InputError(
             f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
             f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
         )
-
-
-def _other_classes(name, reference, num_classes) -> Iterator[str]:
-    classes = _classes(name)
-    if name == reference and len(classes) not in (0, num_classes):
-        yield (
-            f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got {num_classes}"
-        )
-    try:  # in the order of the category ids
-        require_same_classes(_classes(reference), classes, repr(name), whose=repr(reference))
-    except InputError as error:
-        yield str(error)
 
 
 def _untrainable_masks(name, records, cfg) -> Iterator[str]:
@@ -146,19 +140,15 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
         yield f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
 
 
-def _unfit_for_evaluation(name, cfg) -> Iterator[str]:
-    """What the evaluator would refuse after hours of training."""
+def _require_ground_truth(name, cfg) -> None:
+    """Refuse what the evaluator would refuse after hours of training."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "lvis":
         return
     ground_truth = read_json(PathManager.get_local_path(metadata.json_file), "annotations")
-    if not ground_truth.get("annotations"):
-        return  # a test set without annotations is not evaluated
-    try:
+    if ground_truth.get("annotations"):  # a test set without annotations is not evaluated
         for iou_type in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
             check_ground_truth(ground_truth, iou_type)
-    except InputError as error:
-        yield f"in {name!r}: {error}"
 
 
 def _log_flat_boxes(name, records) -> None:
