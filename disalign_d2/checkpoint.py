@@ -120,7 +120,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         if calibrated and not self._calibrations:
             raise InputError(
                 f"expected a stage-one checkpoint for this config, got a calibrated one in {self._name!r}; use the "
-                "config of stage two"
+                "stage-two config, or MODEL.DISALIGN.CALIBRATE True"
             )
         if self._calibrations and not calibrated:
             raise InputError(

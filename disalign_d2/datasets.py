@@ -63,7 +63,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
 
     Args:
         json_file: polygons or RLE masks.
-        image_root: of ``file_name``, or else of ``split/file`` at the end of ``coco_url``.
+        image_root: the folder of ``file_name``, or, where there is none, of ``split/file``, the end of ``coco_url``.
         name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
             the classes 0..K-1 are the categories in the order of their ids.
 
@@ -161,7 +161,7 @@ def unreadable(record: dict, error: Exception) -> InputError:
     """The sentence on an image that can't be used."""
     return InputError(
         f"expected a whole image of {record.get('width')} x {record.get('height')} pixels at {record['file_name']!r}, "
-        f"but: {first_line(error)}; fetch the file again, or mend its entry in the annotations"
+        f"but: {first_line(error)}; fetch the file again, or correct its entry in the annotations"
     )
 
 

@@ -312,7 +312,7 @@ def test_an_image_of_another_size_and_a_missing_one_are_named(tmp_path):
     write_images(tmp_path / "images", "3.png", size=(10, 24))
     records = load_instances(write(tmp_path, coco()), str(tmp_path / "images"))
     mapper = CheckedMapper(config(), True)
-    with pytest.raises(InputError, match=r"images/3.png', but: Mismatched image shape.*mend its entry"):
+    with pytest.raises(InputError, match=r"images/3.png', but: Mismatched image shape.*correct its entry"):
         mapper(records[0])
     with pytest.raises(InputError, match=r"images/5.png', but: .*No such file"):
         mapper(records[1])
@@ -335,7 +335,7 @@ def test_a_truncated_image_stops_the_loaders_with_its_sentence(tmp_path, workers
                 pass
         sentence = sentence_of(caught.value)
         assert sentence.startswith(f"expected a whole image of 32 x 24 pixels at {str(bad)!r}, but: ")
-        assert sentence.endswith("mend its entry in the annotations")
+        assert sentence.endswith("correct its entry in the annotations")
 
 
 def test_a_file_name_of_2014_leads_to_where_the_url_says(tmp_path):
