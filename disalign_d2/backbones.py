@@ -1,5 +1,7 @@
 """A small backbone for runs without a GPU: configs/d2/shapes and the tests."""
 
+from itertools import pairwise
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
@@ -15,21 +17,14 @@ def build_small_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     settings = cfg.MODEL.RESNETS
     stem = BasicStem(input_shape.channels, settings.STEM_OUT_CHANNELS, settings.NORM)
-    stages, channels = [], settings.STEM_OUT_CHANNELS
-    for index in range(max(int(name.removeprefix("res")) for name in settings.OUT_FEATURES) - 1):
-        out_channels = settings.RES2_OUT_CHANNELS * 2**index
-        stride = 1 if index == 0 else 2
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock,
-                2,
-                stride_per_block=[stride, 1],
-                in_channels=channels,
-                out_channels=out_channels,
-                norm=settings.NORM,
-            )
+    count = max(int(name.removeprefix("res")) for name in settings.OUT_FEATURES) - 1
+    widths = [settings.STEM_OUT_CHANNELS, *(settings.RES2_OUT_CHANNELS * 2**index for index in range(count))]
+    stages = [
+        ResNet.make_stage(
+            BasicBlock, 2, stride_per_block=[stride, 1], in_channels=width, out_channels=wider, norm=settings.NORM
         )
-        channels = out_channels
+        for stride, (width, wider) in zip([1, *[2] * (count - 1)], pairwise(widths), strict=True)
+    ]
     return FPN(
         bottom_up=ResNet(stem, stages, out_features=settings.OUT_FEATURES),
         in_features=cfg.MODEL.FPN.IN_FEATURES,

@@ -34,16 +34,15 @@ class _AtomicWrites:
 class DisAlignCheckpointer(DetectionCheckpointer):
     """Reads stage one, a run to resume, and a model to evaluate; saves the class counts and rho beside the model.
 
-    Detectron2 only warns of missing or mis-shaped tensors. Here they stop stage two, ``--resume`` and evaluation. A
-    fresh stage one still starts from whatever fits (ImageNet or COCO weights), as in Detectron2.
+    Missing or mis-shaped tensors stop stage two, ``--resume`` and evaluation. A fresh stage one starts from whatever
+    fits (ImageNet or COCO weights), as in Detectron2.
 
     Args:
         model, save_dir, checkpointables: as in ``DetectionCheckpointer``.
         training: a run that starts without ``--resume`` starts from another stage's or another dataset's weights.
 
     Raises:
-        InputError: on loading: no file, a file that holds more than tensors and plain values, or one that is not of
-            this very model and stage.
+        InputError: on loading: no file, more than tensors and plain values, or another model or stage.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, training: bool = False, **checkpointables: Any) -> None:
@@ -100,9 +99,9 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         if "model" in content:
             return dict(content)
         # Detectron2 takes any other .pkl for Caffe2's.
-        blobs = {name: blob for name, blob in content.get("blobs", content).items() if isinstance(blob, Tensor)}
-        blobs = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
-        return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        blobs = content.get("blobs", content).items()
+        weights = {name: blob for name, blob in blobs if isinstance(blob, Tensor) and not name.endswith("_momentum")}
+        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _load_model(self, checkpoint):
         source = state_dict_of(checkpoint["model"])
@@ -126,9 +125,9 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         if self._calibrations and not calibrated:
             raise InputError(
                 f"expected a stage-two checkpoint, got one without a calibration in {self._name!r}; give stage one's "
-                "as MODEL.WEIGHTS to train, with an OUTPUT_DIR of its own, or evaluate it with its own config"
+                "as MODEL.WEIGHTS only to train, in another OUTPUT_DIR, and evaluate it with its own config"
             )
         target = self.model.state_dict()
-        where = f" in {self._name!r}"
-        require_tensors(source, target, "tensors of the config's model", (COUNTERS, *NOT_NEEDED), where)
+        what, where = "tensors of the config's model", f" in {self._name!r}"
+        require_tensors(source, target, what, (COUNTERS, *NOT_NEEDED), where)
         self.model.load_state_dict({name: source[name] for name in target})

@@ -10,7 +10,6 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor
 
 from disalign import load_class_counts
-from disalign.counts import BUNDLED
 from disalign.errors import InputError, some
 
 from .datasets import load_records
@@ -19,10 +18,10 @@ UNITS = ("instances", "images")
 
 
 def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str = "instances") -> Tensor:
-    """Count the annotations that train: crowds don't.
+    """Count the annotations of the K classes that train: crowds don't.
 
     Args:
-        dataset_dicts: in Detectron2's format, ``category_id`` in [0, K).
+        dataset_dicts: in Detectron2's format.
         num_classes: K.
         unit: ``"instances"``, or ``"images"`` that show the class at least once.
 
@@ -49,17 +48,16 @@ def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str
 
 
 def class_counts_from_config(cfg: CfgNode) -> Tensor:
-    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` ask for; only training needs them.
+    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` ask for.
 
-    Args:
-        cfg: ``CLASS_COUNTS`` is a bundled name, a JSON file (see :func:`disalign.load_class_counts`), or empty: then
-            the annotations of all of ``DATASETS.TRAIN`` are counted.
+    ``CLASS_COUNTS`` is a bundled name, a JSON file (see :func:`disalign.load_class_counts`), or empty: then the
+    annotations of all of ``DATASETS.TRAIN`` are counted.
 
     Returns:
         (K,) int64, all at least 1.
 
     Raises:
-        InputError: an unknown unit or dataset, counts that can't be read, counts of another number of classes than
+        InputError: unknown or unreadable settings or data, another number of classes than
             ``MODEL.ROI_HEADS.NUM_CLASSES``, or a class without training examples.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -67,12 +65,9 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     if unit not in UNITS:
         raise InputError(f"expected MODEL.DISALIGN.COUNT_UNIT among {some(UNITS)}, got {unit!r}")
     if source:
-        path = source if source in BUNDLED else os.path.expanduser(source)
-        counts = load_class_counts(path, unit="images" if unit == "images" else None)
+        counts = load_class_counts(os.path.expanduser(source), unit="images" if unit == "images" else None)
         names = None
     else:
-        if not cfg.DATASETS.TRAIN:
-            raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
         counts, names = _count_datasets(tuple(cfg.DATASETS.TRAIN), num_classes, unit)
         source = f"the annotations of {some(cfg.DATASETS.TRAIN)}"
     if len(counts) != num_classes:
@@ -85,8 +80,8 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     if empty:
         raise InputError(
             f"expected at least one of the {unit} per class, got none of {len(empty)} classes in {source}: "
-            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give counts of at "
-            "least 1 as a JSON file in MODEL.DISALIGN.CLASS_COUNTS"
+            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give other counts "
+            "in MODEL.DISALIGN.CLASS_COUNTS"
         )
     return counts.clone()
 
@@ -94,6 +89,8 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
 # A cascade asks once per stage, and LVIS's file takes a minute; a registered dataset always returns the same.
 @functools.cache
 def _count_datasets(datasets, num_classes, unit):
+    if not datasets:
+        raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
     records = [record for name in datasets for record in load_records(name)]
     names = MetadataCatalog.get(datasets[0]).get("thing_classes")
     return count_annotations(records, len(names) if names else num_classes, unit), names
@@ -105,8 +102,6 @@ def training_image_counts(cfg: CfgNode) -> Tensor | None:
     Returns:
         (K,) int64.
     """
-    if not cfg.DATASETS.TRAIN:
-        return None
     try:
         return _count_datasets(tuple(cfg.DATASETS.TRAIN), cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images")[0].clone()
     except InputError:

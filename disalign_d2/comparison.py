@@ -56,18 +56,16 @@ def reports(cfg: CfgNode, results: Mapping, stage_one: Mapping | None) -> dict[s
     """Dataset -> task (``"bbox"``, ``"segm"``) -> :func:`disalign.report.report`.
 
     Args:
-        cfg: Detectron2 leaves out the dataset's name where ``DATASETS.TEST`` has only one.
-        results: of Detectron2: dataset -> task -> figure -> percent.
-        stage_one: the same of stage one; a task that it has no figures of (it detected nothing) has none here.
+        cfg: its ``DATASETS.TEST``.
+        results: of Detectron2: dataset (left out if there is only one) -> task -> figure -> percent.
+        stage_one: the same of stage one; a task that it detected nothing for has no figures.
     """
-
-    def by_dataset(results: Mapping) -> Mapping:
-        return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
-
-    before = None if stage_one is None else by_dataset(stage_one)
+    if len(cfg.DATASETS.TEST) == 1:
+        results = {cfg.DATASETS.TEST[0]: results}
+        stage_one = None if stage_one is None else {cfg.DATASETS.TEST[0]: stage_one}
     return {
-        dataset: {task: report(after, before and before[dataset].get(task, {})) for task, after in tasks.items()}
-        for dataset, tasks in by_dataset(results).items()
+        dataset: {task: report(after, stage_one and stage_one[dataset].get(task, {})) for task, after in tasks.items()}
+        for dataset, tasks in results.items()
     }
 
 

@@ -28,113 +28,96 @@ logger = logging.getLogger(__name__)
 def require_data(cfg: CfgNode, training: bool) -> None:
     """Refuse to start on incomplete data; reads the annotations and lists the folders, but opens no image.
 
-    Args:
-        cfg: its datasets must be registered.
-        training: check ``DATASETS.TRAIN`` and ``TEST``; else only ``TEST``.
-
     Raises:
         InputError: the first problem of :func:`check_data`, and how many there are.
     """
-    problems = _problems(cfg, training, decode=False)
+    problems = check_data(cfg, training=training)
     if problems:
         more = f" (and {len(problems) - 1} more, see --data-check)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
 
 
-def check_data(cfg: CfgNode, decode: bool = False) -> list[str]:
-    """Check the datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
+def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> list[str]:
+    """Check the registered datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
 
     Args:
-        cfg: its datasets must be registered.
+        cfg: the config.
         decode: read every image to its end too, which takes minutes for LVIS.
+        training: else only ``TEST``.
 
     Returns:
         What would stop or spoil training or evaluation, a sentence each; empty if all is well.
     """
-    return _problems(cfg, training=True, decode=decode)
+    num_classes, disalign = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.DISALIGN
+    problems: list[str] = []
 
+    def checked(check, *args, where=""):
+        try:
+            return check(*args)
+        except InputError as error:
+            problems.append(f"{where}{error}")
 
-def _problems(cfg, training, decode):
-    problems = list(_config_problems(cfg, training))
-    train = cfg.DATASETS.TRAIN if training else ()
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    counts = torch.zeros(num_classes, dtype=torch.int64)
-    uncounted = set(train)
-    reference = None
+    needed = "TRAIN" if training else "TEST"
+    if not cfg.DATASETS[needed]:
+        problems.append(f"expected a dataset in DATASETS.{needed}, got none")
+    given = None  # else the training data is counted, and checked below
+    if training and disalign.CALIBRATE and disalign.CLASS_COUNTS:
+        given = checked(class_counts_from_config, cfg)
+    train = tuple(dict.fromkeys(cfg.DATASETS.TRAIN)) if training else ()
+    counts, reference = [], None
     for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
-        try:
-            records = load_records(name)
-        except InputError as error:
-            problems.append(str(error))
+        records = checked(load_records, name)
+        if records is None:
             continue
-        problems += _missing_images(name, records)
-        reference = reference or name
-        problems += _other_classes(name, reference, num_classes)
-        try:
-            own = count_annotations(records, len(_classes(name)) or num_classes)
-        except InputError as error:
-            problems.append(f"in {name!r}: {error}")
+        reference, classes, where = reference or name, _classes(name), f"in {name!r}: "
+        checked(_require_images, name, records)
+        if name == reference and len(classes) not in (0, num_classes):
+            problems.append(
+                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
+                f"{num_classes}"
+            )
+        checked(require_same_classes, _classes(reference), classes, repr(name), repr(reference))
+        own = checked(count_annotations, records, len(classes) or num_classes, where=where)
+        if own is None:
             continue
         logger.info("%s: %d images and %d annotations of %d classes", name, len(records), int(own.sum()), len(own))
         if name in train:
-            if len(own) == num_classes:
-                counts += own
-                uncounted.discard(name)
+            counts.append(own)
             problems += _untrainable_masks(name, records, cfg)
             _log_flat_boxes(name, records)
         if name in cfg.DATASETS.TEST:
-            problems += _unfit_for_evaluation(name, cfg)
+            checked(_require_ground_truth, name, cfg, where=where)
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
-    if train and not uncounted:
-        problems += _unseen_classes(counts, train, cfg)
-        _log_other_counts(counts, train, cfg)
+    if train and [len(own) for own in counts] == [num_classes] * len(train):
+        total = torch.stack(counts).sum(0)
+        problems += _unseen_classes(total, train, disalign)
+        if given is not None and disalign.COUNT_UNIT == "instances" and not torch.equal(given, total):
+            logger.warning(
+                "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); '' would count them",
+                disalign.CLASS_COUNTS,
+                some(train),
+                int(total.sum()),
+                int(given.sum()),
+            )
     return problems
-
-
-def _config_problems(cfg, training) -> Iterator[str]:
-    needed = "TRAIN" if training else "TEST"
-    if not cfg.DATASETS[needed]:
-        yield f"expected a dataset in DATASETS.{needed}, got none"
-    # Without CLASS_COUNTS the training data is counted, and checked below.
-    if training and cfg.MODEL.DISALIGN.CALIBRATE and cfg.MODEL.DISALIGN.CLASS_COUNTS:
-        try:
-            class_counts_from_config(cfg)
-        except InputError as error:
-            yield str(error)
 
 
 def _classes(name) -> list[str]:
     return MetadataCatalog.get(name).get("thing_classes") or []
 
 
-def _missing_images(name, records) -> Iterator[str]:
+def _require_images(name, records) -> None:
     absent = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
-    if not absent:
-        return
-    folders = Counter(os.path.dirname(path) for path in absent)
-    hint = place_of(absent[0]) or "; check the image folder"
-    if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
-        hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
-    yield (
-        f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
-        f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
-    )
-
-
-def _other_classes(name, reference, num_classes) -> Iterator[str]:
-    classes, expected = _classes(name), _classes(reference)
-    if name == reference:
-        if classes and len(classes) != num_classes:
-            yield (
-                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
-                f"{num_classes}"
-            )
-        return
-    try:  # in the order of the category ids
-        require_same_classes(expected, classes, repr(name), whose=repr(reference))
-    except InputError as error:
-        yield str(error)
+    if absent:
+        folders = Counter(map(os.path.dirname, absent))
+        hint = place_of(absent[0]) or "; check the image folder"
+        if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
+            hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
+        raise InputError(
+            f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
+            f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
+        )
 
 
 def _untrainable_masks(name, records, cfg) -> Iterator[str]:
@@ -144,52 +127,28 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
         [one.get("segmentation") for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
         for record in records
     ]
-    lacking = sum(mask is None for masks in images for mask in masks)
+    lacking = [sum(mask is None for mask in masks) for masks in images]
     # Stage two needs no masks, but Detectron2 reads all or none of an image.
-    mixed = any(0 < sum(mask is None for mask in masks) < len(masks) for masks in images)
-    if lacking and (mixed or not cfg.MODEL.DISALIGN.CALIBRATE):
+    mixed = any(0 < none < len(masks) for none, masks in zip(lacking, images, strict=True))
+    if mixed or (any(lacking) and not cfg.MODEL.DISALIGN.CALIBRATE):
         yield (
-            f"expected a mask for every annotation of {name!r}, as MODEL.MASK_ON says, but {lacking} have none; add "
-            "them, or train a model of boxes alone"
+            f"expected a mask for every annotation of {name!r}, as MODEL.MASK_ON says, but {sum(lacking)} have none; "
+            "add them, or train a model of boxes alone"
         )
     rle = sum(isinstance(mask, dict) for masks in images for mask in masks)
     if rle and cfg.INPUT.MASK_FORMAT == "polygon":
-        yield (
-            f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
-        )
+        yield f"expected polygons in {name!r}, as INPUT.MASK_FORMAT says, but {rle} masks are RLE; set it to 'bitmask'"
 
 
-def _unfit_for_evaluation(name, cfg) -> Iterator[str]:
-    """What the evaluator would refuse after hours of training."""
+def _require_ground_truth(name, cfg) -> None:
+    """Refuse what the evaluator would refuse after hours of training."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "lvis":
         return
     ground_truth = read_json(PathManager.get_local_path(metadata.json_file), "annotations")
-    if not ground_truth.get("annotations"):
-        return  # a test set without annotations is not evaluated
-    try:
+    if ground_truth.get("annotations"):  # a test set without annotations is not evaluated
         for iou_type in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
             check_ground_truth(ground_truth, iou_type)
-    except InputError as error:
-        yield f"in {name!r}: {error}"
-
-
-def _log_other_counts(counts, train, cfg) -> None:
-    disalign = cfg.MODEL.DISALIGN
-    if not (disalign.CALIBRATE and disalign.CLASS_COUNTS) or disalign.COUNT_UNIT != "instances":
-        return
-    try:
-        given = class_counts_from_config(cfg)
-    except InputError:
-        return  # said already
-    if not torch.equal(given, counts):
-        logger.warning(
-            "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); set it to '' to count them",
-            disalign.CLASS_COUNTS,
-            some(train),
-            int(counts.sum()),
-            int(given.sum()),
-        )
 
 
 def _log_flat_boxes(name, records) -> None:
@@ -202,20 +161,19 @@ def _log_flat_boxes(name, records) -> None:
         logger.warning("%s: %d boxes have no area; Detectron2 leaves them out of training", name, flat)
 
 
-def _unseen_classes(counts, train, cfg) -> Iterator[str]:
+def _unseen_classes(counts, train, disalign) -> Iterator[str]:
     unseen = (counts == 0).nonzero().flatten().tolist()
-    if not unseen:
-        return
-    names = _classes(train[0])
-    sentence = (
-        f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have none: "
-        f"{some(names[index] if names else index for index in unseen)}"
-    )
-    # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
-    if len(unseen) == len(counts) or (cfg.MODEL.DISALIGN.CALIBRATE and not cfg.MODEL.DISALIGN.CLASS_COUNTS):
-        yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
-    else:
-        logger.warning(sentence)
+    if unseen:
+        names = _classes(train[0]) or range(len(counts))
+        sentence = (
+            f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have "
+            f"none: {some(names[index] for index in unseen)}"
+        )
+        # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
+        if len(unseen) == len(counts) or (disalign.CALIBRATE and not disalign.CLASS_COUNTS):
+            yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
+        else:
+            logger.warning(sentence)
 
 
 def _broken_images(name, records, image_format) -> list[str]:

@@ -19,7 +19,7 @@ def register_from_config(cfg: CfgNode) -> None:
     """Register every ``[name, annotation file, image folder]`` of ``cfg.DATASETS.OWN``.
 
     Raises:
-        InputError: an entry that is none, or see :func:`register_instances`.
+        InputError: another entry, or see :func:`register_instances`.
     """
     for entry in cfg.DATASETS.OWN:
         is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
@@ -35,18 +35,14 @@ def register_instances(name: str, json_file: str | os.PathLike[str], image_root:
     """Make an annotation file known to Detectron2 under a name; it is read only when the dataset is used.
 
     Args:
-        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``; it means nothing else.
+        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: LVIS or COCO format, see :func:`load_instances`.
-        image_root: the images' folder. Both paths are as for any command: relative to the current folder, ``~`` is the
-            home.
+        image_root: the images' folder; in both paths ``~`` is the home.
 
     Raises:
         InputError: the name is taken by other paths; the same ones again are fine.
     """
-    paths = {
-        "json_file": os.path.expanduser(os.fspath(json_file)),
-        "image_root": os.path.expanduser(os.fspath(image_root)),
-    }
+    paths = {"json_file": os.path.expanduser(json_file), "image_root": os.path.expanduser(image_root)}
     if name in DatasetCatalog:
         taken = {key: MetadataCatalog.get(name).get(key) for key in paths}
         if taken != paths:
@@ -67,8 +63,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
 
     Args:
         json_file: polygons or RLE masks.
-        image_root: an image is at ``image_root/file_name``, or, if it is not or has no such name, at
-            ``image_root/split/file`` after its ``coco_url``.
+        image_root: the folder of ``file_name``, or, where there is none, of ``split/file``, the end of ``coco_url``.
         name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
             the classes 0..K-1 are the categories in the order of their ids.
 
@@ -121,8 +116,7 @@ def load_records(name: str) -> list[dict]:
     if name not in DatasetCatalog:
         known = [known for known in DatasetCatalog if MetadataCatalog.get(known).get("evaluator_type") == "lvis"]
         raise InputError(
-            f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; name your own in "
-            "DATASETS.OWN"
+            f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; or set DATASETS.OWN"
         )
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is not None and not PathManager.isfile(json_file):

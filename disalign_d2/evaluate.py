@@ -34,24 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("expected 1 or more as --max-dets, or -1 for all, got 0")
     detections = read_json(args.detections, "detections")
     annotations = read_json(args.annotations, "annotations")
-    if not isinstance(detections, list):
-        raise InputError(
-            f"expected a list of detections in {args.detections!r}, got {type(detections).__name__}; give the "
-            "detections first, then the annotations"
-        )
-    iou_types = args.iou_type or shapes_of(detections)
-    report = evaluation_report(
-        annotations, detections, iou_types, args.max_dets, args.fixed_ap, image_counts=args.image_counts
-    )
+    first = detections[0] if isinstance(detections, list) and detections else None
+    shapes = [iou_type for iou_type, key in SHAPE.items() if isinstance(first, dict) and key in first]
+    iou_types = args.iou_type or shapes or ["bbox"]
+    report = evaluation_report(annotations, detections, iou_types, args.max_dets, args.fixed_ap, args.image_counts)
     if args.out:
         write_json(args.out, report)
     print(table(report["figures"]))
-
-
-def shapes_of(detections: list) -> list[str]:
-    """The IoU types that the detections can be evaluated for."""
-    first = detections[0] if detections and isinstance(detections[0], dict) else {}
-    return [iou_type for iou_type, key in SHAPE.items() if key in first] or ["bbox"]
 
 
 if __name__ == "__main__":

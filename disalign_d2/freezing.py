@@ -25,22 +25,19 @@ class LeanRPN(RPN):
     """A frozen RPN: the same proposals, no losses, and no anchors labelled for them."""
 
     def label_and_sample_anchors(self, anchors: Any, gt_instances: Any) -> Any:
-        """Nothing is labelled."""
         return [], []
 
     def losses(
         self, anchors: Any, pred_objectness_logits: Any, gt_labels: Any, pred_anchor_deltas: Any, gt_boxes: Any
     ) -> dict:
-        """What is frozen has no loss."""
         return {}
 
 
 def freeze(model: nn.Module) -> FreezeReport:
     """Freeze a Detectron2 R-CNN but for its calibrations, in place; before DDP wraps it.
 
-    BatchNorm becomes FrozenBatchNorm, and dropout and drop-path stay in eval mode through every ``model.train()``. The
-    meta-architecture, the RPN and the ROI heads follow it, since they choose their training path by it; the RPN
-    computes no losses.
+    BatchNorm becomes FrozenBatchNorm, and what is frozen stays in eval mode through every ``model.train()``, but for
+    the meta-architecture, the RPN and the ROI heads, which choose their training path by it; the RPN has no losses.
 
     Args:
         model: ``GeneralizedRCNN`` with ROI heads whose box predictors are calibrated.
@@ -57,16 +54,15 @@ def freeze(model: nn.Module) -> FreezeReport:
             "calibrate=True, or set MODEL.DISALIGN.CALIBRATE True and MODEL.ROI_HEADS.NAME DisAlignROIHeads"
         )
     heads = model.roi_heads
-    branches = any(getattr(heads, switch, False) for switch in ("mask_on", "keypoint_on"))
+    branches = getattr(heads, "mask_on", False) or getattr(heads, "keypoint_on", False)
     if branches and not isinstance(heads, LeanTraining):
         raise InputError(
             "expected DisAlignROIHeads or DisAlignCascadeROIHeads for a model with masks or keypoints, got "
             f"{type(heads).__name__}, which would train them; change the ROI heads"
         )
     model = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
-    generator = model.proposal_generator
-    if type(generator) is RPN:
-        generator.__class__ = LeanRPN
+    if type(model.proposal_generator) is RPN:
+        model.proposal_generator.__class__ = LeanRPN
     parents = ("", "proposal_generator", "roi_heads")
     following = (*parents, "roi_heads.box_predictor")
     held = [name for name, _ in model.named_modules() if name.rpartition(".")[0] in parents and name not in following]
@@ -78,8 +74,8 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """Detectron2's ``build_model``, frozen when the config calibrates.
 
     Raises:
-        InputError: a calibration or a cosine classifier for ROI heads that know neither, or a calibration beside
-            sigmoid or federated loss.
+        InputError: ROI heads that know no calibration and no cosine classifier, or sigmoid or federated loss beside a
+            calibration.
     """
     asks = cfg.MODEL.DISALIGN.CALIBRATE or cfg.MODEL.DISALIGN.CLASSIFIER != "linear"
     if asks and not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), LeanTraining):

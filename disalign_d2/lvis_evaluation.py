@@ -9,37 +9,25 @@ from detectron2.evaluation import LVISEvaluator
 
 from disalign.io import atomic_file, write_json
 
-from .lvis_metrics import evaluation_report, table
+from .lvis_metrics import ImageCounts, evaluation_report, table
 
 
 class DisAlignLVISEvaluator(LVISEvaluator):
     """Boxes and masks by :func:`disalign_d2.lvis_metrics.evaluate_lvis`; lvis-api only reads the annotations.
 
-    Into ``output_dir`` go ``lvis_instances_results.json``, all detections, which ``python -m disalign_d2.evaluate``
-    takes, and ``lvis_results.json``, what :func:`disalign_d2.lvis_metrics.evaluation_report` returns. In the results
-    that Detectron2 gets a figure without ground truth is NaN.
+    Into ``output_dir`` go ``lvis_instances_results.json``, all detections, for ``python -m disalign_d2.evaluate``, and
+    ``lvis_results.json``, see :func:`disalign_d2.lvis_metrics.evaluation_report`. To Detectron2 a figure without ground
+    truth is NaN.
 
     Args:
-        dataset_name, distributed, output_dir: as the base class's.
-        tasks: as the base class's; left out, a model that detects nothing at all is evaluated for boxes only.
-        max_dets_per_image: default: LVIS's 300.
+        args, stock: the arguments of ``LVISEvaluator``. Without ``tasks`` a model that detects nothing at all is
+            evaluated for boxes only; ``max_dets_per_image`` is LVIS's 300 by default.
         fixed_ap: also the fixed AP; the model should give it more than 300 detections per image.
-        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; or a function that returns it (or ``None``),
-            which is called only if a category of the annotations has no ``frequency``.
+        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; a function is called only where it is needed.
     """
 
-    def __init__(
-        self,
-        dataset_name: str,
-        tasks: Any = None,
-        distributed: Any = True,
-        output_dir: Any = None,
-        *,
-        max_dets_per_image: int | None = None,
-        fixed_ap: bool = False,
-        image_counts: Any = None,
-    ) -> None:
-        super().__init__(dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image)
+    def __init__(self, *args: Any, fixed_ap: bool = False, image_counts: ImageCounts = None, **stock: Any) -> None:
+        super().__init__(*args, **stock)
         self._fixed_ap = fixed_ap
         self._image_counts = image_counts
 
@@ -54,11 +42,8 @@ class DisAlignLVISEvaluator(LVISEvaluator):
         tasks = sorted(self._tasks or self._tasks_from_predictions(detections))
         max_dets = 300 if self._max_dets_per_image is None else self._max_dets_per_image
         self._logger.info("Evaluating %d detections: %s", len(detections), ", ".join(tasks))
-        ground_truth, image_counts = self._lvis_api.dataset, self._image_counts
-        if callable(image_counts):
-            known = all(category.get("frequency") for category in ground_truth["categories"])
-            image_counts = None if known else image_counts()
-        report = evaluation_report(ground_truth, detections, tasks, max_dets, self._fixed_ap, image_counts)
+        ground_truth = self._lvis_api.dataset
+        report = evaluation_report(ground_truth, detections, tasks, max_dets, self._fixed_ap, self._image_counts)
         if self._output_dir:
             write_json(os.path.join(self._output_dir, "lvis_results.json"), report)
         self._logger.info("Evaluation results:\n%s", table(report["figures"]))

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from disalign.errors import some
 from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
 from disalign.report import shown, text_table
 
+#: Training images per category, in the order of their ids, or a function that counts them if they are needed.
+ImageCounts = ClassCounts | Callable[[], ClassCounts | None] | None
 #: LVIS's groups by number of training images: rare (at most 10), common (at most 100), frequent.
 GROUPS = ("r", "c", "f")
 #: Suffixes of the area ranges, in faster-coco-eval's order: all, small (to 32^2 pixels), medium (to 96^2), large.
@@ -45,13 +48,12 @@ def evaluate_lvis(
     detections: list[dict],
     iou_type: str = "bbox",
     max_dets: int = 300,
-    image_counts: ClassCounts | None = None,
+    image_counts: ImageCounts = None,
 ) -> Evaluation:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
-    Of each image the ``max_dets`` best detections count. A category is judged only on the images annotated for it:
-    those that show it and those verified not to (``neg_category_ids``). Where an image is not annotated exhaustively
-    for it (``not_exhaustive_category_ids``), an unmatched detection is no error.
+    A category is judged only on the images that show it or are verified not to (``neg_category_ids``); where an image
+    is not annotated exhaustively for it (``not_exhaustive_category_ids``), an unmatched detection is no error.
 
     Args:
         ground_truth: the content of an annotation file in LVIS format; or in COCO format: an image without
@@ -59,16 +61,15 @@ def evaluate_lvis(
         detections: each with ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height; pixels) or
             ``segmentation`` (compressed RLE). Of equal scores the first is the better.
         iou_type: ``"bbox"``, or ``"segm"``: the area of a detection is then its mask's.
-        max_dets: detections per image; negative: all.
+        max_dets: the best detections of each image that count; negative: all.
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
-            not give the ``frequency`` itself; anything :func:`disalign.load_class_counts` takes.
+            not give the ``frequency``; what :func:`disalign.load_class_counts` takes, or a function that returns it.
 
     Raises:
         InputError: annotations or detections of another form, or detections of images or categories that the
             annotations do not list.
     """
-    _check(ground_truth, detections, iou_type)
-    return _evaluate(ground_truth, _best(detections, "image_id", max_dets), iou_type, image_counts)
+    return _evaluate(ground_truth, detections, iou_type, image_counts, "image_id", max_dets)
 
 
 def fixed_ap(
@@ -76,7 +77,7 @@ def fixed_ap(
     detections: list[dict],
     iou_type: str = "bbox",
     per_category: int = 10_000,
-    image_counts: ClassCounts | None = None,
+    image_counts: ImageCounts = None,
 ) -> Evaluation:
     """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
 
@@ -86,8 +87,7 @@ def fixed_ap(
     Returns:
         AP-fixed, AP50-fixed, ... APf-fixed, in percent.
     """
-    _check(ground_truth, detections, iou_type)
-    fixed = _evaluate(ground_truth, _best(detections, "category_id", per_category), iou_type, image_counts)
+    fixed = _evaluate(ground_truth, detections, iou_type, image_counts, "category_id", per_category)
     figures = {f"{name}-fixed": value for name, value in fixed.figures.items() if name.startswith("AP")}
     return Evaluation(figures, fixed.per_category)
 
@@ -98,14 +98,13 @@ def evaluation_report(
     iou_types: Any,
     max_dets: int = 300,
     fixed: bool = False,
-    image_counts: ClassCounts | None = None,
+    image_counts: ImageCounts = None,
 ) -> dict:
-    """Everything about one set of detections, ready for JSON.
+    """Everything about one set of detections, ready for JSON; see :func:`evaluate_lvis`.
 
     Args:
         iou_types: some of ``"bbox"`` and ``"segm"``.
         fixed: also the fixed AP.
-        ground_truth, detections, max_dets, image_counts: see :func:`evaluate_lvis`.
 
     Returns:
         ``figures`` (IoU type -> name -> percent or None), ``groups`` (r, c, f -> number of categories, and of those
@@ -121,15 +120,15 @@ def evaluation_report(
             per_category[iou_type]["AP-fixed"] = extra.per_category
     letters = _letters(ground_truth, image_counts)
     names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
-    groups, categories = {}, []
+    groups = {}
     for group in GROUPS:
         aps = [plain.per_category[category] for category, letter in letters.items() if letter == group]
         groups[group] = {"categories": len(aps), "with_ground_truth": sum(ap is not None for ap in aps)}
-    for category, letter in letters.items():
-        of_category: dict = {"id": category, "name": names[category], "frequency": letter}
-        for iou_type, columns in per_category.items():
-            of_category[iou_type] = {name: values[category] for name, values in columns.items()}
-        categories.append(of_category)
+    categories = [
+        {"id": category, "name": names[category], "frequency": letter}
+        | {iou_type: {name: aps[category] for name, aps in of.items()} for iou_type, of in per_category.items()}
+        for category, letter in letters.items()
+    ]
     return {"unit": "percent", "figures": figures, "groups": groups, "categories": categories}
 
 
@@ -140,15 +139,6 @@ def table(figures: dict[str, dict[str, float | None]]) -> str:
     return text_table([["percent", *figures], *rows])
 
 
-def _best(detections: list[dict], key: str, limit: int) -> list[dict]:
-    """The best ``limit`` (negative: all) of each image or category; of equal scores the first, as lvis-api does."""
-    return [
-        detection
-        for group in _grouped(detections, key).values()
-        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
-    ]
-
-
 def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
     groups = defaultdict(list)
     for item in items:
@@ -156,13 +146,21 @@ def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
     return groups
 
 
-def _evaluate(ground_truth, detections, iou_type, image_counts) -> Evaluation:
+def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) -> Evaluation:
+    """Of each ``limited`` (image or category) the best ``limit`` detections count; negative: all."""
+    _check(ground_truth, detections, iou_type)
     letters = _letters(ground_truth, image_counts)
-    images = {image["id"]: _image(image, letters) for image in ground_truth["images"]}
+    # In COCO format an image is annotated for all categories, and may have crowds.
+    defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
+    images = {
+        image["id"]: defaults | image | {"crowds": "neg_category_ids" not in image} for image in ground_truth["images"]
+    }
     present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
     judged = [
         detection
-        for detection in detections
+        for group in _grouped(detections, limited).values()
+        # Of equal scores the first, as lvis-api does.
+        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
         if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
         or (detection["image_id"], detection["category_id"]) in present
     ]
@@ -191,7 +189,7 @@ def _evaluate(ground_truth, detections, iou_type, image_counts) -> Evaluation:
     )
 
 
-def _percent(value: float | None) -> float | None:
+def _percent(value) -> float | None:
     return None if value is None or math.isnan(value) else 100 * value
 
 
@@ -203,8 +201,8 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
         "categories": [{"id": annotations[0]["category_id"], "frequency": "f"}],
     }
     evaluation = COCOeval_faster(
-        COCO(listed | {"annotations": _annotations(annotations, images, iou_type)}),
-        COCO(listed | {"annotations": _detections(detections, images, iou_type)}),
+        COCO(listed | {"annotations": _annotations(annotations, images)}),
+        COCO(listed | {"annotations": _detections(detections, iou_type)}),
         iou_type,
         lvis_style=True,
         print_function=lambda *_: None,
@@ -225,7 +223,10 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
     unknown = set(letters.values()) - {*GROUPS, None}
     if unknown:
         raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
-    if image_counts is None or all(letters.values()):
+    if all(letters.values()):
+        return letters
+    image_counts = image_counts() if callable(image_counts) else image_counts
+    if image_counts is None:
         return letters
     groups = frequent_common_rare(image_counts)
     if len(groups["f"]) != len(letters):
@@ -235,26 +236,12 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
     return {category: next(group for group in GROUPS if groups[group][index]) for index, category in enumerate(letters)}
 
 
-def _image(image, categories) -> dict:
-    """An image for faster-coco-eval; in COCO format it is annotated for all categories, and may have crowds."""
-    return {
-        "id": image["id"],
-        "height": image["height"],
-        "width": image["width"],
-        "neg_category_ids": image.get("neg_category_ids", categories),
-        "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", ()),
-        "crowds": "neg_category_ids" not in image,
-    }
-
-
-def _annotations(annotations, images, iou_type) -> list[dict]:
+def _annotations(annotations, images) -> list[dict]:
     """One category's annotations for faster-coco-eval, with lvis-api's ``ignore`` and COCO's crowds."""
     return [
-        {
+        annotation
+        | {
             "id": place,
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
-            SHAPE[iou_type]: annotation[SHAPE[iou_type]],
             # What lies outside of every area range is ignored.
             "area": -1 if annotation.get("ignore") else annotation["area"],
             "iscrowd": annotation.get("iscrowd", 0) if images[annotation["image_id"]]["crowds"] else 0,
@@ -263,50 +250,25 @@ def _annotations(annotations, images, iou_type) -> list[dict]:
     ]
 
 
-def _detections(detections, images, iou_type) -> list[dict]:
+def _detections(detections, iou_type) -> list[dict]:
     """One category's detections for faster-coco-eval, with the areas of the boxes or of the masks."""
     shapes = [detection[SHAPE[iou_type]] for detection in detections]
-    areas = _box_areas(shapes) if iou_type == "bbox" else _mask_areas(shapes, detections, images)
-    return [
-        {
-            "id": place,
-            "image_id": detection["image_id"],
-            "category_id": detection["category_id"],
-            "score": detection["score"],
-            SHAPE[iou_type]: shape,
-            "area": area,
-        }
-        for place, (detection, shape, area) in enumerate(zip(detections, shapes, areas, strict=True), 1)
-    ]
-
-
-def _box_areas(boxes) -> list[float]:
-    for box in boxes:
-        if not is_box(box):
-            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(box)}")
-    return [width * height for _, _, width, height in boxes]
-
-
-def _mask_areas(rles, detections, images) -> list[int]:
-    for rle, detection in zip(rles, detections, strict=True):
-        image = images[detection["image_id"]]
-        size = [image["height"], image["width"]]
-        if not isinstance(rle, dict) or rle.get("size") != size or not isinstance(rle.get("counts"), (str, bytes)):
-            raise InputError(
-                f"expected compressed RLE of the image's size {size} as segmentation of a detection, got {_short(rle)}"
-            )
     try:
-        return mask_api.area(rles).tolist() if rles else []
+        areas = mask_api.area(shapes).tolist() if iou_type == "segm" and shapes else [box[2] * box[3] for box in shapes]
     except ValueError as error:
         raise InputError(f"expected compressed RLE as segmentation of each detection, but of one: {error}") from None
+    return [
+        detection | {"id": place, "area": area}
+        for place, (detection, area) in enumerate(zip(detections, areas, strict=True), 1)
+    ]
 
 
 def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
     """Refuse annotations that would break the evaluation, or silently count for something else.
 
     Raises:
-        InputError: another form than LVIS's or COCO's, an annotation without its area or without what ``iou_type``
-            compares, or a ``frequency`` that is none.
+        InputError: another form than LVIS's or COCO's, no usable area or nothing for ``iou_type`` to compare, or a
+            ``frequency`` other than r, c and f.
     """
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
@@ -323,18 +285,27 @@ def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
 def _check(ground_truth, detections, iou_type) -> None:
     check_ground_truth(ground_truth, iou_type)
     if not isinstance(detections, list):
-        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
+        raise InputError(f"expected a list of detections, got {type(detections).__name__}; is it the annotations?")
     require_keys(detections, ("image_id", "category_id", "score", SHAPE[iou_type]), "detection")
-    images = {image["id"] for image in ground_truth["images"]}
+    sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}
     for item in detections:
-        if not is_known(item["image_id"], images) or not is_known(item["category_id"], categories):
+        if not is_known(item["image_id"], sizes) or not is_known(item["category_id"], categories):
             raise InputError(
                 f"expected only images and categories that the annotations list, got the detection {_short(item)}; "
                 "are both of the same dataset?"
             )
         if not is_number(item["score"]):
             raise InputError(f"expected a finite score of each detection, got {_short(item)}")
+        shape, size = item[SHAPE[iou_type]], sizes[item["image_id"]]
+        if iou_type == "bbox" and not is_box(shape):
+            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(shape)}")
+        is_rle = isinstance(shape, dict) and isinstance(shape.get("counts"), (str, bytes))
+        if iou_type == "segm" and not (is_rle and shape.get("size") == size):
+            raise InputError(
+                f"expected compressed RLE of the image's size {size} as segmentation of each detection, got "
+                f"{_short(shape)}"
+            )
 
 
 def _short(item) -> str:

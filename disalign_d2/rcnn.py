@@ -14,16 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class DisAlignGeneralizedRCNN(GeneralizedRCNN):
-    """``GeneralizedRCNN``, frozen from its constructor on but for its calibrations (:func:`disalign_d2.freeze`).
-
-    It is the ``model._target_`` of a LazyConfig (under yacs :func:`disalign_d2.build_model` freezes). A state dict that
-    is loaded into it must hold all of the frozen model's tensors, and all of the calibration's or none.
+    """``GeneralizedRCNN``, frozen from its constructor on: the ``model._target_`` of a LazyConfig.
 
     Args:
         parts: the arguments of ``GeneralizedRCNN``.
 
     Raises:
-        InputError: no box predictor is calibrated; on loading, a tensor is missing, mis-shaped, not finite or unknown.
+        InputError: see :func:`disalign_d2.freeze`; on loading, a tensor is missing, mis-shaped, not finite or unknown.
     """
 
     def __init__(self, **parts: Any) -> None:
@@ -31,10 +28,7 @@ class DisAlignGeneralizedRCNN(GeneralizedRCNN):
         logger.info(str(freeze(self)))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; the missing and unknown tensors that ``strict=False`` (Detectron2's) lets pass are refused too.
-
-        Only a whole calibration may be missing then: the state dict is stage one's.
-        """
+        """As in torch, but even with ``strict=False`` nothing may be missing but a whole calibration (stage one's)."""
         required = self.state_dict()
         new = [name for name in required if name.startswith(tuple(calibrations(self)))]
         if not any(name in state_dict for name in new):

@@ -57,6 +57,10 @@ def ddp_without_device_ids() -> Iterator[None]:
         defaults.create_ddp_model = stock
 
 
+def _unwrapped(model: nn.Module) -> Any:
+    return getattr(model, "module", model)
+
+
 class Trainer(DefaultTrainer):
     """Detectron2's trainer: stage one, or with ``MODEL.DISALIGN.CALIBRATE`` stage two."""
 
@@ -64,8 +68,7 @@ class Trainer(DefaultTrainer):
         with ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
             super().__init__(cfg)
         if cfg.MODEL.DISALIGN.CALIBRATE:
-            model: Any = getattr(self.model, "module", self.model)
-            for predictor in model.roi_heads.box_predictors():
+            for predictor in _unwrapped(self.model).roi_heads.box_predictors():
                 predictor.resolve_class_counts()
 
     @classmethod
@@ -109,6 +112,10 @@ class Trainer(DefaultTrainer):
             "register it through DATASETS.OWN"
         )
 
+    @classmethod
+    def _evaluators(cls, cfg, folder):
+        return [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+
     def build_hooks(self) -> list:
         # Before the hooks are built, since the one that saves takes hold of it.
         self.checkpointer = DisAlignCheckpointer(
@@ -134,14 +141,13 @@ class Trainer(DefaultTrainer):
         """Stage one's figures, from its one evaluation or, for these very weights and data, from an earlier one's."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", "stage_one")
         path = os.path.join(folder, "results.json")
-        key = comparison.stage_one_key(cfg, getattr(model, "module", model))
+        key = comparison.stage_one_key(cfg, _unwrapped(model))
         # All ranks go the way of the first, whose files they may not see.
         stage_one = comm.all_gather(comparison.load_stage_one_results(path, key))[0]
         if stage_one is None:
             logger.info("Evaluating stage one (the calibration at its identity) for comparison")
-            evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
             with at_identity(model):
-                stage_one = super().test(cfg, model, evaluators)
+                stage_one = super().test(cfg, model, cls._evaluators(cfg, folder))
             if comm.is_main_process():
                 comparison.save_stage_one_results(path, key, stage_one)
         return stage_one
@@ -150,10 +156,9 @@ class Trainer(DefaultTrainer):
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluate with test-time augmentation (``TEST.AUG``)."""
         logger.info("Evaluating with test-time augmentation")
-        model = GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model))
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        return OrderedDict((f"{task}_TTA", figures) for task, figures in cls.test(cfg, model, evaluators).items())
+        model = GeneralizedRCNNWithTTA(cfg, _unwrapped(model))
+        results = cls.test(cfg, model, cls._evaluators(cfg, os.path.join(cfg.OUTPUT_DIR, "inference_TTA")))
+        return OrderedDict((f"{task}_TTA", figures) for task, figures in results.items())
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -181,15 +186,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.TEST.FIXED_AP and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE <= 300:
         raise InputError(
             "expected TEST.DETECTIONS_PER_IMAGE above LVIS's 300 for TEST.FIXED_AP, which limits per class, "
-            f"got {cfg.TEST.DETECTIONS_PER_IMAGE}; set it to some thousands, or to -1 for all where memory allows"
+            f"got {cfg.TEST.DETECTIONS_PER_IMAGE}; set it to some thousands, or to -1 for all"
         )
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        raise InputError("expected a GPU for SOLVER.AMP.ENABLED, got MODEL.DEVICE cpu; switch it off")
-    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1 and torch.cuda.is_available():
-        raise InputError(
-            "expected MODEL.DEVICE cuda for several processes where there are GPUs, got cpu; hide the GPUs with "
-            "CUDA_VISIBLE_DEVICES= to run on CPUs"
-        )
+    if cfg.MODEL.DEVICE == "cpu":
+        if cfg.SOLVER.AMP.ENABLED:
+            raise InputError("expected a GPU for SOLVER.AMP.ENABLED, got MODEL.DEVICE cpu; switch it off")
+        if args.num_gpus > 1 and torch.cuda.is_available():
+            raise InputError(
+                "expected MODEL.DEVICE cuda for several processes where there are GPUs, got cpu; hide the GPUs with "
+                "CUDA_VISIBLE_DEVICES="
+            )
     register_from_config(cfg)
     cfg.freeze()
     return cfg
@@ -235,36 +241,23 @@ def run(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
-def print_data_check(cfg: CfgNode) -> None:
-    """Say what is missing where.
-
-    Raises:
-        InputError: something is.
-    """
-    problems = check_data(cfg, decode=True)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise InputError(f"expected complete data, got {len(problems)} problems (above); solve them and check again")
-    print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
-
-
 @command
-def main(argv: Sequence[str] | None = None) -> Any:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--data-check", action="store_true", help="say what is missing of the data, and stop")
     args = parser.parse_args(argv)
     if args.data_check:
-        return print_data_check(setup(args))
+        cfg = setup(args)
+        problems = check_data(cfg, decode=True)
+        if problems:
+            print(*problems, sep="\n")
+            raise InputError(
+                f"expected complete data, got {len(problems)} problems (above); solve them and check again"
+            )
+        print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
+        return
     try:
-        launch(
-            run,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except torch.multiprocessing.ProcessRaisedException as error:
         if "disalign.errors.InputError: " not in str(error):
             raise
