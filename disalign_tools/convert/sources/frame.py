@@ -13,7 +13,6 @@ from disalign.errors import some
 from .. import formulas, resnet
 from ..classifier import CALIBRATION, Classifier, Part
 
-
 #: Our name of a calibration's tensor -> ours again; the official code's, below the classifier or its predictor.
 OURS = {word: word for word in CALIBRATION}
 OFFICIAL = {
@@ -44,18 +43,18 @@ class Content:
     heading: str  # what it was taken for
     others: dict[str, str]  # name -> source's name of all tensors but the classifiers'; an image classifier's in timm's
     classifiers: list[Classifier]  # those that are calibrated, or could be
-    names_known: bool = False  # others have the target's names; else only a plain ResNet's tell without the model
+    names_known: bool = False  # the others' are the target's for certain; else only a plain ResNet's are
     timm_name: str = ""  # the image classifier's in timm, where the source tells it
     dropped: dict[str, str] = field(default_factory=dict)  # source's name -> why it has no place in the result
     notes: list[str] = field(default_factory=list)  # sentences for the user
 
 
 class Source(NamedTuple):
-    """Where checkpoints come from: one is ``known`` by its tensors, and read by ``parse(tensors, scale, classifier)``."""
+    """Where checkpoints come from: known by their tensors, read by ``parse(tensors, --scale, --classifier)``."""
 
     name: str
     task: Task
-    what: str  # it is known by
+    what: str  # marks it
     known: Callable[[dict[str, Tensor]], bool]
     parse: Callable[[dict[str, Tensor], float | None, str | None], Content]
 
@@ -92,7 +91,7 @@ def require_resnet(others: dict[str, str], source: str) -> None:
 def linear(tensors: dict[str, Tensor], name: str, **options: Any) -> Classifier:
     """A linear classifier; ``options`` are further ones of :class:`Classifier`."""
     own = below(tensors, name)
-    parts = {word: Part(own[word], f"{name}.{word}") for word in ("weight", "bias") if word in own}
+    parts = {word: Part(tensor, f"{name}.{word}") for word, tensor in own.items() if word in ("weight", "bias")}
     return Classifier(name, parts, lambda x: formulas.linear(x, own["weight"], own.get("bias")), name, **options)
 
 
