@@ -405,10 +405,11 @@ def test_a_second_classifier_is_refused(name, tmp_path, capsys):
     [
         {name: tensor for name, tensor in tiny().items() if "layer4" not in name},
         tiny(**{"stage5.weight": torch.ones(2)}),
+        tiny(**{"layer1.0.se.weight": torch.ones(2)}),
         {"vit.layer.0.weight": torch.ones(4, 4), "classifier.weight": torch.ones(5, 4)},
         {f"module.{name}": tensor for name, tensor in cvpods_names(tiny()).items() if "res2" not in name},
     ],
-    ids=["without layer4", "more", "Hugging Face", "cvpods"],
+    ids=["without layer4", "more", "more in a block", "Hugging Face", "cvpods"],
 )
 def test_a_trunk_that_may_be_another_needs_the_check(state, tmp_path, capsys):
     path = saved(tmp_path, state)
@@ -564,7 +565,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert "No space left" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
 
 
-@pytest.mark.parametrize("fault", ["crash", "changed tensor", "lost tensor"])
+@pytest.mark.parametrize("fault", ["crash", "changed tensor", "another type", "lost tensor", "one more"])
 def test_a_fault_of_ours_leaves_nothing(fault, tmp_path, monkeypatch):
     path, before = saved(tmp_path, tiny()), os.listdir(tmp_path)
     stock = targets.load
@@ -575,12 +576,16 @@ def test_a_fault_of_ours_leaves_nothing(fault, tmp_path, monkeypatch):
             raise MemoryError
         if fault == "changed tensor":
             tensors["conv1.weight"][0, 0, 0, 0] += 1e-3
+        elif fault == "another type":
+            tensors["conv1.weight"] = tensors["conv1.weight"].double()
+        elif fault == "one more":
+            tensors["conv1.bias"] = torch.zeros(4)
         else:
             del tensors["conv1.weight"]
         return tensors
 
     monkeypatch.setattr(targets, "load", faulty)
-    with pytest.raises((MemoryError, RuntimeError, KeyError)):
+    with pytest.raises(MemoryError if fault == "crash" else RuntimeError):
         run(path, tmp_path / "out.pth", "--to", "timm")
     assert sorted([*before]) == sorted(os.listdir(tmp_path))
 
@@ -602,6 +607,7 @@ def test_scores_that_differ_are_refused(tmp_path, capsys, monkeypatch):
 
 FAULTS = {
     "one class": [0.0, 0.0, 4e-6, 0.0, 0.0],  # a mean over the classes would be below the 1e-6 that are allowed
+    "the background": [0.0, 0.0, 0.0, 0.0, 4e-6],
     "cancelling": [0.0, 1e-3, 0.0, 0.0, -1e-3],
 }
 
