@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             layer.fold()
     result = arrange(content, source.task, tensors, args)
     whole = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
-    require_tensors(whole, whole, "tensors", where=f" in {args.source!r}")  # the same ones: finite?
+    require_tensors(whole, whole, "tensors", where=f" in {args.source!r}")  # refuses NaN and infinity
     fit = check_fit(args.to, args.config, whole) if args.config else None
     copies = {name: tensors[part.source] for name, part in result.items() if part.source and not part.change}
     compared = write(args.to, args.dest, whole, checkpoint.meta, copies, layers)

@@ -206,7 +206,7 @@ def _metadata(content):
 
 
 def _plain(value):
-    """It in values that ``weights_only`` loads, tuples as lists; None if it holds any other."""
+    """The value as JSON holds it, which ``weights_only`` loads; None if JSON can't."""
     try:
         return json.loads(json.dumps(value, default=lambda item: item.tolist()))
     except (AttributeError, TypeError, ValueError):

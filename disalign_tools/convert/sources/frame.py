@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
     name: str
     task: Task
-    what: str  # marks it
+    what: str  # the names it is known by, for the sentence
     known: Callable[[dict[str, Tensor]], bool]
     parse: Callable[[dict[str, Tensor], float | None, str | None], Content]
 
@@ -80,7 +80,7 @@ def holds_matrix(tensors: dict[str, Tensor], place: str) -> bool:
 
 
 def require_resnet(others: dict[str, str], source: str) -> None:
-    """Refuse another trunk."""
+    """Refuse the trunk of another architecture."""
     if foreign := resnet.foreign(others):
         raise InputError(
             f"expected a plain ResNet or ResNeXt of {source}'s, whose names timm shares, but it also holds "
