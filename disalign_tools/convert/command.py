@@ -65,15 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_tensors(whole, whole, "tensors", where=f" in {args.source!r}")  # refuses NaN and infinity
     fit = check_fit(args.to, args.config, whole) if args.config else None
     copies = {name: tensors[part.source] for name, part in result.items() if part.source and not part.change}
-    compared = write(args.to, args.dest, whole, checkpoint.meta, copies, layers)
+    meta = {key: value for key, value in checkpoint.meta.items() if key in targets.TARGETS[args.to]}
+    compared = write(args.to, args.dest, whole, meta, copies, layers)
 
     print(f"{args.source}: {content.heading}")
     alone = {name for layer in layers for name in layer.named_parts()}
     print(table(result, dict.fromkeys(dropped, "") | content.dropped, alone, args.verbose))
-    if checkpoint.left_out:
-        print(f"left out: {', '.join(checkpoint.left_out)}")
-    if checkpoint.meta:
-        print(f"kept beside the weights: {', '.join(checkpoint.meta)}")
+    if left_out := checkpoint.left_out + [key for key in checkpoint.meta if key not in meta]:
+        print(f"left out: {', '.join(left_out)}")
+    if meta:
+        print(f"kept beside the weights: {', '.join(meta)}")
     for note in checkpoint.notes + content.notes:
         print(f"note: {note}")
     if fit:

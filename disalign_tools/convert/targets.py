@@ -14,7 +14,8 @@ from . import resnet
 from .classifier import CALIBRATION, Part
 from .sources.frame import IMAGES, Content, Task
 
-TARGETS = ("cls", "d2", "mmseg", "timm")
+#: Target -> what its files hold beside the weights.
+TARGETS = {"cls": ("dataset_meta", "disalign"), "d2": ("disalign",), "mmseg": ("dataset_meta", "disalign"), "timm": ()}
 #: What a Detectron2 config must say for a backbone that has learnt from images as timm and torchvision show them.
 BACKBONE_CONFIG = {
     "INPUT.FORMAT": "RGB",
@@ -108,9 +109,8 @@ def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[byt
     content: dict[str, Any] = {"state_dict": tensors, "meta": meta}
     if to == "timm":
         content = dict(tensors)
-    elif to == "d2":  # whose files have no meta
-        counts = {"disalign": meta["disalign"]} if "disalign" in meta else {}
-        content = {"model": tensors, "__author__": "disalign", **counts}
+    elif to == "d2":
+        content = {"model": tensors, "__author__": "disalign", **meta}
     if not arrays:
         torch.save(content, file)
     elif lacking := [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]:

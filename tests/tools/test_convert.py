@@ -232,6 +232,11 @@ def test_what_can_not_be_kept_of_the_classes_is_said(tmp_path, capsys):
     meta["disalign"] = counts | {"class_counts": torch.tensor(counts["class_counts"])}
     path = saved(tmp_path, {"state_dict": tiny(), "meta": meta})
     assert converted(path, tmp_path, to="cls")["meta"]["disalign"] == counts
+    assert "kept beside the weights: dataset_meta, disalign\n" in capsys.readouterr().out
+    converted(path, tmp_path, to="timm")
+    said = capsys.readouterr().out
+    assert "left out: dataset_meta, disalign\n" in said
+    assert "kept beside" not in said
 
 
 @pytest.mark.parametrize("name", ["source.pth", "source.pkl"])
