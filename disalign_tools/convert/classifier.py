@@ -98,7 +98,7 @@ class Classifier:
             )
         if not (self.calibrated or self.cosine):
             raise InputError(
-                f"expected a calibrated or cosine classifier for --fold, but {self.name!r} is a stock one; leave it out"
+                f"expected a calibrated or cosine classifier, but {self.name!r} is a stock one; leave out --fold"
             )
         weight, (outputs, width) = tensors["weight"], self.shape
         folded = fold_tensors(

@@ -62,18 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             layer.fold()
     result = arrange(content, source.task, tensors, args)
     whole = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
-    require_tensors(whole, whole, "tensors", where=f" in {args.source!r}")  # finite ones
+    require_tensors(whole, whole, "tensors", where=f" in {args.source!r}")  # refuses NaN and infinity
     fit = check_fit(args.to, args.config, whole) if args.config else None
     copies = {name: tensors[part.source] for name, part in result.items() if part.source and not part.change}
-    compared = write(args.to, args.dest, whole, checkpoint.meta, copies, layers)
+    meta = {key: value for key, value in checkpoint.meta.items() if key in targets.TARGETS[args.to]}
+    compared = write(args.to, args.dest, whole, meta, copies, layers)
 
     print(f"{args.source}: {content.heading}")
     alone = {name for layer in layers for name in layer.named_parts()}
     print(table(result, dict.fromkeys(dropped, "") | content.dropped, alone, args.verbose))
-    if checkpoint.left_out:
-        print(f"left out: {', '.join(checkpoint.left_out)}")
-    if checkpoint.meta:
-        print(f"kept beside the weights: {', '.join(checkpoint.meta)}")
+    if left_out := checkpoint.left_out + [key for key in checkpoint.meta if key not in meta]:
+        print(f"left out: {', '.join(left_out)}")
+    if meta:
+        print(f"kept beside the weights: {', '.join(meta)}")
     for note in checkpoint.notes + content.notes:
         print(f"note: {note}")
     if fit:
@@ -141,8 +142,8 @@ def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[s
             )
     tensors, dropped = split(tensors, (*patterns, *USELESS))
     # mmcv 0.x's EMAHook keeps a second set of weights in buffers of the model.
-    tensors, second = split(tensors, [f"ema_{name.replace('.', '_')}" for name in tensors])
-    return tensors, dropped + second
+    second = {f"ema_{name.replace('.', '_')}" for name in tensors} & tensors.keys()
+    return {name: tensors[name] for name in tensors if name not in second}, dropped + sorted(second)
 
 
 def _require_use(content, task, args):
@@ -210,7 +211,7 @@ def write(
         targets.save(to, tensors, meta, file, arrays)
         file.seek(0)
         again = targets.load(file, arrays)
-        changed = [name for name, tensor in copies.items() if not _same(again[name], tensor)]
+        changed = [name for name, tensor in copies.items() if name not in again or not _same(again[name], tensor)]
         if again.keys() != tensors.keys() or changed:
             raise RuntimeError(f"the written file differs from the source in {some(changed) or 'its names'}")
         differences = [layer.difference(again) for layer in layers]

@@ -150,19 +150,18 @@ def _as_tensors(value):
 
 def _weights(content, ema, path):
     """The mapping of weights, and the entry that it stands in."""
-    entries = [key for key, value in content.items() if isinstance(value, Mapping)]
+    entries = {key: value for key, value in content.items() if isinstance(value, Mapping)}
     trained = next((key for key in TRAINED if key in entries), None)
     averaged = next((key for key in AVERAGED if key in entries), None)
-    if trained is None and not any(map(_is_tensor, content.values())):
+    if trained is None and not _holds_tensors(content):
         # Whatever they call it: {"net": ...}, {"model_state_dict": ...}.
-        sets = [key for key in entries if any(map(_is_tensor, content[key].values()))]
-        sets = [key for key in sets if key not in (*AVERAGED, *HALVES)]
+        sets = [key for key, value in entries.items() if key not in (*AVERAGED, *HALVES) and _holds_tensors(value)]
         if len(sets) > 1:
             raise InputError(
                 f"expected one set of weights in {path!r}, got several: {some(sets)}; save one of them alone"
             )
-        trained = sets[0] if sets else None
-    if {"state_dict", "ema_state_dict"} <= set(entries) and "message_hub" in content:
+        trained = next(iter(sets), None)
+    if {"state_dict", "ema_state_dict"} <= entries.keys() and "message_hub" in content:
         # MMEngine's EMAHook swaps the two on saving: state_dict is the average, ema_state_dict the trained weights.
         trained, averaged = "ema_state_dict", "state_dict"
     if ema and not averaged:
@@ -178,13 +177,11 @@ def _weights(content, ema, path):
     if entry is None:
         return content, None
     weights = content[entry]
-    if not any(map(_is_tensor, weights.values())):  # wrapped twice
-        weights = _weights(weights, None, path)[0]
-    return weights, entry
+    return weights if _holds_tensors(weights) else _weights(weights, None, path)[0], entry  # it may be wrapped twice
 
 
-def _is_tensor(value):
-    return isinstance(value, Tensor)
+def _holds_tensors(weights):
+    return any(isinstance(value, Tensor) for value in weights.values())
 
 
 def _stripped(tensors):
@@ -209,7 +206,7 @@ def _metadata(content):
 
 
 def _plain(value):
-    """It in values that ``weights_only`` loads, tuples as lists; None if it holds any other."""
+    """The value as JSON holds it, which ``weights_only`` loads; None if JSON can't."""
     try:
         return json.loads(json.dumps(value, default=lambda item: item.tolist()))
     except (AttributeError, TypeError, ValueError):

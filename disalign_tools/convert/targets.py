@@ -14,7 +14,8 @@ from . import resnet
 from .classifier import CALIBRATION, Part
 from .sources.frame import IMAGES, Content, Task
 
-TARGETS = ("cls", "d2", "mmseg", "timm")
+#: Target -> what its files hold beside the weights.
+TARGETS = {"cls": ("dataset_meta", "disalign"), "d2": ("disalign",), "mmseg": ("dataset_meta", "disalign"), "timm": ()}
 #: What a Detectron2 config must say for a backbone that has learnt from images as timm and torchvision show them.
 BACKBONE_CONFIG = {
     "INPUT.FORMAT": "RGB",
@@ -105,20 +106,17 @@ def _timm_classifier(others):
 
 def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
     """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays."""
-    content: dict[str, Any]
+    content: dict[str, Any] = {"state_dict": tensors, "meta": meta}
     if to == "timm":
-        content = {**tensors}
-    elif to == "d2":  # whose files have no meta
-        content = {"model": tensors, "__author__": "disalign"} | {key: meta[key] for key in meta if key == "disalign"}
-    else:
-        content = {"state_dict": tensors, "meta": meta}
+        content = dict(tensors)
+    elif to == "d2":
+        content = {"model": tensors, "__author__": "disalign", **meta}
     if not arrays:
         torch.save(content, file)
-        return
-    lacking = [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]
-    if lacking:
+    elif lacking := [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]:
         raise InputError(f"expected dtypes that numpy has, got bfloat16 in {some(lacking, 3)}; give DEST as .pth")
-    pickle.dump(content | {"model": {name: tensor.numpy() for name, tensor in tensors.items()}}, file, protocol=4)
+    else:
+        pickle.dump(content | {"model": {name: tensor.numpy() for name, tensor in tensors.items()}}, file, protocol=4)
 
 
 def load(file: IO[bytes], arrays: bool) -> dict[str, Tensor]:

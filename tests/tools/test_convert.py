@@ -225,6 +225,19 @@ def test_what_can_not_be_kept_of_the_classes_is_said(tmp_path, capsys):
     path = saved(tmp_path, {"state_dict": tiny(), "meta": meta})
     assert converted(path, tmp_path, to="cls")["meta"] == {"dataset_meta": {"classes": list("abcde")}}
     assert "left out: dataset_meta.palette, dataset_meta.tree\n" in capsys.readouterr().out
+    meta = {"disalign": {"class_counts": np.ones(5)}, "dataset_meta": {"classes": ("a", "b")}}
+    path = saved(tmp_path, {"state_dict": tiny(), "meta": meta})
+    assert converted(path, tmp_path, to="cls")["meta"] == {"dataset_meta": {"classes": ["a", "b"]}}
+    assert "left out: disalign\n" in capsys.readouterr().out
+    counts = {"class_counts": [9, 5, 3, 2, 1], "rho": 1.5}
+    meta["disalign"] = counts | {"class_counts": torch.tensor(counts["class_counts"])}
+    path = saved(tmp_path, {"state_dict": tiny(), "meta": meta})
+    assert converted(path, tmp_path, to="cls")["meta"]["disalign"] == counts
+    assert "kept beside the weights: dataset_meta, disalign\n" in capsys.readouterr().out
+    converted(path, tmp_path, to="timm")
+    said = capsys.readouterr().out
+    assert "left out: dataset_meta, disalign\n" in said
+    assert "kept beside" not in said
 
 
 @pytest.mark.parametrize("name", ["source.pth", "source.pkl"])
@@ -398,10 +411,11 @@ def test_a_second_classifier_is_refused(name, tmp_path, capsys):
     [
         {name: tensor for name, tensor in tiny().items() if "layer4" not in name},
         tiny(**{"stage5.weight": torch.ones(2)}),
+        tiny(**{"layer1.0.se.weight": torch.ones(2)}),
         {"vit.layer.0.weight": torch.ones(4, 4), "classifier.weight": torch.ones(5, 4)},
         {f"module.{name}": tensor for name, tensor in cvpods_names(tiny()).items() if "res2" not in name},
     ],
-    ids=["without layer4", "more", "Hugging Face", "cvpods"],
+    ids=["without layer4", "more", "more in a block", "Hugging Face", "cvpods"],
 )
 def test_a_trunk_that_may_be_another_needs_the_check(state, tmp_path, capsys):
     path = saved(tmp_path, state)
@@ -557,7 +571,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert "No space left" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
 
 
-@pytest.mark.parametrize("fault", ["crash", "changed tensor", "lost tensor"])
+@pytest.mark.parametrize("fault", ["crash", "changed tensor", "another type", "lost tensor", "one more"])
 def test_a_fault_of_ours_leaves_nothing(fault, tmp_path, monkeypatch):
     path, before = saved(tmp_path, tiny()), os.listdir(tmp_path)
     stock = targets.load
@@ -568,12 +582,16 @@ def test_a_fault_of_ours_leaves_nothing(fault, tmp_path, monkeypatch):
             raise MemoryError
         if fault == "changed tensor":
             tensors["conv1.weight"][0, 0, 0, 0] += 1e-3
+        elif fault == "another type":
+            tensors["conv1.weight"] = tensors["conv1.weight"].double()
+        elif fault == "one more":
+            tensors["conv1.bias"] = torch.zeros(4)
         else:
             del tensors["conv1.weight"]
         return tensors
 
     monkeypatch.setattr(targets, "load", faulty)
-    with pytest.raises((MemoryError, RuntimeError, KeyError)):
+    with pytest.raises(MemoryError if fault == "crash" else RuntimeError):
         run(path, tmp_path / "out.pth", "--to", "timm")
     assert sorted([*before]) == sorted(os.listdir(tmp_path))
 
@@ -593,9 +611,88 @@ def test_scores_that_differ_are_refused(tmp_path, capsys, monkeypatch):
     assert "they differ by" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls")
 
 
+FAULTS = {
+    "one class": [0.0, 0.0, 4e-6, 0.0, 0.0],  # a mean over the classes would be below the 1e-6 that are allowed
+    "the background": [0.0, 0.0, 0.0, 0.0, 4e-6],
+    "cancelling": [0.0, 1e-3, 0.0, 0.0, -1e-3],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("wrong", [{0}, {1}, {2}, {0, 1, 2}], ids=str)
+def test_one_class_wrong_and_errors_that_cancel_are_refused(wrong, fault, tmp_path, capsys, monkeypatch):
+    """In any of a cascade's classifiers."""
+    x = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # as the command's own
+    state = {"backbone.x": torch.ones(2)}
+    for stage in range(3):
+        base, weight = f"roi_heads.box_predictor.{stage}.cls_score", torch.randn(5, 4)
+        weight /= (x @ weight.double().T).abs().max().float()  # the largest score is 1
+        state |= {f"{base}.weight": weight, f"{base}.bias": torch.zeros(5)}
+        state |= {f"{base}.calibration.magnitude": torch.ones(4), f"{base}.calibration.margin": torch.zeros(4)}
+    path, out = saved(tmp_path, {"model": state}), tmp_path / "out.pth"
+    stages, stock = iter(range(3)), classifier.fold_tensors
+
+    def faulty(*arguments, **options):
+        weight, bias = stock(*arguments, **options)
+        return weight, bias + torch.tensor(FAULTS[fault]) * (next(stages) in wrong)
+
+    monkeypatch.setattr(classifier, "fold_tensors", faulty)
+    assert "they differ by" in refused(capsys, tmp_path, path, out, "--to", "d2", "--fold")
+    monkeypatch.undo()
+    assert run(path, out, "--to", "d2", "--fold") == 0
+
+
+def test_two_classes_in_each_others_place_are_refused(tmp_path, capsys, monkeypatch):
+    state = cvpods_names(small_resnet().state_dict()) | below("network.linear", calibration(5, 32))
+    path, out = saved(tmp_path, {"model": state}), tmp_path / "out.pth"
+    stock = targets.load
+
+    def permuted(file, arrays):
+        tensors = stock(file, arrays)
+        name = "classifier.calibration.magnitude"
+        return tensors | {name: tensors[name][[0, 3, 2, 1, 4]]}
+
+    monkeypatch.setattr(targets, "load", permuted)
+    assert "they differ by" in refused(capsys, tmp_path, path, out, "--to", "cls")
+
+
+@pytest.mark.parametrize("largest", [0, 1e-6, 1e6])
+def test_scores_of_any_size_compare(largest, tmp_path):
+    layer = {"classifier.weight": torch.randn(5, 4) * largest, "classifier.bias": torch.zeros(5)}
+    layer |= {"classifier.calibration.magnitude": torch.rand(5) + 1}
+    path = saved(tmp_path, {"state_dict": below("backbone", tiny()) | layer})
+    converted(path, tmp_path, "--fold", "--drop", "backbone.fc.*")
+
+
 def test_the_difference_of_scores_is_printed(tmp_path, capsys):
     converted(saved(tmp_path, tiny()), tmp_path)
     assert "largest difference of scores from the source's own formula 0.0e+00" in capsys.readouterr().out
+
+
+def test_a_linear_classifier_without_a_bias_gets_zeros(tmp_path, capsys):
+    state = tiny()
+    del state["fc.bias"]
+    result = converted(saved(tmp_path, state), tmp_path)
+    assert torch.equal(result["fc.bias"], torch.zeros(5))
+    assert ["new", "1", "->", "fc.bias", "zeros"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_segmentors_convolution_stays_without_a_bias(tmp_path):
+    state = {"backbone.x": torch.ones(2), "decode_head.conv_seg.weight": torch.randn(5, 4, 1, 1)}
+    assert same(converted(saved(tmp_path, state), tmp_path, to="mmseg")["state_dict"], state)
+
+
+def test_a_bias_of_a_cosine_classifier_has_no_place(tmp_path, capsys):
+    layer = "roi_heads.box_predictor.cls_score"
+    state = {"backbone.x": torch.ones(2), f"{layer}.weight": torch.randn(5, 4), f"{layer}.scale": torch.tensor(7.0)}
+    path = saved(tmp_path, state | {f"{layer}.bias": torch.ones(5)})
+    assert f"1 have none: {layer}.bias" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "d2")
+
+
+def test_a_scale_that_the_file_has_is_not_given(tmp_path, capsys):
+    state = {f"classifier.{name}": tensor for name, tensor in CosineClassifier(4, 5).state_dict().items()}
+    path = saved(tmp_path, state | {"backbone.conv1.weight": torch.ones(4, 3, 1, 1)})
+    assert "no --scale" in refused(capsys, tmp_path, path, tmp_path / "o.pth", "--to", "cls", "--scale", "20")
 
 
 def test_a_scale_for_a_linear_classifier_is_refused(tmp_path, capsys):
@@ -615,11 +712,18 @@ def test_a_missing_framework_is_one_sentence(tmp_path, capsys, monkeypatch):
         assert "leave out --config" in sentence
 
 
-def test_the_script_is_the_command_and_imports_no_framework(tmp_path):
+@pytest.mark.parametrize(
+    "start",
+    [
+        "runpy.run_path('scripts/convert_checkpoint.py', run_name='__main__')",
+        "runpy.run_module('disalign_tools.convert', run_name='__main__')",
+    ],
+)
+def test_the_script_is_the_command_and_imports_no_framework(start, tmp_path):
     path, out = saved(tmp_path, tiny()), tmp_path / "out.pth"
     script = (
         "import runpy, sys\n"
-        "try: runpy.run_path('scripts/convert_checkpoint.py', run_name='__main__')\n"
+        f"try: {start}\n"
         "except SystemExit as end: print(end.code)\n"
         "print([name for name in ('mmengine', 'timm', 'detectron2', 'mmseg', 'torchvision') if name in sys.modules])"
     )

@@ -364,7 +364,7 @@ def test_a_learnt_confidence_is_not_folded(tmp_path, capsys):
 
 def test_a_stock_classifier_has_nothing_to_fold(tmp_path, capsys):
     path = saved(tmp_path, small_resnet().state_dict())
-    assert "is a stock one; leave it out" in refused(
+    assert "is a stock one; leave out --fold" in refused(
         capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls", "--fold"
     )
 

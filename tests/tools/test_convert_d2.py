@@ -187,6 +187,9 @@ def test_an_image_classifiers_trunk_becomes_the_backbone(tmp_path, capsys):
     right += ["MODEL.PIXEL_STD", [58.395, 57.12, 57.375]]
     assert run(path, out, "--force", "--to", "d2", "--config", config_file(tmp_path, *options, *right)) == 0
     assert ", not " not in capsys.readouterr().out
+    other = [*options, "MODEL.RESNETS.DEPTH", 34]
+    sentence = refused(capsys, tmp_path, path, out, "--force", "--to", "d2", "--config", config_file(tmp_path, *other))
+    assert "tensors of the config's backbone, but it lacks" in sentence
     model = build_model(tiny_cfg(*options)).eval()
     state = torch.load(out, weights_only=True)["model"]
     missing, unexpected = model.load_state_dict(state, strict=False)

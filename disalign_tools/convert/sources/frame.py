@@ -43,7 +43,7 @@ class Content:
     heading: str  # what it was taken for
     others: dict[str, str]  # name -> source's name of all tensors but the classifiers'; an image classifier's in timm's
     classifiers: list[Classifier]  # those that are calibrated, or could be
-    names_known: bool = False  # others have the target's names; else only a plain ResNet's tell without the model
+    names_known: bool = False  # the others' are the target's for certain; else only a plain ResNet's are
     timm_name: str = ""  # the image classifier's in timm, where the source tells it
     dropped: dict[str, str] = field(default_factory=dict)  # source's name -> why it has no place in the result
     notes: list[str] = field(default_factory=list)  # sentences for the user
@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
     name: str
     task: Task
-    what: str  # it is known by
+    what: str  # the names it is known by, for the sentence
     known: Callable[[dict[str, Tensor]], bool]
     parse: Callable[[dict[str, Tensor], float | None, str | None], Content]
 
@@ -80,7 +80,7 @@ def holds_matrix(tensors: dict[str, Tensor], place: str) -> bool:
 
 
 def require_resnet(others: dict[str, str], source: str) -> None:
-    """Refuse another trunk."""
+    """Refuse the trunk of another architecture."""
     if foreign := resnet.foreign(others):
         raise InputError(
             f"expected a plain ResNet or ResNeXt of {source}'s, whose names timm shares, but it also holds "
@@ -91,8 +91,7 @@ def require_resnet(others: dict[str, str], source: str) -> None:
 def linear(tensors: dict[str, Tensor], name: str, **options: Any) -> Classifier:
     """A linear classifier; ``options`` are further ones of :class:`Classifier`."""
     own = below(tensors, name)
-    words: list[str] = [word for word in ("weight", "bias") if word in own]
-    parts = {word: Part(own[word], f"{name}.{word}") for word in words}
+    parts = {word: Part(tensor, f"{name}.{word}") for word, tensor in own.items() if word in ("weight", "bias")}
     return Classifier(name, parts, lambda x: formulas.linear(x, own["weight"], own.get("bias")), name, **options)
 
 
