@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("expected 1 or more as --max-dets, or -1 for all, got 0")
     detections = read_json(args.detections, "detections")
     annotations = read_json(args.annotations, "annotations")
-    first = detections[0] if isinstance(detections, list) and detections else None
+    if not isinstance(detections, list):
+        raise InputError(
+            f"expected a list of detections in {args.detections!r}, got {type(detections).__name__}; give the "
+            "detections first, then the annotations"
+        )
+    first = detections[0] if detections else None
     shapes = [iou_type for iou_type, key in SHAPE.items() if isinstance(first, dict) and key in first]
     iou_types = args.iou_type or shapes or ["bbox"]
     report = evaluation_report(annotations, detections, iou_types, args.max_dets, args.fixed_ap, args.image_counts)

@@ -285,7 +285,7 @@ def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
 def _check(ground_truth, detections, iou_type) -> None:
     check_ground_truth(ground_truth, iou_type)
     if not isinstance(detections, list):
-        raise InputError(f"expected a list of detections, got {type(detections).__name__}; is it the annotations?")
+        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
     require_keys(detections, ("image_id", "category_id", "score", SHAPE[iou_type]), "detection")
     sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}

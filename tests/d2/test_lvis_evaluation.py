@@ -630,7 +630,7 @@ def test_command_takes_image_counts(tmp_path, capsys):
     [
         (None, "expected detections at .* there is no such file"),
         ("[{", "expected detections as JSON in"),
-        ("{}", "expected a list of detections, got dict; is it the annotations"),
+        ("{}", "expected a list of detections in .* got dict; give the detections first"),
         ("[1]", "of each detection, got no"),
         (json.dumps([detection(77, 4, [1, 1, 5, 5], 0.5)]), "only images and categories that the annotations list"),
         (json.dumps([detection(1000, 4, [1, 1, 5, 5], 0.5)]), "only images and categories that the annotations list"),
