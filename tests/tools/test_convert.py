@@ -788,24 +788,6 @@ def test_wrong_arguments_are_argparses(capsys):
     assert exit_status.value.code == 2
 
 
-# Errors whose mean over samples and classes is small or 0.
-@pytest.mark.parametrize("errors", [{3: 1e-3}, {0: 1e-3, 1: -1e-3}], ids=["in one class", "that cancel"])
-def test_scores_that_differ_are_refused_whatever_their_mean(errors, tmp_path, capsys, monkeypatch):
-    state = cvpods_names(small_resnet().state_dict()) | {
-        "network.linear.logit_scale": torch.ones(1, 5),
-        "network.linear.logit_bias": torch.ones(1, 5),
-        "network.linear.confidence_layer.weight": torch.ones(1, 32) / 32,
-        "network.linear.confidence_layer.bias": torch.zeros(1),
-    }
-    path = saved(tmp_path, {"model": state})
-    wrong = torch.zeros(5, dtype=torch.float64)
-    for label, error in errors.items():
-        wrong[label] = error
-    stock = formulas.cvpods_classification
-    monkeypatch.setattr(formulas, "cvpods_classification", lambda z, x, own: stock(z, x, own) + wrong)
-    assert "they differ by" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls")
-
-
 def test_the_difference_is_the_largest_of_all_scores():
     tensors = {"fc.weight": torch.randn(7, 4, dtype=torch.float64), "fc.bias": torch.zeros(7, dtype=torch.float64)}
     layer = linear(tensors, "fc")
