@@ -34,7 +34,7 @@ class LeanTraining(_Host):
         self.keypoint_on = hasattr(self, "keypoint_head") and not skip
         return self
 
-    def box_predictors(self) -> list[DisAlignOutputLayers]:
+    def box_predictors(self) -> list[nn.Module]:
         """The box predictor, or those of all cascade stages."""
         found: Any = self.box_predictor
         in_stages = isinstance(found, nn.ModuleList)

@@ -22,11 +22,12 @@ from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, defaults, hooks, launch
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from disalign import InputError, at_identity
 from disalign.cli import command, config_errors, find_config, sentence_of
@@ -72,7 +73,7 @@ class Trainer(DefaultTrainer):
                 predictor.resolve_class_counts()
 
     @classmethod
-    def build_model(cls, cfg: CfgNode) -> Any:
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_model(cfg)
         logger.info(f"Model:\n{model}")
         return model
@@ -88,11 +89,11 @@ class Trainer(DefaultTrainer):
         return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, True))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         return build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(cfg, False))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> Any:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # their files have the same names
             output_folder = os.path.join(output_folder, dataset_name)
