@@ -1,8 +1,6 @@
 """The optimizer sees what trains, and nothing else."""
 
-from typing import Any
-
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
@@ -17,7 +15,7 @@ class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     weight decay.
     """
 
-    def __call__(self, model: nn.Module) -> Any:
+    def __call__(self, model: nn.Module) -> OptimWrapper:
         found = [module for module in calibrations(model).values() if any(p.requires_grad for p in module.parameters())]
         if not found:
             return super().__call__(model)

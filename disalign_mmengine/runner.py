@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
 
 from disalign import InputError
 from disalign.stage_two import calibrations
@@ -29,7 +30,7 @@ class DisAlignRunner(Runner):
 
     _trains = False
 
-    def train(self) -> Any:
+    def train(self) -> nn.Module:
         self._trains = True
         return super().train()
 
@@ -43,7 +44,7 @@ class DisAlignRunner(Runner):
         super().load_or_resume()
 
     def load_checkpoint(
-        self, filename: Any, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ()
+        self, filename: str | os.PathLike[str], map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ()
     ) -> dict:
         """Load a checkpoint completely or not at all; tensors are read on the CPU whatever ``map_location`` says."""
         checkpoint = load_checkpoint(filename)
