@@ -4,6 +4,7 @@ from typing import Any
 
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from disalign_mmengine.runner import DisAlignRunner
 
@@ -16,7 +17,7 @@ class DisAlignSegRunner(DisAlignRunner):
     """:class:`disalign_mmengine.runner.DisAlignRunner` for segmentation (``runner_type = "DisAlignSegRunner"``)."""
 
     @staticmethod
-    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
         """MMEngine's, over a dataset whose broken files and wrong labels are said in one sentence."""
         if isinstance(dataloader, dict):
             dataset = dataloader["dataset"]
