@@ -83,12 +83,19 @@ def require_tensors(
             f"expected no tensors beyond the model's{where}, but got {len(unknown)}: {some(unknown)}; is it a "
             "checkpoint of another model or classifier type?"
         )
-    broken = [name for name in target if source[name].is_floating_point() and not source[name].isfinite().all()]
-    if broken:
-        raise InputError(
-            f"expected finite numbers{where}, but got NaN or infinity in {some(broken)}; use an earlier one"
-        )
+    require_finite({name: source[name] for name in target}, where)
     return surplus
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: str, advice: str = "use an earlier one") -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        InputError: names the tensors.
+    """
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"expected finite numbers{where}, but got NaN or infinity in {some(broken)}; {advice}")
 
 
 @dataclass(frozen=True)

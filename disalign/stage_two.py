@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
+from math import isfinite
 from operator import not_
 from typing import Any
 
@@ -90,6 +91,31 @@ def _decaying(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[
     magnitudes = {id(module.magnitude) for module in calibrations(model).values()}
     groups = [(group, [id(one) in magnitudes for one in group["params"]]) for group in optimizer.param_groups]
     return [(group, chosen) for group, chosen in groups if any(chosen) and group.get("weight_decay")]
+
+
+def require_finite_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a learning rate, weight decay or the like that is NaN or infinite.
+
+    Raises:
+        InputError: names it.
+    """
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, float) and not isfinite(value):
+                raise InputError(f"expected a finite number as the optimizer's {name}, got {value}; correct the config")
+
+
+def require_finite_loss(loss: float, iteration: int) -> None:
+    """Stop a run at its first loss that is NaN or infinite, before its numbers reach a checkpoint.
+
+    Raises:
+        InputError: this is it.
+    """
+    if not isfinite(loss):
+        raise InputError(
+            f"expected a finite loss, got {loss} at iteration {iteration}, and stopped; the last checkpoint is from "
+            "before: resume it with a lower learning rate and gradients clipped, and look at the data of that iteration"
+        )
 
 
 class StageTwoRun:

@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader
 
 from disalign import InputError, at_identity
 from disalign.cli import command, config_errors, find_config, sentence_of
-from disalign.io import require_folder, write_json
-from disalign.stage_two import keep_magnitude_from_decay, require_own_folder
+from disalign.errors import first_line
+from disalign.io import locked_folder, require_folder, write_json
+from disalign.stage_two import keep_magnitude_from_decay, require_finite_settings, require_own_folder
 
 from . import comparison
 from .checkpoint import DisAlignCheckpointer
@@ -81,6 +82,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(cfg, model)
+        require_finite_settings(optimizer)
         keep_magnitude_from_decay(optimizer, model)
         return optimizer
 
@@ -239,7 +241,14 @@ def run(args: argparse.Namespace) -> Any:
     trainer.resume_or_load(resume=args.resume)
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: trainer.test_with_tta(cfg, trainer.model))])
-    return trainer.train()
+    with locked_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():
+        try:
+            return trainer.train()
+        except FloatingPointError as error:  # Detectron2's, before the step that it would spoil
+            raise InputError(
+                f"expected a finite loss, but: {first_line(error)}; the last checkpoint is from before: add --resume "
+                "with a lower SOLVER.BASE_LR and SOLVER.CLIP_GRADIENTS on, and look at the data"
+            ) from error
 
 
 @command

@@ -19,7 +19,7 @@ from disalign.io import require_folder
 
 from .checkpoints import load_checkpoint
 from .hooks import stage_one_of
-from .runner import latest_checkpoint
+from .runner import to_resume
 
 #: What the system says of a disk that is full or has become read-only.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -129,7 +129,7 @@ def prepare(config: Config, args: argparse.Namespace) -> None:
     require_folder(config.work_dir)
     if config.get("resume"):
         # Its own latest checkpoint, whatever load_from says: mmengine would resume that.
-        config.load_from = latest_checkpoint(config.work_dir)
+        config.load_from = to_resume(config.work_dir)
     if args.launcher == "pytorch" and "RANK" not in os.environ:
         raise InputError(
             "expected a process of torchrun for --launcher pytorch, got one of its own; start it with torchrun "

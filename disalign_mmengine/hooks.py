@@ -5,50 +5,62 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import nn
 
 from disalign import InputError, load_stage_one
-from disalign.io import atomic_file, require_folder
-from disalign.stage_two import StageTwoRun, calibrations, require_own_folder, require_same_classes
+from disalign.hand_over import require_finite
+from disalign.io import require_folder
+from disalign.stage_two import (
+    StageTwoRun,
+    calibrations,
+    require_finite_loss,
+    require_finite_settings,
+    require_own_folder,
+    require_same_classes,
+)
 
 from .checkpoints import class_names, load_checkpoint, load_whole, metadata
 from .models import unwrapped
 from .runner import DisAlignRunner
-
-
-@register_backend("disalign_atomic")
-class AtomicBackend(LocalBackend):
-    """MMEngine's own, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
-
-    def put(self, obj: bytes, filepath: str | os.PathLike[str]) -> None:
-        with atomic_file(filepath) as file:
-            file.write(obj)
+from .saving import WholeCheckpointHook, latest_checkpoint
 
 
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):
-    """Keeps checkpoints whole, and plain: tensors and values that ``weights_only`` loads.
+    """Keeps checkpoints whole, finite and plain: tensors and values that ``weights_only`` loads.
+
+    A run stops at its first loss that is NaN or infinite.
 
     MMEngine saves its log buffers and a numpy scalar as pickled objects, which ``weights_only`` refuses. The buffers
     only smooth the first log lines after a resume, so they are left out; the scalar becomes a plain number.
     """
 
     def before_train(self, runner: Runner) -> None:
+        require_finite_settings(runner.optim_wrapper.optimizer)
         for hook in runner.hooks:
             ours = isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args)
             if ours and "://" not in (hook.out_dir or runner.work_dir):
                 require_folder(hook.out_dir or runner.work_dir)
                 hook.backend_args = {"backend": "disalign_atomic"}
+                if type(hook) is CheckpointHook:
+                    hook.__class__ = WholeCheckpointHook
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        # The logs take the number anyway: no further wait for a GPU.
+        require_finite_loss(float((outputs or {}).get("loss", 0)), runner.iter + 1)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # On resuming MMEngine would run the config in it, which is Python.
         metadata(checkpoint).pop("config", None)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        advice = "nothing was saved; resume the last checkpoint with a lower learning rate"
+        require_finite(checkpoint["state_dict"], f" of the model at iteration {runner.iter + 1}", advice)
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = {}
         hub["runtime_info"] = {
@@ -144,7 +156,7 @@ def hand_over(runner: Runner, model: nn.Module) -> None:
 
 def _require_own_folder(runner, calibrated: bool) -> None:
     folder = os.path.realpath(runner.work_dir)
-    found = (find_latest_checkpoint(folder), runner.cfg.get("stage_one"), runner.cfg.get("load_from"))
+    found = (latest_checkpoint(folder), runner.cfg.get("stage_one"), runner.cfg.get("load_from"))
     paths = [path for path in found if path and os.path.dirname(os.path.realpath(path)) == folder]
     named = [path for path in paths if os.path.basename(path).startswith(("epoch_", "iter_", "best_"))]
     require_own_folder(runner.work_dir, named, calibrated, "work_dir", load_checkpoint)

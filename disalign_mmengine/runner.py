@@ -1,17 +1,21 @@
 """MMEngine's Runner, with what it loads read safely and fitting exactly."""
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
+from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import nn
 
 from disalign import InputError
+from disalign.io import locked_folder
 from disalign.stage_two import calibrations
 
 from .checkpoints import load_checkpoint, load_whole
 from .models import unwrapped
+from .saving import latest_checkpoint
 
 
 @RUNNERS.register_module()
@@ -30,13 +34,18 @@ class DisAlignRunner(Runner):
 
     _trains = False
 
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """MMEngine's, and whole and plain checkpoints whatever the config says."""
+        super().register_default_hooks({"plain_checkpoint": dict(type="PlainCheckpointHook"), **(hooks or {})})
+
     def train(self) -> nn.Module:
         self._trains = True
-        return super().train()
+        with locked_folder(self.work_dir, "work_dir") if is_main_process() else nullcontext():
+            return super().train()
 
     def load_or_resume(self) -> None:
         if self._trains and self._resume:
-            self._load_from = latest_checkpoint(self.work_dir)
+            self._load_from = to_resume(self.work_dir)
         elif self._trains and calibrations(self.model):
             return
         elif not self._trains and not self._load_from:
@@ -54,13 +63,13 @@ class DisAlignRunner(Runner):
         return checkpoint
 
 
-def latest_checkpoint(work_dir: str) -> str:
-    """The checkpoint to resume in a work folder.
+def to_resume(work_dir: str) -> str:
+    """The checkpoint to resume in a work folder, see :func:`.saving.latest_checkpoint`.
 
     Raises:
         InputError: there is none.
     """
-    path = find_latest_checkpoint(work_dir) if os.path.isdir(work_dir) else None
+    path = latest_checkpoint(work_dir)
     if path is None:
         raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")
     return path

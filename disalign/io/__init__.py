@@ -2,10 +2,12 @@
 
 from .checkpoints import load_file
 from .files import atomic_file, missing_files, read_json, require_folder, require_place, write_json
+from .locks import locked_folder
 
 __all__ = [
     "atomic_file",
     "load_file",
+    "locked_folder",
     "missing_files",
     "read_json",
     "require_folder",

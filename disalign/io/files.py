@@ -1,14 +1,19 @@
 """JSON, missing files, and files that appear whole or not at all in places that can be written to."""
 
 import errno
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from ..errors import InputError, first_line
+from .locks import try_lock
+
+#: The end of the names of files that are being written.
+TEMPORARY = ".disalign-tmp"
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
@@ -33,24 +38,19 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under ``path`` only once it is whole: written beside it, then renamed.
+    """Open a file that appears under ``path`` only once it is whole: written beside it, synced, then renamed.
+
+    A link stays, and its target is replaced; a device or a pipe is written to as it is.
 
     Raises:
         InputError: it can't be written (no such place, read-only, disk full); what was at ``path`` is still there.
     """
     path = os.fspath(path)
-    folder = os.path.dirname(path) or "."
-    temporary = None
+    regular = os.path.isfile(path) or not os.path.exists(path)
     try:
-        os.makedirs(folder, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-        with os.fdopen(descriptor, mode) as file:
+        with _beside(os.path.realpath(path), mode) if regular else open(path, mode) as file:
             yield file
-        os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's is private
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            os.unlink(temporary)
+    except (OSError, RuntimeError) as error:
         # torch.save wraps it in a RuntimeError.
         reason = error.__context__ if type(error) is RuntimeError else error
         if isinstance(reason, OSError):
@@ -59,6 +59,34 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
                 "another"
             ) from error
         raise
+
+
+@contextmanager
+def _beside(path: str, mode: str) -> Iterator[IO[Any]]:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    remove_leftovers(folder)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=TEMPORARY)
+    try:
+        with os.fdopen(descriptor, mode) as file:
+            try_lock(file)
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+            os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's is private
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what killed processes left half-written in a folder; a living one has its file locked."""
+    for path in glob.iglob(os.path.join(glob.escape(folder), f".*{TEMPORARY}")):
+        with suppress(OSError), open(path, "rb") as file:
+            if try_lock(file):
+                os.unlink(path)
 
 
 def _umask() -> int:

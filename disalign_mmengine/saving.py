@@ -1,0 +1,121 @@
+"""Checkpoints of a run: the new one is there, whole, before an old one goes."""
+
+import glob
+import os
+import zipfile
+from collections import deque
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
+
+from disalign.io import atomic_file
+
+from .checkpoints import load_checkpoint
+
+#: The file in a work folder that names the checkpoint to resume.
+LAST = "last_checkpoint"
+
+
+@register_backend("disalign_atomic")
+class AtomicBackend(LocalBackend):
+    """MMEngine's own, but a file appears whole or not at all, and one that is to go stays until :meth:`clear`."""
+
+    def __init__(self) -> None:
+        self._outdated: list[str] = []
+
+    def put(self, obj: bytes, filepath: str | os.PathLike[str]) -> None:
+        with atomic_file(filepath) as file:
+            file.write(obj)
+
+    def remove(self, filepath: str | os.PathLike[str]) -> None:
+        self._outdated.append(os.fspath(filepath))
+
+    def clear(self, kept: Container[Any]) -> None:
+        """Remove what was to go, and was not written anew since."""
+        while self._outdated:
+            if (path := self._outdated.pop()) not in kept:
+                Path(path).unlink(missing_ok=True)
+
+
+class WholeCheckpointHook(CheckpointHook):
+    """MMEngine's, but neither a kill nor a full disk costs a checkpoint.
+
+    The order is: the new checkpoint is written beside its place, synced and renamed; ``last_checkpoint`` names it,
+    relative to the work folder, which may move; then the outdated one goes. A resumed run knows the best checkpoint
+    even if it was killed before any other told of it.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        self._resumed = runner.iter > 0
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        name, outdated = self.filename_tmpl.format(step), []
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        if self.max_keep_ckpts > 0:
+            steps = [*(kept for kept in self.keep_ckpt_ids if kept != step), step]
+            outdated, kept = steps[: -self.max_keep_ckpts], steps[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids = deque(kept)
+            runner.message_hub.update_info("keep_ckpt_ids", kept)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            # MMEngine's own Runner, which reads it by itself, knows no path relative to the folder.
+            last = self.last_ckpt if type(runner) is Runner else os.path.relpath(self.last_ckpt, runner.work_dir)
+            with atomic_file(os.path.join(runner.work_dir, LAST), "w") as file:
+                file.write(last)
+            for old in outdated:
+                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self._resumed and self.save_best:
+            self._resumed = False
+            self._find_best(runner, metrics)
+        super()._save_best_checkpoint(runner, metrics)  # ends with a checkpoint that knows of the new best one
+        self.file_backend.clear(runner.message_hub.runtime_info.values())
+
+    def _find_best(self, runner: Runner, metrics: dict) -> None:
+        """Take the best checkpoints that are newer than the resumed one, and that it does not know."""
+        if "auto" in self.key_indicators:
+            self._init_rule(self.rules, [next(iter(metrics))])
+        hub, since = runner.message_hub, os.path.getmtime(runner._load_from)
+        for key in self.key_indicators:
+            end = f"_{key}" if len(self.key_indicators) > 1 else ""
+            for path in sorted(Path(self.out_dir).glob(f"best_{glob.escape(key.replace('/', '_'))}_*.pth")):
+                score = load_checkpoint(path)["message_hub"]["runtime_info"].get(f"best_score{end}")
+                known = hub.runtime_info.get(f"best_score{end}")
+                if path.stat().st_mtime > since and (known is None or self.is_better_than[key](score, known)):
+                    hub.update_info(f"best_score{end}", score)
+                    hub.update_info(f"best_ckpt{end}", str(path))
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint to resume in a work folder: what ``last_checkpoint`` names, or else the newest whole one.
+
+    The folder may have been moved since, and the last file may be half a one.
+    """
+    folder = Path(work_dir)
+    try:
+        named = folder / (folder / LAST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        named = folder
+    found = [named, folder / named.name, *sorted(_numbered(folder), key=os.path.getmtime, reverse=True)]
+    return next((str(path) for path in found if zipfile.is_zipfile(path)), None)
+
+
+def _numbered(folder):
+    return (path for pattern in ("epoch_*.pth", "iter_*.pth") for path in folder.glob(pattern))
