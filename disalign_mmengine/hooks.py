@@ -52,7 +52,8 @@ class PlainCheckpointHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         # The logs take the number anyway: no further wait for a GPU.
-        require_finite_loss(float((outputs or {}).get("loss", 0)), runner.iter + 1)
+        if outputs and "loss" in outputs:
+            require_finite_loss(outputs["loss"].item(), runner.iter + 1)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # On resuming MMEngine would run the config in it, which is Python.
@@ -60,7 +61,7 @@ class PlainCheckpointHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         advice = "nothing was saved; resume the last checkpoint with a lower learning rate"
-        require_finite(checkpoint["state_dict"], f" of the model at iteration {runner.iter + 1}", advice)
+        require_finite(checkpoint["state_dict"], f" of the model at iteration {checkpoint['meta']['iter']}", advice)
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = {}
         hub["runtime_info"] = {

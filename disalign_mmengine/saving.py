@@ -50,9 +50,13 @@ class WholeCheckpointHook(CheckpointHook):
     even if it was killed before any other told of it.
     """
 
+    keep_ckpt_ids: deque
+
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        self._resumed = runner.iter > 0
+        # None, or when the resumed checkpoint was written, until its best ones have been looked for.
+        resumed = latest_checkpoint(runner.work_dir) if runner.iter else None
+        self._resumed = os.path.getmtime(resumed) if resumed else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         name, outdated = self.filename_tmpl.format(step), []
@@ -83,16 +87,16 @@ class WholeCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if self._resumed and self.save_best:
-            self._resumed = False
-            self._find_best(runner, metrics)
+            self._find_best(runner, metrics, self._resumed)
+            self._resumed = None
         super()._save_best_checkpoint(runner, metrics)  # ends with a checkpoint that knows of the new best one
         self.file_backend.clear(runner.message_hub.runtime_info.values())
 
-    def _find_best(self, runner: Runner, metrics: dict) -> None:
+    def _find_best(self, runner: Runner, metrics: dict, since: float) -> None:
         """Take the best checkpoints that are newer than the resumed one, and that it does not know."""
         if "auto" in self.key_indicators:
             self._init_rule(self.rules, [next(iter(metrics))])
-        hub, since = runner.message_hub, os.path.getmtime(runner._load_from)
+        hub = runner.message_hub
         for key in self.key_indicators:
             end = f"_{key}" if len(self.key_indicators) > 1 else ""
             for path in sorted(Path(self.out_dir).glob(f"best_{glob.escape(key.replace('/', '_'))}_*.pth")):
@@ -110,7 +114,7 @@ def latest_checkpoint(work_dir: str) -> str | None:
     """
     folder = Path(work_dir)
     try:
-        named = folder / (folder / LAST).read_text().strip()
+        named = folder / (folder / LAST).read_text().partition("\0")[0].strip()
     except (OSError, UnicodeDecodeError):
         named = folder
     found = [named, folder / named.name, *sorted(_numbered(folder), key=os.path.getmtime, reverse=True)]
