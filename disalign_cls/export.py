@@ -9,7 +9,6 @@ model's own scores, for several batches and, where the backbone takes them, size
 
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -46,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     suffix = Path(args.out).suffix
     if suffix not in FORMATS:
         raise InputError(f"expected OUT to end in {' or '.join(FORMATS)}, got {args.out!r}; TorchScript or ONNX?")
-    if os.path.lexists(args.out) and not args.force:
-        raise InputError(f"expected a new file as OUT, but {args.out!r} exists; give another, or --force")
-    require_place(args.out, [args.config, args.checkpoint], option="OUT")
+    require_place(args.out, [args.config, args.checkpoint], option="OUT", force=args.force)
 
     config = load_config(args.config, args.cfg_options)
     model, checkpoint = load_model(config, args.checkpoint)

@@ -30,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, checkpoint="of the config's model")
     arguments.add_argument("images", nargs="+", help="image files, or folders of them")
     arguments.add_argument("--out", help="write the JSON to this file rather than to the screen")
+    arguments.add_argument("--force", action="store_true", help="replace an existing --out")
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     paths = find_images(args.images)
     if args.out:
-        require_place(args.out, [config.filename, args.checkpoint, *paths])
+        require_place(args.out, [config.filename, args.checkpoint, *paths], force=args.force)
     model, checkpoint = load_model(config, args.checkpoint)
     predictions = predict(model.to(get_device()), paths, config, class_names(checkpoint))
     if args.out:

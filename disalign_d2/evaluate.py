@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--image-counts", help="for r, c and f in COCO format: JSON with the training images of each category"
     )
     arguments.add_argument("--out", help="also write all figures, and those of each category, to this JSON")
+    arguments.add_argument("--force", action="store_true", help="replace an existing --out")
     args = arguments.parse_args(argv)
     if args.out:
-        require_place(args.out, filter(None, (args.detections, args.annotations, args.image_counts)))
+        require_place(args.out, filter(None, (args.detections, args.annotations, args.image_counts)), force=args.force)
     if not args.max_dets:
         raise InputError("expected 1 or more as --max-dets, or -1 for all, got 0")
     detections = read_json(args.detections, "detections")

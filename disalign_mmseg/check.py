@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--quick", action="store_true", help=f"read {SAMPLE} annotations per set, not all")
     arguments.add_argument("--counts", metavar="FILE", help="write the training pixels per class as JSON")
+    arguments.add_argument("--force", action="store_true", help="replace an existing --counts")
     arguments.add_argument("--workers", type=int, help="processes that read; default: one per CPU, 8 at most")
     arguments.add_argument("--all", action="store_true", help=f"list every problem, not only the first {SHOWN}")
     args = arguments.parse_args(argv)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.counts and (os.path.isdir(args.counts) or not args.counts.endswith(".json")):
         raise InputError(f"expected the name of a .json file as --counts, got {args.counts!r}; name another")
     if args.counts:
-        require_place(args.counts, option="--counts")
+        require_place(args.counts, option="--counts", force=args.force)
     register_all_modules(init_default_scope=True)
     config = load_config(args.config, args.cfg_options)
     num_classes, ignore_index = labels_of(config)

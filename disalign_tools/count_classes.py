@@ -92,9 +92,7 @@ def _flag(name):
 def _require_out(out, sources, force):
     if not out.endswith(".json"):
         raise InputError(f"expected the name of a .json file as --out, got {out!r}")
-    require_place(out, sources)
-    if os.path.lexists(out) and not force:
-        raise InputError(f"expected a new file as --out, but {out!r} exists; give --force to replace it")
+    require_place(out, sources, force=force)
 
 
 def count(

@@ -50,10 +50,11 @@ def main(argv=None):
     parser.add_argument("--imbalance", type=float, default=100.0, help="largest class over smallest; default: 100")
     parser.add_argument("--root", default="data/cifar", help="where CIFAR lies or is fetched to; default: data/cifar")
     parser.add_argument("--no-download", action="store_true", help="only use what lies in --root")
+    parser.add_argument("--force", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     if not args.out.endswith(".npz") or os.path.isdir(args.out):
         raise InputError(f"expected the name of an .npz file to write, got {args.out!r}; name another")
-    require_place(args.out)
+    require_place(args.out, option="OUT", force=args.force)
     if not 1 <= args.imbalance < math.inf:
         raise InputError(f"expected an imbalance of at least 1, got {args.imbalance:g}; give --imbalance another")
     of_name = getattr(datasets, DATASETS[args.dataset])

@@ -511,7 +511,7 @@ BAD = {
     "count: exists": (
         "count_classes",
         ["{f.list}", "--out", "{f.four_counts}"],
-        "expected a new file as --out, but '.*four_counts.json' exists; give --force to replace it",
+        "expected a new file as --out, but '.*four_counts.json' exists; add --force to replace it",
     ),
     "count: onto itself": (
         "count_classes",

@@ -46,9 +46,8 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         InputError: it can't be written (no such place, read-only, disk full); what was at ``path`` is still there.
     """
     path = os.fspath(path)
-    regular = os.path.isfile(path) or not os.path.exists(path)
     try:
-        with _beside(os.path.realpath(path), mode) if regular else open(path, mode) as file:
+        with open(path, mode) if is_special(path) else _beside(os.path.realpath(path), mode) as file:
             yield file
     except (OSError, RuntimeError) as error:
         # torch.save wraps it in a RuntimeError.
@@ -139,16 +138,36 @@ def _require_room(path: str, place: str) -> None:
 
 
 def require_place(
-    path: str | os.PathLike[str], reads: Iterable[str | os.PathLike[str]] = (), option: str = "--out"
+    path: str | os.PathLike[str],
+    reads: Iterable[str | os.PathLike[str]] = (),
+    option: str = "--out",
+    force: bool = False,
 ) -> None:
-    """Refuse, before the work, a file that its result could not be written to, or that the work itself reads.
+    """Refuse, before the work, a file that its result could not be written to, or that is there already.
+
+    A device or a pipe is written to as it is.
+
+    Args:
+        path: the file.
+        reads: those that the work itself reads.
+        option: that names the file, for the message.
+        force: replace it.
 
     Raises:
-        InputError: see :func:`require_folder`; or a folder, or one of ``reads``, in the place of the file.
+        InputError: see :func:`require_folder`; or a folder, a file, or one of ``reads`` in its place.
     """
     path = os.fspath(path)
     if os.path.isdir(path) or not os.path.basename(path):
         raise InputError(f"expected the name of a file as {option}, got the folder {path!r}; add a name")
     if os.path.realpath(path) in map(os.path.realpath, reads):
         raise InputError(f"expected a file of its own as {option}, got {path!r}, which is read; name another")
-    _require_room(path, os.path.dirname(os.path.abspath(path)))
+    if is_special(path):
+        return
+    if os.path.exists(path) and not force:
+        raise InputError(f"expected a new file as {option}, but {path!r} exists; add --force to replace it")
+    _require_room(path, os.path.dirname(os.path.realpath(path)))
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a device, a pipe or a socket at the path."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)

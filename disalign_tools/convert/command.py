@@ -7,7 +7,6 @@ is. Before the result gets its name it is read back, and its scores are compared
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -116,9 +115,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _require_dest(args):
-    require_place(args.dest, [args.source], option="DEST")
-    if os.path.lexists(args.dest) and not args.force:
-        raise InputError(f"expected a new file as DEST, but {args.dest!r} exists; add --force to replace it")
+    require_place(args.dest, [args.source], option="DEST", force=args.force)
     if args.dest.endswith(".safetensors"):
         raise InputError(f"expected a DEST in .pth, got {args.dest!r}; it would be torch's format under that name")
     if args.dest.endswith(".pkl") and args.to != "d2":

@@ -630,7 +630,7 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path, capsys):
     path, out = write(tmp_path / "list.txt", "a.jpg 0\n"), tmp_path / "new" / "counts.json"
     assert run(capsys, path, "--out", out)[0] == 0
     out.write_text("old")
-    assert refused(capsys, path, "--out", out).endswith("exists; give --force to replace it")
+    assert refused(capsys, path, "--out", out).endswith("exists; add --force to replace it")
     assert out.read_text() == "old"
     assert run(capsys, path, "--out", out, "--force")[0] == 0
     assert load_class_counts(out).tolist() == [1]
