@@ -41,7 +41,7 @@ def load_file(path: str | os.PathLike[str], left_out: Iterable[str] = ()) -> Any
             if content != torch.serialization.MAGIC_NUMBER:
                 return content
         with records_left_out(left_out), warnings.catch_warnings():
-            # Torch says so of files that it reads all the same, and of those that it refuses right after.
+            # A warning about files that torch then reads, or refuses with an error of its own.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
