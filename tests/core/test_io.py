@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,20 @@ def test_a_refusal_names_what_it_found_and_never_advises_to_load_unsafely(tmp_pa
     with pytest.raises(InputError, match=r"holds.* (posix|nt)\.mkdir") as refusal:
         load_file(tmp_path / name)
     assert "weights_only" not in str(refusal.value)
+
+
+def test_torchs_word_on_a_pickles_protocol_is_not_passed_on_and_no_other_warning_is_lost(tmp_path, monkeypatch):
+    save(tmp_path / "a.pth", {"w": np.ones(1)}, "protocol 4")
+    torch.save({"w": torch.ones(1)}, tmp_path / "b.pth", pickle_protocol=3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match="re-save it with"):
+            load_file(tmp_path / "a.pth")
+        assert torch.equal(load_file(tmp_path / "b.pth")["w"], torch.ones(1))
+        assert told == []
+        monkeypatch.setattr(torch, "load", lambda *_, **__: warnings.warn("another", UserWarning, stacklevel=1))
+        load_file(tmp_path / "b.pth")
+    assert [str(one.message) for one in told] == ["another"]
 
 
 def test_the_attack_works_on_an_unsafe_loader(tmp_path):
