@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +40,9 @@ def load_file(path: str | os.PathLike[str], left_out: Iterable[str] = ()) -> Any
                 content = load_arrays(file)
             if content != torch.serialization.MAGIC_NUMBER:
                 return content
-        with records_left_out(left_out):
+        with records_left_out(left_out), warnings.catch_warnings():
+            # A warning about files that torch then reads, or refuses with an error of its own.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"expected a checkpoint at {path!r}, but there is no such file") from None

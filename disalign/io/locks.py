@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from ..errors import InputError
@@ -49,17 +49,28 @@ def locked_folder(folder: str | os.PathLike[str], option: str) -> Iterator[None]
     Raises:
         InputError: another process holds the lock.
     """
-    folder = os.fspath(folder)
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, LOCK), "a+") as file:
-        # Not inherited: workers that outlive a killed run by some seconds would hold it.
-        if not try_lock(file, inherited=False):
+    path = os.path.join(folder, LOCK)
+    with open(path, "a+") as file:
+        # Not inherited: workers that outlive a killed run by some seconds would hold it. Another run may just have
+        # ended, and taken the file with it.
+        if not (try_lock(file, inherited=False) and _is_at(file, path)):
             file.seek(0)
             raise InputError(
-                f"expected a folder of this run's own as {option}, but another run writes to {folder!r} "
+                f"expected a folder of this run's own as {option}, but another run writes to {os.fspath(folder)!r} "
                 f"({file.read().strip()}); wait for its end, or give another {option}"
             )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _is_at(file: IO[Any], path: str) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False

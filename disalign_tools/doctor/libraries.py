@@ -5,33 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 #: Each part, and the libraries with which it counts as installed; the core must always work.
-PARTS = {
-    "core": "",
-    "cls": "mmengine timm",
-    "mmseg": "mmseg",
-    "d2": "detectron2",
-    "tools": "PIL tqdm",
-    "export": "onnx",
-}
+PARTS = dict(core="", cls="mmengine timm", mmseg="mmseg", d2="detectron2", tools="PIL tqdm", export="onnx")
 
 
 class Library(NamedTuple):
-    """A library to try; several names in one string have blanks between.
+    """A library to try; several names in one string have blanks between."""
 
-    Attributes:
-        name: the module to import, or what the report calls ``code``.
-        parts: those that need it.
-        distributions: any of these provides it; the first is the one to install.
-        needs: libraries, listed before it, without which it can't work.
-        code: what must run, where an import is not enough. It may set ``value``, which the report shows, and raise
-            UserWarning for a note.
-    """
-
-    name: str
+    name: str  # the module to import, or what the report calls ``code``
     parts: str
-    distributions: str = ""
-    needs: str = ""
-    code: str = ""
+    distributions: str = ""  # any of these provides it; the first is the one to install
+    needs: str = ""  # libraries, listed before it, without which it can't work
+    code: str = ""  # what must run; it may set ``value``, which the report shows, and raise UserWarning for a note
 
 
 CUDA = """
@@ -51,28 +35,11 @@ elif shutil.which("nvidia-smi"):
 NMS = "import torch, torchvision; torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)"
 # Every run starts with this; it imports torchvision where there is one.
 RUNS = "import mmengine.runner; mmengine.utils.dl_utils.collect_env()"
-CHECKPOINTS = """
-import os, tempfile, torch
-from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
-with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, "epoch_1.pth")
-    torch.save({"message_hub": {"loss": HistoryBuffer([1.0], [1])}}, path)
-    try:
-        CheckpointLoader.load_checkpoint(path, "cpu")
-    except Exception:
-        raise UserWarning("MMEngine does not load its own with this torch; our commands do")
-"""
 OPERATORS = """
 try:
     import mmcv._ext
 except ImportError as error:
     raise UserWarning(f"CCHead, PSAHead, PointHead and SANHead need an mmcv with operators: {error}")
-"""
-LVIS = """
-import inspect, lvis.eval, numpy
-if "np.float)" in inspect.getsource(lvis.eval) and not hasattr(numpy, "float"):
-    raise UserWarning("lvis.LVISEval uses np.float, which numpy 1.24 removed; our evaluation does not need it")
 """
 DETECTRON2 = "import detectron2._C, detectron2.modeling"
 TOOLS = "import disalign_tools.convert, disalign_tools.count_classes"
@@ -90,7 +57,6 @@ LIBRARIES = [
     Library("torchvision", "cls d2", "torchvision", "numpy PIL torch", NMS),
     Library("timm", "cls", "timm", "torch torchvision"),
     Library("mmengine", "cls mmseg", "onedl-mmengine mmengine", "numpy PIL torch cv2 torchvision", RUNS),
-    Library("checkpoints", "cls mmseg", "", "mmengine", CHECKPOINTS),
     Library("sklearn", "cls", "scikit-learn", "numpy", "import sklearn.datasets"),
     Library("matplotlib", "cls d2", "matplotlib", "numpy PIL", "import matplotlib.figure"),
     Library("tensorboard", "cls", "tensorboard", "numpy PIL torch", "import torch.utils.tensorboard"),
@@ -104,7 +70,7 @@ LIBRARIES = [
     Library("detectron2", "d2", "detectron2", "numpy PIL tqdm cv2 torchvision fvcore", DETECTRON2),
     Library("detectron2.model_zoo", "d2", "", "detectron2 pkg_resources"),
     Library("faster_coco_eval", "d2", "faster-coco-eval", "numpy"),
-    Library("lvis", "d2", "lvis", "numpy PIL cv2 matplotlib", LVIS),
+    Library("lvis", "d2", "lvis", "numpy PIL cv2 matplotlib"),
     Library("disalign_d2", "d2", "", "disalign detectron2"),
     Library("disalign_tools", "tools", "", "disalign PIL tqdm", TOOLS),
     Library("onnx", "export", "onnx", "numpy"),

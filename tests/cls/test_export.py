@@ -151,7 +151,7 @@ def test_a_backbone_that_takes_one_size_keeps_it(tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["{two}", "{path}", "{tmp}/a.bin", "--size", "8"], r"expected OUT to end in .pt or .onnx, got '.*a.bin'"),
-        (["{two}", "{path}", "{tmp}/there.pt", "--size", "8"], r"a new file as OUT, but '.*' exists; .* or --force"),
+        (["{two}", "{path}", "{tmp}/there.pt", "--size", "8"], r"a new file as OUT, but '.*' exists; add --force"),
         (["{two}", "{path}", "{tmp}/there.pt/a.pt", "--size", "8"], r"expected a place to write '.*', but: "),
         (["{two}", "{path}", "{path}.pt/", "--size", "8"], r"expected .*"),
         (["{two}", "{path}", "{tmp}/a.pt", "--size", "1000000000"], r"takes images of 1000000000 x 1000000000, but: "),

@@ -7,8 +7,11 @@ import pickle
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 import disalign
 from disalign import InputError, load_file
 from disalign.io import atomic_file, missing_files, read_json, require_folder, require_place, write_json
+from disalign.io.files import TEMPORARY
 
 ARRAYS = {
     "model": collections.OrderedDict(
@@ -144,6 +148,20 @@ def test_a_refusal_names_what_it_found_and_never_advises_to_load_unsafely(tmp_pa
     with pytest.raises(InputError, match=r"holds.* (posix|nt)\.mkdir") as refusal:
         load_file(tmp_path / name)
     assert "weights_only" not in str(refusal.value)
+
+
+def test_torchs_word_on_a_pickles_protocol_is_not_passed_on_and_no_other_warning_is_lost(tmp_path, monkeypatch):
+    save(tmp_path / "a.pth", {"w": np.ones(1)}, "protocol 4")
+    torch.save({"w": torch.ones(1)}, tmp_path / "b.pth", pickle_protocol=3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match="re-save it with"):
+            load_file(tmp_path / "a.pth")
+        assert torch.equal(load_file(tmp_path / "b.pth")["w"], torch.ones(1))
+        assert told == []
+        monkeypatch.setattr(torch, "load", lambda *_, **__: warnings.warn("another", UserWarning, stacklevel=1))
+        load_file(tmp_path / "b.pth")
+    assert [str(one.message) for one in told] == ["another"]
 
 
 def test_the_attack_works_on_an_unsafe_loader(tmp_path):
@@ -427,3 +445,85 @@ def test_a_result_replaces_neither_a_folder_nor_what_it_is_made_from(tmp_path):
         require_place(tmp_path, option="--to")
     with pytest.raises(InputError, match=r"expected a file of its own as --out, got '.*link\.pth', which is read"):
         require_place(tmp_path / "link.pth", reads=[tmp_path / "a.pth"])
+
+
+# ------------------------------------------------------------------------------------ what is no regular file
+
+
+def write(path, content=b"new"):
+    require_place(path)
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    with atomic_file(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_link_to_nowhere_makes_its_target(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write(pipe)
+    reader.join(10)
+    assert got == [b"new"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.stat(os.devnull).st_rdev)
+        device.write_bytes(b"")
+    except PermissionError:
+        pytest.skip("only root may make a device")
+    write(device)
+    assert stat.S_ISCHR(device.stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
+
+
+def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path):
+    path = tmp_path / "there"
+    path.write_bytes(b"old")
+    with pytest.raises(InputError, match=r"expected a new file as --out, but '.*there' exists; add --force"):
+        require_place(path)
+    require_place(path, force=True)
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("end", ["done", "killed"])
+def test_half_written_files_of_dead_processes_are_removed(end, tmp_path):
+    """A living process's file stays, also while another writes beside it."""
+    code = (
+        "import sys\nfrom disalign.io import atomic_file\nwith atomic_file(sys.argv[1]) as file:\n"
+        "    print(flush=True)\n    sys.stdin.read()\n    file.write(b'other')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "other")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        write(tmp_path / "a")
+        (half,) = tmp_path.glob(f".*{TEMPORARY}")
+        assert half.exists()
+        if end == "killed":
+            process.kill()
+    assert half.exists() == (end == "killed")
+    assert (tmp_path / "other").exists() == (end == "done")
+    write(tmp_path / "b")
+    assert not half.exists()

@@ -606,7 +606,10 @@ def test_command(saved, generated, tmp_path, capsys):
     report = json.loads(out.read_text())
     assert report == json.loads(json.dumps(evaluation_report(*generated, IOU_TYPES, fixed=True)))
     assert capsys.readouterr().out == table(report["figures"]) + "\n"
-    assert main([*saved, "--iou-type", "bbox", "--max-dets", "20", "--out", str(out)]) == 0
+    again = [*saved, "--iou-type", "bbox", "--max-dets", "20", "--out", str(out)]
+    assert main(again) == 2
+    assert "exists; add --force to replace it" in capsys.readouterr().err
+    assert main([*again, "--force"]) == 0
     assert json.loads(out.read_text())["figures"] == {
         "bbox": pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20).figures)
     }

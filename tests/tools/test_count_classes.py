@@ -21,7 +21,7 @@ from PIL import Image
 
 from disalign import InputError, load_class_counts
 from disalign.counts import bundled
-from disalign_tools import count_classes, count_files, count_pixels
+from disalign_tools import count_classes, count_files
 from disalign_tools.count_classes import count, kind_of, main, summary
 
 K = 4
@@ -344,7 +344,7 @@ def changed(part, place, **changes):
         ([1, 2], (), "got no 'categories'"),
         (coco() | {"images": []}, (), "expected images and categories"),
         ('{"images": [', (), "expected annotations as JSON in 'a.json', but: "),
-        (coco(), ("--num-classes", "4"), "expected 4 categories in 'a.json', as --num-classes says, got 3"),
+        (coco(), ("--num-classes", "4"), "expected 4 categories, as --num-classes says, got 3 in 'a.json'"),
     ],
     ids=range(10),
 )
@@ -468,7 +468,7 @@ def test_one_thread_per_cpu_eight_at_most(tmp_path, monkeypatch):
         count([str(tmp_path)], "masks")
     count([str(tmp_path)], "masks", workers=5)
     count([str(tmp_path)], "masks", workers=0)
-    assert asked == [3, 8, 5]
+    assert asked == [3, 8, 5, 1]
 
 
 def test_a_bar_shows_the_progress_on_a_terminal(tmp_path, monkeypatch):
@@ -565,7 +565,7 @@ def test_the_first_bad_label_ends_the_reading(tmp_path, monkeypatch):
         time.sleep(0.01)
         return np.array([[9]])
 
-    monkeypatch.setattr(count_pixels, "read_mask", slow)
+    monkeypatch.setattr(count_files, "read_mask", slow)
     for number in range(300):
         write(tmp_path / f"{number}.png", "x")
     with pytest.raises(InputError, match=r"labels 0\.\.8"):
@@ -690,7 +690,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
 SLOW = """
 import signal, sys, time
 import numpy as np
-from disalign_tools import count_pixels
+from disalign_tools import count_files
 from disalign_tools.count_classes import main
 
 def slow(path, content):
@@ -698,7 +698,7 @@ def slow(path, content):
     time.sleep(0.05)
     return np.array([[0]])
 
-count_pixels.read_mask = slow
+count_files.read_mask = slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
 sys.exit(main(sys.argv[1:]))
 """

@@ -21,21 +21,20 @@ OPENMMLAB = {
     "mmcv": "onedl-mmcv",
     "mmcv-lite": "onedl-mmcv",
     "mmsegmentation": "onedl-mmsegmentation",
-    "openmim": "onedl-mim",
 }
 
 
-def version_of(distribution: str) -> str | None:
-    """The version of a distribution; None where it is not installed."""
+def version_of(distribution: str) -> str:
+    """The version of a distribution; empty where it is not installed."""
     try:
-        return metadata.version(distribution)
+        return metadata.version(distribution) or ""
     except Exception:  # half an installation has another error in each version of Python
-        return None
+        return ""
 
 
-def installed(library: Library) -> str | None:
-    """The installed distribution that provides a library."""
-    return next(filter(version_of, library.distributions.split()), None)
+def distribution_of(library: Library) -> str:
+    """The installed distribution that provides a library; empty if none does."""
+    return next(filter(version_of, library.distributions.split()), "")
 
 
 def origin(module: str) -> str | None:
@@ -49,15 +48,12 @@ def origin(module: str) -> str | None:
 
 def is_there(library: Library) -> bool:
     """Whether there is anything to import, whole or broken."""
-    return bool(not library.distributions or installed(library) or origin(library.name))
+    return bool(not library.distributions or distribution_of(library) or origin(library.name))
 
 
 def requirements(distribution: str = "disalign") -> dict[str, str]:
     """What a distribution and its extras ask for, ``{"timm": ">=1.0.9"}``; setuptools 82 has no pkg_resources."""
-    try:
-        lines = metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
-        lines = []
+    lines = (metadata.requires(distribution) or []) if version_of(distribution) else []
     matches = [re.match(r"([\w.-]+)\(?([^;)]*)", line.replace(" ", "")) for line in lines]
     return {"setuptools": "<82"} | {match[1]: match[2] for match in matches if match}
 
@@ -90,7 +86,7 @@ def install(*distributions: str) -> str:
 
 def torchvision_for_torch() -> str:
     """The command for a torchvision that fits the installed torch."""
-    release, _, build = (version_of("torch") or "").partition("+")
+    release, _, build = version_of("torch").partition("+")
     minor = int(release.split(".")[1])
     # To torch 2.13 each torchvision is for one torch; 0.29 is for 2.14 and later.
     pin = f"'torchvision==0.{minor + 15}.*'" if minor < 14 else "torchvision"
@@ -99,20 +95,18 @@ def torchvision_for_torch() -> str:
 
 def repair(library: Library, error: str) -> str | None:
     """The command for a library that raised ``error``; None where we know of none."""
-    name, absent = installed(library), re.search(r"No module named '(\w+)", error)
+    name, missing = distribution_of(library), re.search(r"No module named '(\w+)", error)
     if re.search(r"torchvision::nms|torchvision\S*\.so|[Cc]ustom C\+\+ ops", error):
         return torchvision_for_torch()
     if re.search(r"lib(GL|gthread|glib)\b", error):
         return HEADLESS
-    if library.name == "lvis" and "np.float" in error:
-        return f"sed -i 's/np\\.float)/float)/' {shlex.quote(str(origin('lvis')).replace('__init__', 'eval'))}"
-    if library.name == "checkpoints" or (library.name == "mmseg" and "mmcv._ext" in error):
-        # The maintained distributions load their checkpoints, and import without operators.
+    if library.name == "mmseg" and "mmcv._ext" in error:  # the maintained distributions do without operators
         return install("onedl-mmengine") if any(map(version_of, OPENMMLAB)) else None
-    # None for a crash, a hang or an exit, nor for what lacks a part of another library.
-    if not name or not re.match(r"\w+:", error) or (absent and absent[1] != library.name and origin(absent[1])):
+    if not name or not re.match(r"\w+:", error):  # a crash, a hang or an exit may be anything
         return None
-    pinned = f"{name}=={str(version_of(name)).partition('+')[0]}"
-    if name == "torch" or (absent and absent[1] != library.name):  # with what it asks for
-        return f"{PIP} install {'--force-reinstall ' if name == 'torch' else ''}{pinned}"
+    pinned = f"{name}=={version_of(name).partition('+')[0]}"
+    if missing and missing[1] != library.name:  # with what it asks for, unless that is there and lacks a part
+        return None if origin(missing[1]) else f"{PIP} install {pinned}"
+    if name == "torch":
+        return f"{PIP} install --force-reinstall {pinned}"
     return f"{REINSTALL} {DETECTRON2 if name == 'detectron2' else pinned}"

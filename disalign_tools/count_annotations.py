@@ -1,0 +1,80 @@
+"""Training examples per class from files that name them: lists of images, LVIS and COCO JSON."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from disalign.errors import InputError, some
+from disalign.io.annotations import category_names, read_annotations, read_list
+from disalign.io.images import MOST_CLASSES
+
+
+def count_lists(lists: Sequence[str], num_classes: int | None = None) -> dict:
+    """Count ``path label`` list files, as ImageNet-LT, Places-LT and iNaturalist-2018 have them.
+
+    K is ``num_classes``, or the largest label + 1. The images themselves are not looked for: ``python -m
+    disalign_cls.check`` does.
+    """
+    counts: Counter[int] = Counter()
+    limit = num_classes or MOST_CLASSES
+    for path in lists:
+        names, labels = read_list(path)
+        wrong = [f"{label} of {name}" for name, label in zip(names, labels, strict=True) if not 0 <= label < limit]
+        if wrong:
+            raise InputError(
+                f"expected labels 0..{limit - 1} in {path!r}, but {len(wrong)} are not: {some(wrong, 3)}; correct the "
+                "list, or the number of classes"
+            )
+        counts.update(labels)
+    return {
+        "unit": "images",
+        "files": len(lists),
+        "images": counts.total(),
+        "checksum": _checksum(lists),
+        "class_names": [],
+        "train_counts": [counts[label] for label in range(num_classes or max(counts) + 1)],
+    }
+
+
+def count_json(files: Sequence[str], num_classes: int | None = None) -> dict:
+    """Count the annotations that train, as ``disalign_d2`` does: the classes are the categories in their ids' order.
+
+    Left out are crowds, ignored ones, and those of polygons only, none of which has three points. All files must have
+    the same categories, K if ``num_classes`` says so.
+    """
+    instances: Counter[int] = Counter()
+    shown: Counter[int] = Counter()
+    categories: dict[int, str] = {}
+    images = left_out = 0
+    for path in files:
+        content = read_annotations(path)
+        found = dict(zip((one["id"] for one in content.categories), category_names(content.categories), strict=True))
+        categories = categories or found
+        if found != categories:
+            raise InputError(f"expected the categories of {files[0]!r} in {path!r} too, but ids or names differ")
+        if num_classes not in (None, len(categories)):
+            raise InputError(f"expected {num_classes} categories, as --num-classes says, got {len(found)} in {path!r}")
+        pairs = [(one["image_id"], one["category_id"]) for one in content.annotations if not one["iscrowd"]]
+        instances.update(category for _, category in pairs)
+        shown.update(category for _, category in set(pairs))
+        images += len(content.images)
+        left_out += content.flat + len(content.annotations) - len(pairs)
+    return {
+        "unit": "instances",
+        "files": len(files),
+        "images": images,
+        "left_out": left_out,
+        "checksum": _checksum(files),
+        "class_names": list(categories.values()),
+        "train_counts": [instances[id_] for id_ in categories],
+        "image_counts": [shown[id_] for id_ in categories],
+    }
+
+
+def _checksum(paths):
+    """SHA-256 of the files' content, one after the other: ``cat FILE ... | sha256sum``."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
