@@ -1,6 +1,7 @@
 """What a run adds on MMEngine: plain and whole checkpoints, and the watch over stage two from its first step on."""
 
 import os
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from disalign.stage_two import (
     require_same_classes,
 )
 
-from .checkpoints import class_names, load_checkpoint, load_whole, metadata
+from .checkpoints import class_names, load_checkpoint, metadata
 from .models import unwrapped
 from .runner import DisAlignRunner
 from .saving import WholeCheckpointHook, latest_checkpoint
@@ -88,10 +89,10 @@ class StageTwoHook(Hook):
         self._run: StageTwoRun | None = None
 
     def before_run(self, runner: Runner) -> None:
-        path = runner.cfg.get("load_from")
-        if path and not isinstance(runner, DisAlignRunner):
+        if not isinstance(runner, DisAlignRunner):
             # `mim test` takes MMEngine's own Runner, which would unpickle whatever the file holds, and only warn.
-            load_whole(unwrapped(runner.model), load_checkpoint(path), path)
+            runner.starts_from_others = False
+            runner.load_checkpoint = MethodType(DisAlignRunner.load_checkpoint, runner)
 
     def before_train(self, runner: Runner) -> None:
         model = unwrapped(runner.model)

@@ -6,10 +6,11 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, load_state_dict
 from torch import nn
 
 from disalign import InputError
+from disalign.hand_over import state_dict_of
 from disalign.io import locked_folder
 from disalign.stage_two import calibrations
 
@@ -25,13 +26,15 @@ class DisAlignRunner(Runner):
     - Stage two starts from ``stage_one``, which :class:`~disalign_mmengine.hooks.StageTwoHook` hands over;
       ``load_from`` is another name for it.
     - ``--resume`` goes on from the run's own last checkpoint, whatever ``stage_one`` and ``load_from`` say.
-    - Any other checkpoint must hold exactly the model's tensors.
+    - Any other checkpoint must hold exactly the model's tensors, but for a stage one that ``starts_from_others``.
     - Files are read with ``weights_only``, on upstream MMEngine too.
 
     Raises:
         InputError: nothing to start from, or a checkpoint that does not fit.
     """
 
+    #: Whether ``load_from`` of a stage one may fit in part, as with MMEngine: weights of another dataset.
+    starts_from_others = False
     _trains = False
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
@@ -56,8 +59,11 @@ class DisAlignRunner(Runner):
         self, filename: str | os.PathLike[str], map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ()
     ) -> dict:
         """Load a checkpoint completely or not at all; tensors are read on the CPU whatever ``map_location`` says."""
-        checkpoint = load_checkpoint(filename)
-        load_whole(unwrapped(self.model), checkpoint, os.fspath(filename))
+        checkpoint, model = load_checkpoint(filename), unwrapped(self.model)
+        if self.starts_from_others and self._trains and not self._resume:
+            load_state_dict(model, state_dict_of(checkpoint), strict=False, logger=self.logger)
+        else:
+            load_whole(model, checkpoint, os.fspath(filename))
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         self._has_loaded = True
         return checkpoint

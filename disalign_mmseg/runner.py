@@ -16,6 +16,8 @@ from .data_check import build_dataset
 class DisAlignSegRunner(DisAlignRunner):
     """:class:`disalign_mmengine.runner.DisAlignRunner` for segmentation (``runner_type = "DisAlignSegRunner"``)."""
 
+    starts_from_others = True
+
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
         """MMEngine's, over a dataset whose broken files and wrong labels are said in one sentence."""

@@ -8,7 +8,12 @@ import sys
 
 from disalign_mmengine.cli import command_to_train
 
-main = command_to_train(__doc__)
+
+def _adapt(config, args) -> None:
+    config.setdefault("runner_type", "DisAlignSegRunner")  # stage one's own checkpoints are safe and whole too
+
+
+main = command_to_train(__doc__, _adapt)
 
 if __name__ == "__main__":
     sys.exit(main())
