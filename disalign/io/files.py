@@ -1,8 +1,10 @@
 """JSON, missing files, and files that appear whole or not at all in places that can be written to."""
 
 import errno
+import functools
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +14,7 @@ from ..errors import InputError, first_line
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        path: the file.
-        what: it holds, for the sentence ("annotations").
-
-    Raises:
-        InputError: no such file, or none that can be read.
-    """
+    """The content of a JSON file; ``what`` it holds is for the refusal ("annotations")."""
     path = os.fspath(path)
     try:
         with open(path, encoding="utf-8") as file:
@@ -40,31 +34,25 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     """
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
-    temporary = None
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-        with os.fdopen(descriptor, mode) as file:
+        with open(temporary, mode.replace("w", "x")) as file:
             yield file
-        os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's is private
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
+        if os.path.lexists(temporary):
             os.unlink(temporary)
         # torch.save wraps it in a RuntimeError.
         reason = error.__context__ if type(error) is RuntimeError else error
         if isinstance(reason, OSError):
-            raise InputError(
-                f"expected a place to write {path!r}, but: {reason.strerror or first_line(reason)}; free it, or give "
-                "another"
-            ) from error
+            raise _no_place(path, reason) from error
         raise
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _no_place(path: str, error: OSError) -> InputError:
+    reason = error.strerror or first_line(error)
+    return InputError(f"expected a place to write {path!r}, but: {reason}; free it, or give another")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -76,23 +64,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def missing_files(paths: Sequence[str]) -> list[str]:
     """Those that do not exist. Each folder is read once: seconds for iNaturalist's 437,513 files."""
-    folders: dict[str, set[str]] = {}
-    absent = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder]:
-            absent.append(path)
-    return absent
+
+    @functools.cache
+    def names(folder: str) -> set[str]:
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    return [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path) or ".")]
 
 
 def require_folder(path: str | os.PathLike[str]) -> None:
-    """Refuse, before the work, a folder that its results could not be written to. Nothing is made, nothing left.
-
-    Raises:
-        InputError: a file stands there or above, it is read-only, or the disk is full.
-    """
+    """Refuse, before the work, a folder that can't be made or written to: a file in its place, read-only, disk full."""
     _require_room(os.fspath(path), os.path.abspath(path))
 
 
@@ -105,19 +86,13 @@ def _require_room(path: str, place: str) -> None:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))  # a full disk still takes a file without content
     except OSError as error:
-        raise InputError(
-            f"expected a place to write {path!r}, but: {error.strerror or error}; free it, or give another"
-        ) from None
+        raise _no_place(path, error) from None
 
 
 def require_place(
     path: str | os.PathLike[str], reads: Iterable[str | os.PathLike[str]] = (), option: str = "--out"
 ) -> None:
-    """Refuse, before the work, a file that its result could not be written to, or that the work itself reads.
-
-    Raises:
-        InputError: see :func:`require_folder`; or a folder, or one of ``reads``, in the place of the file.
-    """
+    """Refuse, before the work, a place for its result that can't be written to, is a folder, or is read by the work."""
     path = os.fspath(path)
     if os.path.isdir(path) or not os.path.basename(path):
         raise InputError(f"expected the name of a file as {option}, got the folder {path!r}; add a name")
