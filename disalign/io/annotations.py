@@ -20,42 +20,33 @@ KEYS = {
 
 
 def read_list(ann_file: str) -> tuple[list[str], list[int]]:
-    """The paths and labels of a ``path label`` list file, one image a line.
-
-    Raises:
-        InputError: a missing, empty or malformed file, with the first offending lines.
-    """
+    """The paths and labels of a ``path label`` list file, one image a line."""
     try:
         with open(ann_file, encoding="utf-8") as file:
-            lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+            lines = {number: line.strip() for number, line in enumerate(file, 1) if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"expected a list file of 'path label' lines at {ann_file!r}, but: {error}") from None
-    # The label is the last word: paths may hold spaces.
-    split = [(number, line, line.rsplit(maxsplit=1)) for number, line in lines]
     malformed = [
-        f"line {number}: {line[:60]!r}"
-        for number, line, words in split
-        if len(words) != 2 or not re.fullmatch(r"-?\d+", words[1])
+        f"line {number}: {line[:60]!r}" for number, line in lines.items() if not re.fullmatch(r".*\S\s+-?\d+", line)
     ]
     if malformed:
         raise InputError(
             f"expected 'path label' on every line of {ann_file!r}, but {len(malformed)} differ: {some(malformed, 3)}"
         )
-    if not split:
+    if not lines:
         raise InputError(f"expected 'path label' lines in {ann_file!r}, but it is empty")
-    return [words[0] for _, _, words in split], [int(words[1]) for _, _, words in split]
+    # The label is the last word: paths may hold spaces.
+    split = [line.rsplit(maxsplit=1) for line in lines.values()]
+    return [path for path, _ in split], [int(label) for _, label in split]
 
 
 @dataclass(frozen=True)
 class AnnotationFile:
     """The content of a file in LVIS or COCO format.
 
-    Args:
-        categories: in the order of their ids: the classes 0..K-1.
-        images: as in the file.
-        annotations: those that a detector can use, with ``iscrowd`` 0 (it trains) or 1 (a crowd, or to be ignored); a
-            ``segmentation`` of polygons holds only those of at least three points.
-        flat: number of annotations left out because none of their polygons has three points.
+    ``categories`` are in the order of their ids: the classes 0..K-1. ``annotations`` are those that a detector can use,
+    with ``iscrowd`` 0 (it trains) or 1 (a crowd, or to be ignored); a ``segmentation`` of polygons holds only those of
+    at least three points. ``flat`` counts the others, none of whose polygons has three points.
     """
 
     categories: list[dict[str, Any]]
@@ -65,12 +56,7 @@ class AnnotationFile:
 
 
 def read_annotations(json_file: str | os.PathLike[str]) -> AnnotationFile:
-    """Read an annotation file in LVIS or COCO format.
-
-    Raises:
-        InputError: a missing or broken file, a segmentation that is neither polygons nor RLE, or see
-            :func:`require_format`.
-    """
+    """Read an annotation file in LVIS or COCO format, see :func:`require_format`; a mask is polygons or RLE."""
     content, where = read_json(json_file, "annotations"), f" in {os.fspath(json_file)!r}"
     require_format(content, KEYS, where)
     used = []
@@ -100,15 +86,14 @@ def _usable_mask(annotation: dict[str, Any], where: str) -> dict[str, Any] | lis
 def require_format(content: Any, keys: Mapping[str, Sequence[str]], where: str = "") -> None:
     """Refuse content that is not in LVIS or COCO format.
 
+    At least one category and image, ids that are whole numbers and each there once, annotations of known categories
+    and images, and boxes of four finite numbers.
+
     Args:
         content: of an annotation file.
-        keys: ``"categories"``, ``"images"`` and ``"annotations"`` -> what each entry must have; ids (whole numbers) and
-            boxes are checked too if they are among them.
+        keys: ``"categories"``, ``"images"`` and ``"annotations"`` -> what each entry must have; ids and boxes are
+            checked only if they are among them.
         where: it is from, for the message: ``" in 'train.json'"``.
-
-    Raises:
-        InputError: no category or image, an entry without a needed key, ids that repeat, an annotation of an unknown
-            category or image, or a box that is not four finite numbers.
     """
     for part, needed in keys.items():
         entries = content.get(part) if isinstance(content, dict) else None
@@ -143,11 +128,7 @@ def require_format(content: Any, keys: Mapping[str, Sequence[str]], where: str =
 
 
 def require_keys(entries: Sequence[Any], needed: Sequence[str], what: str, where: str = "") -> None:
-    """Refuse entries (each ``what``, for the message) that are no mapping or lack a needed key.
-
-    Raises:
-        InputError: names the first one.
-    """
+    """Refuse entries (each ``what``, for the message) that are no mapping or lack a needed key."""
     for number, entry in enumerate(entries):
         lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
         if lacking:

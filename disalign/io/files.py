@@ -1,9 +1,11 @@
 """JSON, missing files, and files that appear whole or not at all in places that can be written to."""
 
 import errno
+import functools
 import glob
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,24 +18,28 @@ from .locks import try_lock
 TEMPORARY = ".disalign-tmp"
 
 
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a device, a pipe or a socket at the path."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def refuse_special(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse to read ``what`` from a device or a pipe, which may never end."""
+    if is_special(path):
+        raise InputError(f"expected {what} in a file, got {os.fspath(path)!r}, a device or a pipe; save it to a file")
+
+
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        path: the file.
-        what: it holds, for the sentence ("annotations").
-
-    Raises:
-        InputError: no such file, or none that can be read.
-    """
+    """The content of a JSON file; ``what`` it holds is for the refusal ("annotations")."""
     path = os.fspath(path)
+    refuse_special(path, what)
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
         raise InputError(f"expected {what} at {path!r}, but there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected {what} as JSON in {path!r}, but: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"expected {what} as JSON in {path!r}, but: {first_line(error)}") from None
 
 
 @contextmanager
@@ -53,10 +59,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         # torch.save wraps it in a RuntimeError.
         reason = error.__context__ if type(error) is RuntimeError else error
         if isinstance(reason, OSError):
-            raise InputError(
-                f"expected a place to write {path!r}, but: {reason.strerror or first_line(reason)}; free it, or give "
-                "another"
-            ) from error
+            raise _no_place(path, reason) from error
         raise
 
 
@@ -65,14 +68,13 @@ def _beside(path: str, mode: str) -> Iterator[IO[Any]]:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=TEMPORARY)
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}{TEMPORARY}")
     try:
-        with os.fdopen(descriptor, mode) as file:
+        with open(temporary, mode.replace("w", "x")) as file:
             try_lock(file)
             yield file
             file.flush()
-            os.fsync(descriptor)
-            os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's is private
+            os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -88,10 +90,9 @@ def remove_leftovers(folder: str) -> None:
                 os.unlink(path)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _no_place(path: str, error: OSError) -> InputError:
+    reason = error.strerror or first_line(error)
+    return InputError(f"expected a place to write {path!r}, but: {reason}; free it, or give another")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -103,23 +104,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def missing_files(paths: Sequence[str]) -> list[str]:
     """Those that do not exist. Each folder is read once: seconds for iNaturalist's 437,513 files."""
-    folders: dict[str, set[str]] = {}
-    absent = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder]:
-            absent.append(path)
-    return absent
+
+    @functools.cache
+    def names(folder: str) -> set[str]:
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    return [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path) or ".")]
 
 
 def require_folder(path: str | os.PathLike[str]) -> None:
-    """Refuse, before the work, a folder that its results could not be written to. Nothing is made, nothing left.
-
-    Raises:
-        InputError: a file stands there or above, it is read-only, or the disk is full.
-    """
+    """Refuse, before the work, a folder that can't be made or written to: a file in its place, read-only, disk full."""
     _require_room(os.fspath(path), os.path.abspath(path))
 
 
@@ -132,9 +126,7 @@ def _require_room(path: str, place: str) -> None:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))  # a full disk still takes a file without content
     except OSError as error:
-        raise InputError(
-            f"expected a place to write {path!r}, but: {error.strerror or error}; free it, or give another"
-        ) from None
+        raise _no_place(path, error) from None
 
 
 def require_place(
@@ -143,18 +135,9 @@ def require_place(
     option: str = "--out",
     force: bool = False,
 ) -> None:
-    """Refuse, before the work, a file that its result could not be written to, or that is there already.
+    """Refuse, before the work, a place for its result that can't be written to, is a folder, or is read by the work.
 
-    A device or a pipe is written to as it is.
-
-    Args:
-        path: the file.
-        reads: those that the work itself reads.
-        option: that names the file, for the message.
-        force: replace it.
-
-    Raises:
-        InputError: see :func:`require_folder`; or a folder, a file, or one of ``reads`` in its place.
+    What is there already is refused without ``force``, but a device or a pipe is written to as it is.
     """
     path = os.fspath(path)
     if os.path.isdir(path) or not os.path.basename(path):
@@ -166,8 +149,3 @@ def require_place(
     if os.path.exists(path) and not force:
         raise InputError(f"expected a new file as {option}, but {path!r} exists; add --force to replace it")
     _require_room(path, os.path.dirname(os.path.realpath(path)))
-
-
-def is_special(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a device, a pipe or a socket at the path."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)

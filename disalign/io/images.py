@@ -23,14 +23,7 @@ def files_below(folder: str, hidden_folders: bool = False) -> Iterator[str]:
     """All files below a folder, in no particular order; names that begin with a dot are left out.
 
     Links to files and to folders are followed, as the data loaders of the frameworks do. A broken link is listed:
-    whoever opens it says so.
-
-    Args:
-        folder: where to look.
-        hidden_folders: look into folders whose names begin with a dot too.
-
-    Raises:
-        InputError: a folder that can't be read, or a link to a folder that contains it.
+    whoever opens it says so. A folder that can't be read, or a link to a folder that contains it, is refused.
     """
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         folders[:] = [name for name in folders if hidden_folders or not name.startswith(".")]
@@ -50,18 +43,10 @@ def image_files(folder: str) -> list[str]:
 
 
 def image_tree(folder: str, classes: Sequence[str] | None = None) -> tuple[list[str], list[tuple[str, int]]]:
-    """The images in a folder with one folder per class.
+    """The names of the classes, and path and label of each image, of a folder with one folder per class.
 
-    Args:
-        folder: hidden folders in it are left out.
-        classes: the folders' names in the order of the labels, some perhaps missing; default: those found, in
-            alphabetical order.
-
-    Returns:
-        The names of the classes, and path and label of each image, class by class.
-
-    Raises:
-        InputError: no such folder, no folder in it, or one that ``classes`` does not name; see :func:`files_below`.
+    Hidden folders are left out. ``classes`` names the folders in the order of the labels, some perhaps missing; by
+    default those found are the classes, in alphabetical order.
     """
     if not os.path.isdir(folder):
         raise InputError(f"expected a folder with one folder per class at {folder!r}, but there is none")
@@ -77,18 +62,7 @@ def image_tree(folder: str, classes: Sequence[str] | None = None) -> tuple[list[
 
 
 def mask_files(folder: str, suffix: str = ".png") -> list[str]:
-    """The label masks below a folder: those in hidden folders too, but no hidden files.
-
-    Args:
-        folder: where to look.
-        suffix: the end of their paths.
-
-    Returns:
-        At least one path, in alphabetical order.
-
-    Raises:
-        InputError: no such folder, or no such files in it; see :func:`files_below`.
-    """
+    """The label masks below a folder, at least one, sorted: those in hidden folders too, but no hidden files."""
     if not os.path.isdir(folder):
         raise InputError(f"expected a folder of label images at {folder!r}, but there is none")
     paths = [path for path in files_below(folder, hidden_folders=True) if path.endswith(suffix)]
@@ -100,11 +74,7 @@ def mask_files(folder: str, suffix: str = ".png") -> list[str]:
 
 
 def open_image(path: str, mode: str = "RGB") -> "Image":
-    """An image, decoded to its end and converted to one of Pillow's modes.
-
-    Raises:
-        InputError: a missing or broken file.
-    """
+    """An image, decoded to its end and converted to one of Pillow's modes."""
     from PIL import Image
 
     try:
@@ -115,17 +85,9 @@ def open_image(path: str, mode: str = "RGB") -> "Image":
 
 
 def read_mask(path: str, content: bytes | None = None) -> np.ndarray:
-    """The labels of a mask; a palette's index is the label.
+    """The (height, width) labels of a mask, bool or whole numbers; a palette's index is the label.
 
-    Args:
-        path: of the file.
-        content: the file's, if it has been read already.
-
-    Returns:
-        (height, width) bool or whole numbers.
-
-    Raises:
-        InputError: anything but one whole label per pixel. A broken file raises what Pillow does.
+    ``content`` is the file's, if it has been read already. A broken file raises what Pillow does.
     """
     from PIL import Image
 
@@ -140,17 +102,9 @@ def read_mask(path: str, content: bytes | None = None) -> np.ndarray:
 
 
 def require_labels(labels: np.ndarray, num_classes: int | None, ignore_index: int, path: str, note: str = "") -> None:
-    """Refuse labels outside [0, K) that are not to be ignored.
+    """Refuse labels outside [0, K) that are not to be ignored: which, how many pixels of each, and where the first is.
 
-    Args:
-        labels: (height, width) whole numbers.
-        num_classes: K; default: :data:`MOST_CLASSES`.
-        ignore_index: the label that is left out.
-        path: of the file they are from, for the message.
-        note: what was done to them, for the message.
-
-    Raises:
-        InputError: names the labels, how many pixels have them, and where the first one is.
+    K is by default :data:`MOST_CLASSES`. ``path`` is the file, and ``note`` what was done to its labels.
     """
     num_classes = MOST_CLASSES if num_classes is None else num_classes
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)

@@ -56,11 +56,6 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    """Protocol 2 writes ``b""`` as a call of ``bytes``."""
-    return b""
-
-
 class _Call:
     """A function that a pickle can call but not alter."""
 
@@ -85,22 +80,18 @@ class _Unpickler(pickle.Unpickler):
         ("numpy._core.numeric", "_frombuffer"): _Call(_from_buffer),
         ("collections", "OrderedDict"): dict,
         ("_codecs", "encode"): _Call(_encode),
-        ("builtins", "bytes"): _Call(_no_bytes),
-        ("__builtin__", "bytes"): _Call(_no_bytes),
+        ("builtins", "bytes"): _Call(lambda: b""),  # as protocol 2 writes it
     }
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self.stand_ins[module.replace("numpy.core", "numpy._core"), name]
+            return self.stand_ins[module.replace("numpy.core", "numpy._core").replace("__builtin__", "builtins"), name]
         except KeyError:
             raise pickle.UnpicklingError(f"it holds a {module}.{name}") from None
 
 
 def load_arrays(file: IO[bytes]) -> Any:
-    """Unpickle numpy arrays of numbers, plain values and builtin containers from a binary file.
-
-    Returns:
-        What the file holds, arrays as tensors.
+    """Unpickle numpy arrays of numbers, as tensors, plain values and builtin containers from a binary file.
 
     Raises:
         pickle.UnpicklingError: it holds anything else; nothing of it was called.
@@ -131,9 +122,6 @@ class _Dropped:
     def __new__(cls, *_: Any) -> Self:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None:
-        pass
-
     def __setstate__(self, _: Any) -> None:
         pass
 
@@ -147,11 +135,10 @@ _RECORDS = (
     "_codecs.encode",
     "numpy.ndarray",
     "numpy.dtype",
-    *(
-        f"{multiarray}.{function}"
-        for multiarray in ("numpy.core.multiarray", "numpy._core.multiarray")
-        for function in ("_reconstruct", "scalar")
-    ),
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
     *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int64")),
 )
 
@@ -160,9 +147,8 @@ _RECORDS = (
 def records_left_out(names: Iterable[str]) -> Iterator[None]:
     """Within it ``torch.load(weights_only=True)`` takes files with such objects, and leaves the objects out.
 
-    Args:
-        names: full names of classes (a framework's log buffers); if there are any, a script's arguments and numpy's
-            scalars are left out too. Without names nothing changes.
+    ``names`` are the full names of classes (a framework's log buffers); if there are any, a script's arguments and
+    numpy's scalars are left out too. Without names nothing changes.
     """
     records: list[Any] = [(_Dropped, name) for name in (*names, *_RECORDS)] if names else []
     with torch.serialization.safe_globals(records):
