@@ -16,25 +16,80 @@ from .io import load_file
 COUNTERS = "*.num_batches_tracked"
 
 
-def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: under ``"state_dict"`` or ``"model"`` or flat, without DDP's ``module.``.
+#: Entries that training loops keep the weights in.
+ENTRIES = ("state_dict_best", "state_dict", "model", "params")
+#: Entries of a model in two parts (MiSLAS), whose names do not overlap.
+PARTS = ("state_dict_model", "state_dict_classifier")
+
+
+def weights_of(content: Mapping[Any, Any], others: Iterable[str] = ()) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
+    """The mapping of weights in a checkpoint, and the entries that it stands in: none where the weights lie flat.
+
+    Args:
+        content: of the file.
+        others: entries with weights that are not meant.
 
     Raises:
-        InputError: it holds no tensors.
+        InputError: several entries hold weights, under names that say nothing.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    tensors = (
-        {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if isinstance(checkpoint, Mapping)
-        else {}
-    )
+    entries = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    if entries.keys() >= {*PARTS}:
+        return {**entries[PARTS[0]], **entries[PARTS[1]]}, PARTS
+    named = [key for key in ENTRIES if key in entries][:1]
+    if not named and not holds_tensors(content):
+        # Whatever they call it: {"net": ...}, {"model_state_dict": ...}.
+        named = [key for key, value in entries.items() if key not in others and holds_tensors(value)]
+    if len(named) > 1:
+        raise InputError(f"expected one set of weights, got several: {some(named)}; save one of them alone")
+    if not named:
+        return content, ()
+    weights = entries[named[0]]
+    # It may be wrapped twice.
+    return (weights if holds_tensors(weights) else weights_of(weights, others)[0]), (named[0],)
+
+
+def holds_tensors(weights: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in weights.values())
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DDP (``module.``) and ``torch.compile`` (``_orig_mod.``) put into the names."""
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whatever its training loop and wrappers call them (:func:`weights_of`).
+
+    Raises:
+        InputError: it holds no tensors, several sets of them, or some that are not stored in full.
+    """
+    weights = weights_of(checkpoint)[0] if isinstance(checkpoint, Mapping) else {}
+    tensors = {key: value for key, value in weights.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise InputError("expected a state dict of tensors in the checkpoint, got none; is it a model's checkpoint?")
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
+    require_dense(tensors)
+    return plain_names(tensors)
+
+
+def require_dense(tensors: Mapping[str, Tensor], where: str = "") -> None:
+    """Refuse tensors that are not stored in full: sparse, quantized, without data, or larger than their data.
+
+    Raises:
+        InputError: names them.
+    """
+    odd = [name for name, tensor in tensors.items() if not _is_dense(tensor)]
+    if odd:
+        raise InputError(f"expected dense tensors{where}, got others: {some(odd)}; save them dense and contiguous")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    # A few repeated bytes, as of buffers of positions, do no harm.
+    return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), 1 << 20)
 
 
 def require_tensors(
@@ -83,8 +138,18 @@ def require_tensors(
             f"expected no tensors beyond the model's{where}, but got {len(unknown)}: {some(unknown)}; is it a "
             "checkpoint of another model or classifier type?"
         )
+    other = [name for name in target if _kind(source[name]) != _kind(target[name])]
+    if other:
+        raise InputError(
+            f"expected {what} of the model's kinds of numbers{where}, got others: "
+            f"{some(f'{name} of {source[name].dtype}' for name in other)}; save the weights as floating-point numbers"
+        )
     require_finite({name: source[name] for name in target}, where)
     return surplus
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: str, advice: str = "use an earlier one") -> None:
@@ -96,6 +161,16 @@ def require_finite(tensors: Mapping[str, Tensor], where: str, advice: str = "use
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(f"expected finite numbers{where}, but got NaN or infinity in {some(broken)}; {advice}")
+
+
+def _below_a_wrapper(source: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the one module that all names begin with, if the model knows none of them (Lightning's ``model.``)."""
+    while source.keys().isdisjoint(target) and len({name.partition(".")[:2] for name in source}) == 1:
+        inner = {name.partition(".")[2]: tensor for name, tensor in source.items()}
+        if "" in inner:
+            break
+        source = inner
+    return source
 
 
 @dataclass(frozen=True)
@@ -137,11 +212,17 @@ def load_stage_one(
         name = os.fspath(checkpoint)
         checkpoint = load_file(checkpoint)
     where = f" in {name!r}" if name else ""
-    source = state_dict_of(checkpoint)
     target = model.state_dict()
+    source = _below_a_wrapper(state_dict_of(checkpoint), target)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     new = {key for key, parameter in parameters.items() if parameter.requires_grad}
-    frozen = {key: tensor for key, tensor in target.items() if key not in new}
+    # Files from before BatchNorm counted its batches lack all counters, and nothing reads them.
+    uncounted = not any(fnmatchcase(key, COUNTERS) for key in source)
+    frozen = {
+        key: tensor
+        for key, tensor in target.items()
+        if key not in new and not (uncounted and fnmatchcase(key, COUNTERS))
+    }
 
     if len(new) == len(parameters):
         raise InputError("expected a frozen model, but all of its parameters train; call freeze_except first")

@@ -6,11 +6,13 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from ..errors import InputError, first_line, some
+from .files import refuse_special
 from .unpickling import load_arrays, records_left_out
 
 _REFUSED = "re-save it with torch.save(model.state_dict(), ...), or convert it, if you trust its source"
@@ -34,7 +36,10 @@ def load_file(path: str | os.PathLike[str], left_out: Iterable[str] = ()) -> Any
         InputError: a missing or truncated file, or one that holds anything else than tensors and plain values.
     """
     path = os.fspath(path)
+    refuse_special(path, "a checkpoint")
     try:
+        if zipfile.is_zipfile(path):
+            _verify(path)
         if path.endswith(".pkl") and not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 content = load_arrays(file)
@@ -57,9 +62,23 @@ def load_file(path: str | os.PathLike[str], left_out: Iterable[str] = ()) -> Any
         ) from None
 
 
+def _verify(path: str) -> None:
+    """Compare the checksums that torch writes, and does not read."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed, as torch never does")
+            if record.CRC:  # torch can be told to leave them out
+                with archive.open(record) as file:
+                    while file.read(1 << 20):
+                        pass
+
+
 def _what_else(path: str, error: Exception) -> str:
     if zipfile.is_zipfile(path):
-        return f"it also holds {some(torch.serialization.get_unsafe_globals_in_checkpoint(path))}"
+        with suppress(Exception):  # it reads the file again
+            if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                return f"it also holds {some(names)}"
     # torch's own message advises switching weights_only off; ours keeps the name it found.
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:

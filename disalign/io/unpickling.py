@@ -71,7 +71,7 @@ class _Call:
         raise pickle.UnpicklingError("it alters what it is read with")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in C takes memory for as many records as a file claims to have
     stand_ins: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,

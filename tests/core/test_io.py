@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ import disalign
 from disalign import InputError, load_file
 from disalign.io import atomic_file, missing_files, read_json, require_folder, require_place, write_json
 from disalign.io.files import TEMPORARY
+
+from .malicious import Malicious
 
 ARRAYS = {
     "model": collections.OrderedDict(
@@ -527,3 +530,86 @@ def test_half_written_files_of_dead_processes_are_removed(end, tmp_path):
     assert (tmp_path / "other").exists() == (end == "done")
     write(tmp_path / "b")
     assert not half.exists()
+
+
+# -------------------------------------------------------------------------------------------- broken and huge files
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.rand(1000), "bias": torch.rand(10)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(torch.load(path)["weight"].numpy().tobytes()) + 500
+    for offset in range(64):
+        content[place + offset] ^= 1 << offset % 8
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"it can't be read \(Bad CRC-32 for file 'a/data/0'\)"):
+        load_file(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    options = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(options)
+    assert torch.equal(load_file(tmp_path / "a.pth")["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth"])
+def test_a_few_bytes_do_not_take_gigabytes(name, tmp_path):
+    # None, put into place 500,000,000 of the records.
+    (tmp_path / name).write_bytes(b"\x80\x02Nr" + (500_000_000).to_bytes(4, "little") + b".")
+    code = (
+        "import sys, resource, disalign\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: print(disalign.load_file(sys.argv[1]))\nexcept disalign.InputError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, text=True)
+    assert done.stdout.endswith("True\n"), (done.stdout, done.stderr)
+
+
+def test_a_compressed_archive_is_refused_unread(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    with pytest.raises(InputError, match=r"it can't be read \(a/data.pkl is compressed, as torch never does\)"):
+        load_file(path)
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_another_protocol_is_one_sentence_and_runs_nothing(harmless, protocol, tmp_path):
+    path, harm = tmp_path / "a.pth", tmp_path / "harm"
+    torch.save({"a": torch.ones(1), "b": None if harmless else Malicious(str(harm))}, path, pickle_protocol=protocol)
+    with warnings.catch_warnings(), pytest.raises(InputError) as refused:
+        warnings.simplefilter("error")
+        load_file(path)
+    assert re.search(
+        "but (it also holds posix.mkdir|torch.s safe reader can.t read it); re-save it", str(refused.value)
+    )
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.json"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    read = load_file if name != "a.json" else lambda path: read_json(path, "counts")
+    with pytest.raises(InputError, match=r"in a file, got '.*', a device or a pipe; save it to a file"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" + "0" * 5000, "\0", "[1e400"])
+def test_json_that_breaks_the_reader_is_one_sentence(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"^expected counts as JSON in '.*a\.json', but: .+$"):
+        read_json(tmp_path / "a.json", "counts")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000])
+@pytest.mark.parametrize("read", [load_file, lambda path: read_json(path, "counts")])
+def test_a_path_that_can_be_none_is_one_sentence(read, path):
+    with pytest.raises(InputError, match=r"^expected .*; |but: .+$"):
+        read(path)
