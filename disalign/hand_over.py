@@ -54,11 +54,8 @@ def require_tensors(
             f"expected all {len(target)} {what}{where}, but it lacks {len(missing)}: {some(missing)}; is it a "
             "checkpoint of this very model?"
         )
-    misshaped = [
-        f"{name} ({list(source[name].shape)}, not {list(target[name].shape)})"
-        for name in target
-        if source[name].shape != target[name].shape
-    ]
+    shapes = [(name, list(source[name].shape), list(tensor.shape)) for name, tensor in target.items()]
+    misshaped = [f"{name} ({found}, not {expected})" for name, found, expected in shapes if found != expected]
     if misshaped:
         raise InputError(
             f"expected {what} of the model's shapes{where}, but got {len(misshaped)} of others: {some(misshaped)}; is "

@@ -45,7 +45,8 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
 def at_identity(model: Model) -> Iterator[Model]:
     """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
     modules = calibrations(model).values()
-    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
+    tensors = [tensor for module in modules for tensor in (module.magnitude, module.margin)]
+    saved = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         for module in modules:
             module.magnitude.fill_(1)
@@ -54,9 +55,8 @@ def at_identity(model: Model) -> Iterator[Model]:
         yield model
     finally:
         with torch.no_grad():
-            for module, magnitude, margin in saved:
-                module.magnitude.copy_(magnitude)
-                module.margin.copy_(margin)
+            for tensor, before in zip(tensors, saved, strict=True):
+                tensor.copy_(before)
 
 
 def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
