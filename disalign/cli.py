@@ -38,15 +38,7 @@ BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError
 
 @contextmanager
 def config_errors(where: str, errors: tuple[type[Exception], ...] = BUILD_ERRORS) -> Iterator[None]:
-    """Errors of building from a config become one sentence; those of a user's own code keep their traceback.
-
-    Args:
-        where: the config, for the message.
-        errors: what the config may be at fault for.
-
-    Raises:
-        InputError: the config can't be built.
-    """
+    """What a config (``where``) may be at fault for becomes one sentence; a user's own code keeps its traceback."""
     try:
         yield
     except InputError:
@@ -77,11 +69,7 @@ def shipped_configs() -> Path:
 
 
 def find_config(path: str) -> str:
-    """The config file that a command's argument means: a file, or the name of a shipped one.
-
-    Raises:
-        InputError: there is neither.
-    """
+    """The config file that a command's argument means: a file, or the name of a shipped one."""
     if not os.path.isfile(path) and path and (shipped_configs() / path).is_file():
         path = str(shipped_configs() / path)
     if not os.path.isfile(path):

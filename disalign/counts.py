@@ -4,7 +4,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,6 @@ ClassCounts = Tensor | npt.NDArray[Any] | Sequence[float] | Mapping[Any, float] 
 
 #: Benchmarks whose counts are shipped (``disalign/data/NAME.json``, with their source).
 BUNDLED = ("imagenet_lt", "inaturalist2018", "places_lt", "lvis_v0.5", "lvis_v1", "ade20k")
-
-_UNIT_KEYS = {None: "train_counts", "images": "image_counts"}
 
 
 def load_class_counts(source: ClassCounts, unit: str | None = None) -> Tensor:
@@ -62,51 +62,47 @@ def bundled(name: str) -> dict[str, Any]:
 
 
 def _read(source: str | os.PathLike[str], unit: str | None) -> Any:
-    path = os.fspath(source)
-    record: Any
-    if isinstance(source, str) and source in BUNDLED:
-        record = bundled(source)
-    else:
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            is_table = text.split("\t", 1)[0].strip() == "Idx"
-            record = None if is_table else json.loads(text)
-        except FileNotFoundError:
-            raise InputError(
-                f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {path!r}, and "
-                "there is no such file"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"expected class counts as JSON in {path!r}, but: {error}") from None
-        if is_table:
-            record = _object_info(text, path)
-    if unit not in _UNIT_KEYS:
+    if unit not in (None, "images"):
         raise InputError(f"expected unit None or 'images', got {unit!r}")
-    key = _UNIT_KEYS[unit]
+    path = os.fspath(source)
+    record = bundled(path) if source in BUNDLED else _read_file(path)
+    key = "image_counts" if unit else "train_counts"
     if isinstance(record, dict) and key in record:
         return record[key]
-    if unit is not None:
+    if unit:
         raise InputError(f"expected {key!r} in {path!r}, which counts only one unit; ask for that one")
     return record
+
+
+def _read_file(path: str) -> Any:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return _object_info(text, path) if text.lstrip().startswith("Idx") else json.loads(text)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(
+            f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {path!r}, and there is no such file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"expected class counts as JSON in {path!r}, but: {error}") from None
 
 
 def _object_info(text: str, path: str) -> dict[str, list[int]]:
     """ADE20K's table of its classes: tab separated, with a header, and spaces after some fields."""
     header, *rows = ([field.strip() for field in line.split("\t")] for line in text.splitlines() if line.strip())
-    try:
+    with suppress(KeyError, ValueError):
         columns = dict(zip(header, zip(*rows, strict=True), strict=True))
         in_order = [int(index) for index in columns["Idx"]] == list(range(1, len(rows) + 1))
-        images = [int(number) for number in columns["Train"]]
-        shares = columns["Ratio"]
-    except (KeyError, ValueError):
-        in_order, shares = False, ()
-    if not in_order or not all(re.fullmatch(r"[01]\.\d{4}", share) for share in shares):
-        raise InputError(
-            f"expected the columns Idx (1, 2, ...), Ratio (with 4 decimals) and Train in {path!r}, as ADE20K's "
-            "objectInfo150.txt has them; take the file that comes with the data set"
-        )
-    return {"train_counts": [int(share.replace(".", "")) for share in shares], "image_counts": images}
+        if in_order and all(re.fullmatch(r"[01]\.\d{4}", share) for share in columns["Ratio"]):
+            return {
+                "train_counts": [int(share.replace(".", "")) for share in columns["Ratio"]],
+                "image_counts": [int(number) for number in columns["Train"]],
+            }
+    raise InputError(
+        f"expected the columns Idx (1, 2, ...), Ratio (with 4 decimals) and Train in {path!r}, as ADE20K's "
+        "objectInfo150.txt has them; take the file that comes with the data set"
+    )
 
 
 def _in_label_order(mapping: Mapping[Any, Any]) -> list[Any]:
@@ -128,10 +124,9 @@ def _from_values(values: Any) -> Tensor:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     except (TypeError, ValueError):
         raise InputError(f"expected one number per class, got {type(values).__name__} that is none") from None
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"expected one number per class, got {type(values).__name__} of {array.dtype}")
-    if array.ndim != 1 or array.size == 0:
-        raise InputError(f"expected one count per class, got an array of shape {array.shape}")
+    if array.dtype.kind not in "biuf" or array.ndim != 1 or array.size == 0:
+        kind = type(values).__name__
+        raise InputError(f"expected one number per class, got {kind} of {array.dtype} and shape {array.shape}")
     numbers = array.astype(np.float64)
     whole = (numbers >= 0) & (numbers < 2**63) & (numbers == np.floor(numbers)) & (array.dtype.kind != "b")
     bad = np.flatnonzero(~whole)

@@ -1,7 +1,7 @@
 """The strict hand-over from stage one to stage two."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -96,41 +96,33 @@ def require_tensors(
     source: Mapping[str, Tensor],
     target: Mapping[str, Tensor],
     what: str,
-    ignorable: Iterable[str] = (),
+    ignorable: Sequence[str] = (),
     where: str = "",
 ) -> list[str]:
-    """Check that a state dict holds all of the target's tensors, in their shapes, finite, and nothing unknown.
+    """Refuse a state dict that lacks one of the target's tensors, or has one mis-shaped, not finite or unknown.
 
     Args:
         source: the state dict.
         target: the model's tensors that it must hold.
-        what: what they are, for the sentence ("frozen tensors").
+        what: they are, and ``where`` the state dict is from, for the message (``" in 'one.pth'"``).
         ignorable: patterns (as in ``fnmatch``) of keys that ``source`` may hold in vain.
-        where: the file, for the sentence.
 
     Returns:
         The ignored keys.
-
-    Raises:
-        InputError: it does not.
     """
     missing = [name for name in target if name not in source]
     if missing:
         raise InputError(
-            f"expected all {len(target)} {what}{where}, but it lacks {len(missing)}: {some(missing)}; is it "
-            "a checkpoint of this very model?"
+            f"expected all {len(target)} {what}{where}, but it lacks {len(missing)}: {some(missing)}; is it a "
+            "checkpoint of this very model?"
         )
-    misshaped = [
-        f"{name} ({list(source[name].shape)}, not {list(target[name].shape)})"
-        for name in target
-        if source[name].shape != target[name].shape
-    ]
+    shapes = [(name, list(source[name].shape), list(tensor.shape)) for name, tensor in target.items()]
+    misshaped = [f"{name} ({found}, not {expected})" for name, found, expected in shapes if found != expected]
     if misshaped:
         raise InputError(
             f"expected {what} of the model's shapes{where}, but got {len(misshaped)} of others: {some(misshaped)}; is "
             "it trained for another number of classes or another width?"
         )
-    ignorable = tuple(ignorable)
     surplus = [name for name in source if name not in target]
     unknown = [name for name in surplus if not any(fnmatchcase(name, pattern) for pattern in ignorable)]
     if unknown:

@@ -19,9 +19,8 @@ def report(
     """An evaluation's figures, with stage one's on the same data beside them, ready for JSON.
 
     Args:
-        figures: name -> percent; ``None`` or NaN where nothing was evaluated, which becomes null and never 0.
-        stage_one: the same figures of stage one.
-        per_class, stage_one_per_class: column -> K values, of both.
+        figures, stage_one: name -> percent; ``None`` or NaN where nothing was evaluated, which becomes null, never 0.
+        per_class, stage_one_per_class: column -> K values.
         facts: what was evaluated: ``dataset``, ``split``, ``images``, ``classes``, ``groups`` and the like.
 
     Returns:
@@ -50,16 +49,13 @@ def without_nan(value: Any) -> Any:
 def table(content: Mapping[str, Any], columns: Mapping[str, str] | Sequence[str] = ()) -> str:
     """A :func:`report` as text: its figures in one row, or stage one, DisAlign and the gain in points.
 
-    Args:
-        content: the report.
-        columns: figure -> title, or the figures alone, in the order of the columns; default: all figures.
+    ``columns`` are figures in the order of the columns, perhaps with their titles; by default all of them.
     """
     after, before = content["figures"], content.get("stage_one", {}).get("figures")
     titles = columns if isinstance(columns, Mapping) else {name: name for name in columns or after}
+    stages = {"": after} if before is None else {"stage one": before, "DisAlign": after}
     rows = [["percent", *titles.values()]]
-    if before is not None:
-        rows.append(["stage one", *(shown(before.get(name)) for name in titles)])
-    rows.append(["DisAlign" if before is not None else "", *(shown(after.get(name)) for name in titles)])
+    rows += [[stage, *(shown(figures.get(name)) for name in titles)] for stage, figures in stages.items()]
     if before is not None:
         rows.append(["gain", *(shown(_gain(before.get(name), after.get(name)), "+z.1f") for name in titles)])
     return text_table(rows)

@@ -36,18 +36,7 @@ def trained_parts(model: nn.Module) -> list[str]:
 
 
 def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
-    """Freeze a model but for its calibrations, in place; before DDP wraps it.
-
-    Args:
-        model: with calibrations.
-        held: see :func:`disalign.freeze_except`.
-
-    Returns:
-        What trains.
-
-    Raises:
-        InputError: the model has no calibration.
-    """
+    """Freeze a model with calibrations but for these, in place, before DDP wraps it: :func:`disalign.freeze_except`."""
     if not calibrations(model):
         raise InputError(f"expected a model with a calibration, got none in {type(model).__name__}; calibrate it first")
     return freeze_except(model, trained_parts(model), held)
@@ -57,7 +46,8 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
 def at_identity(model: Model) -> Iterator[Model]:
     """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
     modules = calibrations(model).values()
-    saved = [(module, module.magnitude.detach().clone(), module.margin.detach().clone()) for module in modules]
+    tensors = [tensor for module in modules for tensor in (module.magnitude, module.margin)]
+    saved = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         for module in modules:
             module.magnitude.fill_(1)
@@ -66,9 +56,8 @@ def at_identity(model: Model) -> Iterator[Model]:
         yield model
     finally:
         with torch.no_grad():
-            for module, magnitude, margin in saved:
-                module.magnitude.copy_(magnitude)
-                module.margin.copy_(margin)
+            for tensor, before in zip(tensors, saved, strict=True):
+                tensor.copy_(before)
 
 
 def keep_magnitude_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -123,12 +112,9 @@ class StageTwoRun:
 
     Args:
         model: frozen but for its calibrations.
-        optimizer: of the run.
+        optimizer: of the run; weight decay on a magnitude is refused.
         advice: what to do in this host when the confidence collapses, for the warning.
         threshold: of a batch's mean confidence; below it magnitude and margin hardly get gradients any more.
-
-    Raises:
-        InputError: weight decay on a magnitude.
     """
 
     def __init__(
@@ -176,17 +162,9 @@ def require_own_folder(
     option: str,
     load: Callable[[str], Any] = load_file,
 ) -> None:
-    """Refuse a folder for a new run whose checkpoints would replace those of the other stage.
+    """Refuse a folder for a new run (``option`` names it) whose checkpoints would replace those of the other stage.
 
-    Args:
-        folder: the run's.
-        checkpoints: those that this run could replace or continue; missing and unreadable files do not count.
-        calibrated: whether the run is of stage two.
-        option: that names the folder, for the message.
-        load: reads a checkpoint.
-
-    Raises:
-        InputError: one of them is of the other stage.
+    ``checkpoints`` are those that the run could replace or continue; missing and unreadable files do not count.
     """
     ours, theirs = ("two", "one") if calibrated else ("one", "two")
     for path in dict.fromkeys(os.fspath(path) for path in checkpoints):
@@ -204,16 +182,7 @@ def require_own_folder(
 def require_same_classes(
     expected: Sequence[str] | None, found: Sequence[str] | None, where: str, whose: str = "the training set"
 ) -> None:
-    """Refuse classes of other names, or in another order; where names are not known they are not compared.
-
-    Args:
-        expected, found: names in the order of the labels, or nothing.
-        where: the found ones are from, for the message: "the val set".
-        whose: the expected ones.
-
-    Raises:
-        InputError: they differ.
-    """
+    """Refuse classes in ``where`` of other names or in another order than ``whose``; unknown ones are not compared."""
     if not expected or not found or list(expected) == list(found):
         return
     pairs = enumerate(zip(found, expected, strict=False))

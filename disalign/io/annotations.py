@@ -76,10 +76,8 @@ def _usable_mask(annotation: dict[str, Any], where: str) -> dict[str, Any] | lis
     if isinstance(mask, dict) and {"counts", "size"} <= mask.keys():
         return mask
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
-        raise InputError(
-            f"expected a list of polygons [x, y, x, y, ...] or an RLE as segmentation{where}, got another in "
-            f"annotation {annotation['id']}"
-        )
+        got = f"another in annotation {annotation['id']}"
+        raise InputError(f"expected polygons [[x, y, x, y, ...], ...] or an RLE as segmentation{where}, got {got}")
     return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
 
@@ -121,10 +119,8 @@ def require_format(content: Any, keys: Mapping[str, Sequence[str]], where: str =
             )
     for annotation in content["annotations"] if "bbox" in keys["annotations"] else ():
         if not is_box(annotation["bbox"]):
-            raise InputError(
-                f"expected boxes [x, y, width, height]{where}, got {annotation['bbox']!r} in annotation "
-                f"{annotation.get('id')}"
-            )
+            got = f"{annotation['bbox']!r} in annotation {annotation.get('id')}"
+            raise InputError(f"expected boxes [x, y, width, height]{where}, got {got}")
 
 
 def require_keys(entries: Sequence[Any], needed: Sequence[str], what: str, where: str = "") -> None:

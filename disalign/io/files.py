@@ -114,10 +114,7 @@ def missing_files(paths: Sequence[str]) -> list[str]:
 
 def require_folder(path: str | os.PathLike[str]) -> None:
     """Refuse, before the work, a folder that can't be made or written to: a file in its place, read-only, disk full."""
-    _require_room(os.fspath(path), os.path.abspath(path))
-
-
-def _require_room(path: str, place: str) -> None:
+    place = os.path.abspath(path)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     try:
@@ -126,7 +123,7 @@ def _require_room(path: str, place: str) -> None:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))  # a full disk still takes a file without content
     except OSError as error:
-        raise _no_place(path, error) from None
+        raise _no_place(os.fspath(path), error) from None
 
 
 def require_place(
@@ -148,4 +145,4 @@ def require_place(
         return
     if os.path.exists(path) and not force:
         raise InputError(f"expected a new file as {option}, but {path!r} exists; add --force to replace it")
-    _require_room(path, os.path.dirname(os.path.realpath(path)))
+    require_folder(os.path.dirname(os.path.realpath(path)))

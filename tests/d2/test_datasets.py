@@ -192,8 +192,8 @@ def broken(part, index, **changes):
         (broken("images", 1, id="three"), "ids of the images .*, each once, got 'three'"),
         (broken("images", 1, file_name=None), "file_name or coco_url of image 3 .* got neither"),
         (broken("categories", 0, name=None), "got no name in entry 0"),
-        (broken("annotations", 1, segmentation=[1, 2, 3, 4, 5, 6]), "list of polygons .* annotation 12"),
-        (broken("annotations", 1, segmentation={"counts": "a"}), "list of polygons .* annotation 12"),
+        (broken("annotations", 1, segmentation=[1, 2, 3, 4, 5, 6]), "expected polygons .* annotation 12"),
+        (broken("annotations", 1, segmentation={"counts": "a"}), "expected polygons .* annotation 12"),
     ],
 )
 def test_a_bad_file_is_refused_with_a_sentence(tmp_path, content, sentence):

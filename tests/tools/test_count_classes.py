@@ -649,7 +649,7 @@ def test_a_source_is_never_written_to(tmp_path, capsys):
     [
         (("--out", "counts.txt"), "expected the name of a .json file as --out, got 'counts.txt'"),
         (("--out", "folder.json"), "expected the name of a file as --out"),
-        (("--out", "list.txt/counts.json"), "expected a place to write 'list.txt/counts.json', but: "),
+        (("--out", "list.txt/counts.json"), "expected a place to write 'list.txt', but: "),
         (("--num-classes", "0"), "expected 1 to 1000000 as --num-classes, got 0"),
         (("--num-classes", "9999999999999"), "expected 1 to 1000000 as --num-classes"),
         (("--workers", "-1"), "expected 0 or more as --workers, got -1"),
