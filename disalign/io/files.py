@@ -145,4 +145,4 @@ def require_place(
         return
     if os.path.exists(path) and not force:
         raise InputError(f"expected a new file as {option}, but {path!r} exists; add --force to replace it")
-    require_folder(os.path.dirname(os.path.realpath(path)))
+    require_folder(os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path) or ".")
