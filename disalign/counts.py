@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .errors import InputError, some
+from .errors import InputError, first_line, some
+from .io.files import refuse_special
 
 #: What :func:`load_class_counts` takes.
 ClassCounts = Tensor | npt.NDArray[Any] | Sequence[float] | Mapping[Any, float] | str | os.PathLike[str]
@@ -27,9 +28,10 @@ def load_class_counts(source: ClassCounts, unit: str | None = None) -> Tensor:
     """Training examples per class, index = contiguous label.
 
     Args:
-        source: a list, array or tensor of K counts; a mapping label -> count that covers 0..K-1; a JSON file that holds
-            one of these, alone or under ``"train_counts"``; ADE20K's ``objectInfo150.txt``, whose printed shares of all
-            pixels count in units of 1/10,000 (0.1576 is 1576, exactly); or a bundled name (:data:`BUNDLED`).
+        source: a list, array or tensor of K counts; a mapping, or a pandas Series, label -> count that covers 0..K-1; a
+            JSON file that holds one of these, alone or under ``"train_counts"``; ADE20K's ``objectInfo150.txt``, whose
+            printed shares of all pixels count in units of 1/10,000 (0.1576 is 1576, exactly); or a bundled name
+            (:data:`BUNDLED`).
         unit: ``None`` for the file's own unit (images for classification, instances for LVIS, pixels for ADE20K), or
             ``"images"`` for its ``"image_counts"`` (``objectInfo150.txt``: its column Train).
 
@@ -45,7 +47,8 @@ def load_class_counts(source: ClassCounts, unit: str | None = None) -> Tensor:
     elif unit is not None:
         raise InputError(f"expected a unit only for a file or a bundled name, got {unit!r} for {type(source).__name__}")
     else:
-        counts = source
+        # A pandas Series is in the order of its index, which need not be the labels' (value_counts).
+        counts = source.to_dict() if hasattr(source, "to_dict") and hasattr(source, "index") else source
     return _from_values(_in_label_order(counts) if isinstance(counts, Mapping) else counts)
 
 
@@ -75,6 +78,7 @@ def _read(source: str | os.PathLike[str], unit: str | None) -> Any:
 
 
 def _read_file(path: str) -> Any:
+    refuse_special(path, "class counts")
     try:
         text = Path(path).read_text(encoding="utf-8")
         return _object_info(text, path) if text.lstrip().startswith("Idx") else json.loads(text)
@@ -84,8 +88,8 @@ def _read_file(path: str) -> Any:
         raise InputError(
             f"expected a JSON file or a bundled name among {some(BUNDLED, 10)}, got {path!r}, and there is no such file"
         ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected class counts as JSON in {path!r}, but: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"expected class counts as JSON in {path!r}, but: {first_line(error)}") from None
 
 
 def _object_info(text: str, path: str) -> dict[str, list[int]]:
@@ -107,8 +111,8 @@ def _object_info(text: str, path: str) -> dict[str, list[int]]:
 
 def _in_label_order(mapping: Mapping[Any, Any]) -> list[Any]:
     try:
-        by_label = {int(label): count for label, count in mapping.items()}
-    except (TypeError, ValueError):
+        by_label = {int(label): count for label, count in mapping.items() if int(label) == float(label)}
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"expected labels 0..K-1 as keys of the class counts, got {some(mapping)}") from None
     gaps = sorted(set(range(len(mapping))) ^ set(by_label))
     if gaps:

@@ -122,8 +122,11 @@ def generalized_reweight(
     return weights.float()
 
 
-def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> None:
+def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> Tensor:
     """Refuse labels outside [0, num_classes) that are not ``ignore_index``; on the CPU only, where the check is free.
+
+    Returns:
+        The labels as int64: uint8 ones would choose among the classes as a mask does.
 
     Raises:
         InputError: there are such labels, or probabilities in their place.
@@ -133,21 +136,23 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> 
             f"expected one whole label per sample, got {target.dtype} of shape {tuple(target.shape)}; leave out mixup "
             "and other soft labels in stage two"
         )
+    target = target.long()
     if target.device.type != "cpu":
-        return
+        return target
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
     if wrong.numel():
         raise InputError(
             f"expected labels in [0, {num_classes}) or ignore_index {ignore_index}, got {some(wrong.tolist())}; "
             "check the annotations or the number of classes"
         )
+    return target
 
 
 def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index: int = -100) -> Tensor:
     """What :func:`grw_cross_entropy` divides the summed loss by.
 
     Args:
-        target: (N, *) int64 labels.
+        target: (N, *) whole labels.
         weight: (K,) class weights.
         reduction: ``"weighted_mean"``, the summed weights of the valid labels; ``"mean"``, their number.
         ignore_index: label that is left out.
@@ -158,7 +163,7 @@ def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index
     Raises:
         InputError: see :func:`check_labels`.
     """
-    check_labels(target, len(weight), ignore_index)
+    target = check_labels(target, len(weight), ignore_index)
     valid = target != ignore_index
     if reduction == "mean":
         return valid.sum().to(weight.dtype)
@@ -178,7 +183,7 @@ def grw_cross_entropy(
 
     Args:
         logits: (N, K, *) calibrated scores; bf16 and fp16 are taken too.
-        target: (N, *) int64 labels in [0, K), or ``ignore_index``.
+        target: (N, *) labels in [0, K), of any whole dtype, or ``ignore_index``.
         weight: (K,) class weights, see :func:`generalized_reweight`.
         reduction: ``"weighted_mean"``, sum(w * ce) / sum(w) (torch's own; official classification and detection);
             ``"mean"``, sum(w * ce) / N_valid (the paper's eq. 9); ``"sum"``; ``"none"``.
@@ -200,7 +205,7 @@ def grw_cross_entropy(
             f"expected {num_classes} class weights for logits of shape {tuple(logits.shape)}, got "
             f"{tuple(weight.shape)}; do the class counts belong to this dataset?"
         )
-    check_labels(target, num_classes, ignore_index)
+    target = check_labels(target, num_classes, ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weight = weight.to(logits.dtype)
     losses = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index, reduction="none")

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from disalign.errors import InputError, some
+from disalign.errors import InputError, first_line, some
 from disalign.io import missing_files
-from disalign.io.annotations import read_list
-from disalign.io.images import image_tree, open_image
+from disalign.io.annotations import read_image_labels, read_list
+from disalign.io.files import refuse_special
+from disalign.io.images import MOST_CLASSES, image_tree, open_image
 
 
 def build_transforms(steps: Sequence[dict]) -> v2.Compose:
@@ -72,7 +73,7 @@ class LongTailDataset(Dataset):
         if not len(self.labels):
             raise InputError(f"expected images in {where}, got none")
         if num_classes is None:
-            num_classes = len(classes) if classes else int(self.labels.max()) + 1
+            num_classes = len(classes) if classes else min(int(self.labels.max()) + 1, MOST_CLASSES)
         wrong = ((self.labels < 0) | (self.labels >= num_classes)).nonzero().flatten().tolist()
         if wrong:
             raise InputError(
@@ -145,7 +146,7 @@ class ListDataset(FileDataset):
     """
 
     def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] = (), **options: Any) -> None:
-        names, labels = read_list(ann_file)
+        names, labels = read_list(ann_file, data_root)
         if not isinstance(rewrite, (list, tuple)) or len(rewrite) % 2:
             raise InputError(f"expected pairs of a pattern and a replacement in rewrite, got {rewrite!r}")
         for pattern, replacement in zip(rewrite[::2], rewrite[1::2], strict=True):
@@ -158,6 +159,23 @@ class ListDataset(FileDataset):
                 ) from None
         paths = [os.path.join(data_root, name) for name in names]
         super().__init__(paths, labels, where=repr(ann_file), **options)
+
+
+@DATASETS.register_module()
+class JsonDataset(FileDataset):
+    """Images and their classes in a JSON of COCO's form without boxes, as iNaturalist ships them (``train2018.json``).
+
+    Args:
+        ann_file: ``images`` with a ``file_name``, ``annotations`` with ``image_id`` and ``category_id``, one of each
+            image, and ``categories``, whose order by id is that of the labels.
+        data_root: what the file names are relative to.
+        options: :class:`LongTailDataset`'s.
+    """
+
+    def __init__(self, ann_file: str, data_root: str = "", **options: Any) -> None:
+        names, labels, classes = read_image_labels(ann_file)
+        options.setdefault("classes", classes)
+        super().__init__([os.path.join(data_root, name) for name in names], labels, where=repr(ann_file), **options)
 
 
 @DATASETS.register_module()
@@ -191,13 +209,15 @@ class ArrayDataset(LongTailDataset):
     """
 
     def __init__(self, file: str, split: str = "train", **options: Any) -> None:
+        refuse_special(file, f"'{split}_images' and '{split}_labels'")
         try:
+            _refuse_bomb(file)
             with np.load(file, allow_pickle=False) as arrays:
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
                 if "class_names" in arrays:
                     options.setdefault("classes", [str(name) for name in arrays["class_names"]])
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            reason = str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]
+        except Exception as error:  # a broken file can break a reader anywhere
+            reason = first_line(error)
             raise InputError(
                 f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}; make it again"
             ) from None
@@ -216,6 +236,14 @@ class ArrayDataset(LongTailDataset):
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
+
+
+def _refuse_bomb(file: str) -> None:
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            # Images, drawings even, are not packed a hundredfold.
+            if record.file_size > max(100 * record.compress_size, 1 << 28):
+                raise ValueError(f"{record.filename} would unpack {record.compress_size} bytes to {record.file_size}")
 
 
 @DATASETS.register_module()

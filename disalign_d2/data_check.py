@@ -65,6 +65,7 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
         given = checked(class_counts_from_config, cfg)
     train = tuple(dict.fromkeys(cfg.DATASETS.TRAIN)) if training else ()
     counts, reference = [], None
+    crowds = 0
     for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
         records = checked(load_records, name)
         if records is None:
@@ -84,14 +85,15 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
         if name in train:
             counts.append(own)
             problems += _untrainable_masks(name, records, cfg)
-            _log_flat_boxes(name, records)
+            crowds += sum(one.get("iscrowd", 0) for record in records for one in record.get("annotations", ()))
+            _log_odd_boxes(name, records)
         if name in cfg.DATASETS.TEST:
             checked(_require_ground_truth, name, cfg, where=where)
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
     if train and [len(own) for own in counts] == [num_classes] * len(train):
         total = torch.stack(counts).sum(0)
-        problems += _unseen_classes(total, train, disalign)
+        problems += _unseen_classes(total, crowds, train, disalign)
         if given is not None and disalign.COUNT_UNIT == "instances" and not torch.equal(given, total):
             logger.warning(
                 "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); '' would count them",
@@ -151,17 +153,31 @@ def _require_ground_truth(name, cfg) -> None:
             check_ground_truth(ground_truth, iou_type)
 
 
-def _log_flat_boxes(name, records) -> None:
-    flat = sum(
-        one["bbox_mode"] == BoxMode.XYWH_ABS and min(one["bbox"][2:]) <= 0
+def _log_odd_boxes(name, records) -> None:
+    """Boxes that Detectron2 leaves out, and those that are something else than pixels of x, y, width and height."""
+    boxes = [
+        (one["bbox"], record)
         for record in records
         for one in record.get("annotations", ())
-    )
-    if flat:
+        if one["bbox_mode"] == BoxMode.XYWH_ABS
+    ]
+    if flat := sum(min(box[2:]) <= 0 for box, _ in boxes):
         logger.warning("%s: %d boxes have no area; Detectron2 leaves them out of training", name, flat)
+    if boxes and max(max(box) for box, _ in boxes) <= 1:
+        logger.warning("%s: all boxes lie within one pixel; are they fractions of the image? Give pixels", name)
+    outside = [
+        f"{box} in {record['width']} x {record['height']} pixels of {record['file_name']!r}"
+        for box, record in boxes
+        if min(box[:2]) < -1 or box[0] + box[2] > record["width"] + 1 or box[1] + box[3] > record["height"] + 1
+    ]
+    if outside:
+        logger.warning(
+            "%s: %d of %d boxes reach beyond their image: %s; a box is [x, y, width, height], not two corners",
+            *(name, len(outside), len(boxes), some(outside, 2)),
+        )
 
 
-def _unseen_classes(counts, train, disalign) -> Iterator[str]:
+def _unseen_classes(counts, crowds, train, disalign) -> Iterator[str]:
     unseen = (counts == 0).nonzero().flatten().tolist()
     if unseen:
         names = _classes(train[0]) or range(len(counts))
@@ -169,6 +185,12 @@ def _unseen_classes(counts, train, disalign) -> Iterator[str]:
             f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have "
             f"none: {some(names[index] for index in unseen)}"
         )
+        if crowds:
+            everything = int(counts.sum()) + crowds
+            sentence += (
+                f"; {crowds} of {everything} annotations are crowds, which do not train: if they are objects (CVAT "
+                "marks RLE masks so), set their iscrowd to 0"
+            )
         # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
         if len(unseen) == len(counts) or (disalign.CALIBRATE and not disalign.CLASS_COUNTS):
             yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"

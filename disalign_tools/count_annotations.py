@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disalign.errors import InputError, some
-from disalign.io.annotations import category_names, read_annotations, read_list
+from disalign.io.annotations import category_names, has_boxes, read_annotations, read_image_labels, read_list
 from disalign.io.images import MOST_CLASSES
 
 
@@ -41,12 +41,14 @@ def count_json(files: Sequence[str], num_classes: int | None = None) -> dict:
     """Count the annotations that train, as ``disalign_d2`` does: the classes are the categories in their ids' order.
 
     Left out are crowds, ignored ones, and those of polygons only, none of which has three points. All files must have
-    the same categories, K if ``num_classes`` says so.
+    the same categories, K if ``num_classes`` says so. Files without any box are lists of images and their classes.
     """
+    if not any(map(has_boxes, files)):
+        return _count_image_labels(files, num_classes)
     instances: Counter[int] = Counter()
     shown: Counter[int] = Counter()
     categories: dict[int, str] = {}
-    images = left_out = 0
+    images = crowds = flat = 0
     for path in files:
         content = read_annotations(path)
         found = dict(zip((one["id"] for one in content.categories), category_names(content.categories), strict=True))
@@ -59,16 +61,40 @@ def count_json(files: Sequence[str], num_classes: int | None = None) -> dict:
         instances.update(category for _, category in pairs)
         shown.update(category for _, category in set(pairs))
         images += len(content.images)
-        left_out += content.flat + len(content.annotations) - len(pairs)
+        flat += content.flat
+        crowds += len(content.annotations) - len(pairs)
     return {
         "unit": "instances",
         "files": len(files),
         "images": images,
-        "left_out": left_out,
+        "left_out": crowds + flat,
+        "left_out_as": {"crowds or ignored": crowds, "polygons of less than three points": flat},
         "checksum": _checksum(files),
         "class_names": list(categories.values()),
         "train_counts": [instances[id_] for id_ in categories],
         "image_counts": [shown[id_] for id_ in categories],
+    }
+
+
+def _count_image_labels(files, num_classes) -> dict:
+    """iNaturalist's JSON, as ``disalign_cls``'s ``JsonDataset`` reads it."""
+    counts: Counter[int] = Counter()
+    classes: list[str] = []
+    for path in files:
+        _, labels, found = read_image_labels(path)
+        classes = classes or found
+        if found != classes:
+            raise InputError(f"expected the categories of {files[0]!r} in {path!r} too, but names differ")
+        if num_classes not in (None, len(classes)):
+            raise InputError(f"expected {num_classes} categories, as --num-classes says, got {len(found)} in {path!r}")
+        counts.update(labels)
+    return {
+        "unit": "images",
+        "files": len(files),
+        "images": counts.total(),
+        "checksum": _checksum(files),
+        "class_names": classes,
+        "train_counts": [counts[label] for label in range(len(classes))],
     }
 
 

@@ -143,7 +143,8 @@ def summary(record: dict) -> str:
         size += f" ({record['total_pixels'] - sum(counts)} more ignored) in {record['files']} masks"
         groups = head_body_tail(counts, total=record["total_pixels"])
     elif unit == "instances":
-        size += f" ({record['left_out']} more left out) in {record['images']} images"
+        reasons = ", ".join(f"{number} as {reason}" for reason, number in record["left_out_as"].items() if number)
+        size += f" ({record['left_out']} more left out{reasons and f': {reasons}'}) in {record['images']} images"
         groups = frequent_common_rare(record["image_counts"])
     else:
         groups = many_medium_few(counts)
@@ -160,6 +161,11 @@ def warnings(record: dict) -> list[str]:
         found.append(
             f"no {record['unit']} of {len(empty)} of the {len(counts)} classes: {some(empty)}; stage two refuses them "
             "by default: leave these classes out, or add examples"
+        )
+    if empty and (crowds := record.get("left_out_as", {}).get("crowds or ignored")):
+        found.append(
+            f"{crowds} of {crowds + sum(counts)} annotations are crowds or ignored and do not train; if they are "
+            "objects (CVAT marks RLE masks as crowds), set their iscrowd to 0"
         )
     if skipped:
         found.append(f"left out {len(skipped)} files that can't be read: {named(skipped)}; all are named in the JSON")

@@ -5,11 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from typing import Any
 
 from ..errors import InputError, some
-from .files import read_json
+from .files import read_json, refuse_special
 
 #: What each part of an annotation file must hold to train on it.
 KEYS = {
@@ -19,16 +19,16 @@ KEYS = {
 }
 
 
-def read_list(ann_file: str) -> tuple[list[str], list[int]]:
-    """The paths and labels of a ``path label`` list file, one image a line."""
+def read_list(ann_file: str, root: str = "") -> tuple[list[str], list[int]]:
+    """The paths and labels of a ``path label`` list file, one image a line; paths are relative to ``root``."""
+    refuse_special(ann_file, "a list of 'path label' lines")
     try:
         with open(ann_file, encoding="utf-8") as file:
             lines = {number: line.strip() for number, line in enumerate(file, 1) if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"expected a list file of 'path label' lines at {ann_file!r}, but: {error}") from None
-    malformed = [
-        f"line {number}: {line[:60]!r}" for number, line in lines.items() if not re.fullmatch(r".*\S\s+-?\d+", line)
-    ]
+    pattern = re.compile(r".*\S\s+-?\d{1,18}")
+    malformed = [f"line {number}: {line[:60]!r}" for number, line in lines.items() if not pattern.fullmatch(line)]
     if malformed:
         raise InputError(
             f"expected 'path label' on every line of {ann_file!r}, but {len(malformed)} differ: {some(malformed, 3)}"
@@ -37,7 +37,52 @@ def read_list(ann_file: str) -> tuple[list[str], list[int]]:
         raise InputError(f"expected 'path label' lines in {ann_file!r}, but it is empty")
     # The label is the last word: paths may hold spaces.
     split = [line.rsplit(maxsplit=1) for line in lines.values()]
+    several = [
+        f"line {number}: {lines[number][:60]!r}"
+        for number, (path, _) in zip(lines, split, strict=True)
+        if re.search(r"\s[-+]?\d+(\.\d+)?$", path) and not _is_file(path, root, os.path.dirname(ann_file))
+    ]
+    if several:
+        raise InputError(
+            f"expected one label on every line of {ann_file!r}, but {len(several)} have several: {some(several, 3)}; "
+            "this is a file of another kind: write 'path label' lines"
+        )
     return [path for path, _ in split], [int(label) for _, label in split]
+
+
+def _is_file(path: str, *folders: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, path)) for folder in folders)
+
+
+def read_image_labels(json_file: str) -> tuple[list[str], list[int], list[str]]:
+    """The file names and labels of the images in a JSON of COCO's form without boxes, and the names of the classes.
+
+    iNaturalist ships its lists so. The labels are the categories in the order of their ids; each image has one.
+    """
+    content, where = read_json(json_file, "annotations"), f" in {json_file!r}"
+    keys = {"categories": ("id",), "images": ("id", "file_name"), "annotations": ("image_id", "category_id")}
+    require_format(content, keys, where)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    label_of = {category["id"]: label for label, category in enumerate(categories)}
+    labels = {one["image_id"]: label_of[one["category_id"]] for one in content["annotations"]}
+    found = Counter(one["image_id"] for one in content["annotations"])
+    odd = [image["file_name"] for image in content["images"] if found[image["id"]] != 1]
+    if odd:
+        raise InputError(
+            f"expected one annotation of each image{where}, but {len(odd)} have none or several: {some(odd, 3)}; leave "
+            "them out, or train on a detector's data with disalign_d2"
+        )
+    names = [str(category.get("name", category["id"])) for category in categories]
+    return [image["file_name"] for image in content["images"]], [labels[one["id"]] for one in content["images"]], names
+
+
+def has_boxes(json_file: str) -> bool:
+    """Whether a JSON of COCO's form is a detector's: any annotation has a box, or there is none."""
+    content = read_json(json_file, "annotations")
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list) or not annotations:
+        return True
+    return any(isinstance(annotation, dict) and "bbox" in annotation for annotation in annotations)
 
 
 @dataclass(frozen=True)
@@ -145,7 +190,7 @@ def is_box(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < inf
 
 
 def category_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from ..errors import InputError, some
+from .files import refuse_special
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,14 +75,25 @@ def mask_files(folder: str, suffix: str = ".png") -> list[str]:
 
 
 def open_image(path: str, mode: str = "RGB") -> "Image":
-    """An image, decoded to its end and converted to one of Pillow's modes."""
-    from PIL import Image
+    """An image, decoded to its end, upright (EXIF) and converted to one of Pillow's modes; of 16 bits the upper 8."""
+    from PIL import Image, ImageOps
 
+    refuse_special(path, "an image")
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            # Old versions of Pillow give a PNG of 16 bits 32.
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                upright: Image.Image = ImageOps.exif_transpose(image)
+                return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert(mode)
+            if image.mode not in ("I", "F"):
+                return ImageOps.exif_transpose(image).convert(mode)
+            kind = image.mode
     except Exception as error:  # a broken file can break a decoder anywhere
         raise InputError(f"expected a whole image at {path!r}, but: {error}; fetch it again, or leave it out") from None
+    raise InputError(
+        f"expected an image of 8 or 16 bits per channel at {path!r}, got one of 32 (mode {kind}), whose range is not "
+        "known; save it with 8"
+    )
 
 
 def read_mask(path: str, content: bytes | None = None) -> np.ndarray:
@@ -91,6 +103,8 @@ def read_mask(path: str, content: bytes | None = None) -> np.ndarray:
     """
     from PIL import Image
 
+    if content is None:
+        refuse_special(path, "a label mask")
     with Image.open(path if content is None else io.BytesIO(content)) as image:
         labels, mode = np.asarray(image), image.mode
     if labels.ndim != 2 or labels.dtype.kind not in "biu":

@@ -228,7 +228,7 @@ BAD = {
         ["stage_one={nan}"],
         "expected finite numbers in .* NaN or infinity in backbone.0.weight",
     ),
-    "stage one foreign": ("train", [TWO], ["stage_one={foreign}"], "expected all 20 frozen tensors .* lacks 20"),
+    "stage one foreign": ("train", [TWO], ["stage_one={foreign}"], "expected all 17 frozen tensors .* lacks 17"),
     "stage one truncated": ("train", [TWO], ["stage_one={truncated}"], "it can't be read .*; is it truncated"),
     "stage one misshaped": ("train", [TWO], ["stage_one={misshaped}"], r"1 of others: .*\[7, 64\], not \[10, 64\]"),
     "stage one text": ("train", [TWO], ["stage_one={text}"], "lacks 1: classifier.bias"),

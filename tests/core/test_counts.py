@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from disalign import InputError, frequent_common_rare, head_body_tail, load_class_counts, many_medium_few
+from disalign import (
+    InputError,
+    frequent_common_rare,
+    head_body_tail,
+    load_class_counts,
+    many_medium_few,
+    wrap_classifier,
+)
 from disalign.counts import BUNDLED, bundled
 
 COUNTS = [7, 0, 3]
@@ -227,3 +234,52 @@ def test_an_unknown_unit_is_refused():
 def test_a_unit_that_the_source_does_not_count_is_refused():
     with pytest.raises(InputError, match="expected 'image_counts' in 'places_lt'"):
         load_class_counts("places_lt", unit="images")
+
+
+class Series:
+    """What a pandas Series shows of itself, where pandas is not installed."""
+
+    def __init__(self, values, index):
+        self.values, self.index = values, index
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+    def __len__(self):
+        return len(self.values)
+
+    def to_dict(self):
+        return dict(zip(self.index, self.values, strict=True))
+
+
+@pytest.fixture(params=["pandas", "alike"])
+def series(request):
+    return pytest.importorskip("pandas").Series if request.param == "pandas" else Series
+
+
+def test_a_series_counts_by_its_index(series):
+    # value_counts() of labels 0 (5 times), 1 (100 times) and 2 (20 times): the most frequent comes first.
+    assert load_class_counts(series([100, 20, 5], index=[1, 2, 0])).tolist() == [5, 100, 20]
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (["dog", "cat", "owl"], "expected labels 0..K-1 as keys of the class counts, got dog, cat, owl"),
+        ([1, 2, 3], "without gaps"),
+        ([0, 0.5, 1], "without gaps"),
+        ([0, 1, float("nan")], "expected labels 0..K-1 as keys"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["series", "dict"])
+def test_an_index_that_is_no_label_is_refused(kind, index, sentence, series):
+    counts = [100, 20, 5]
+    source = series(counts, index=index) if kind == "series" else dict(zip(index, counts, strict=True))
+    with pytest.raises(InputError, match=sentence):
+        load_class_counts(source)
+
+
+def test_wrap_classifier_takes_value_counts(series):
+    _, loss = wrap_classifier(torch.nn.Linear(4, 3), series([100, 20, 5], index=[1, 2, 0]))
+    assert loss.class_counts.tolist() == [5, 100, 20]
+    assert loss.weight.argsort().tolist() == [1, 2, 0]

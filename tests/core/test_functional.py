@@ -401,3 +401,28 @@ def test_the_wrong_number_of_weights_is_refused():
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(InputError, match="reduction among weighted_mean, mean, sum, none, got 'avg'"):
         grw_cross_entropy(torch.randn(2, 4), torch.tensor([0, 1]), torch.ones(4), "avg")
+
+
+# ------------------------------------------------------------------------------------------------ dtypes of labels
+
+WHOLE = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64, torch.bool]
+
+
+@pytest.mark.parametrize("reduction", ["weighted_mean", "mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", WHOLE, ids=str)
+def test_labels_of_every_whole_dtype_give_the_same_loss(dtype, reduction):
+    # As many samples as classes: uint8 labels would choose among the weights as a mask does.
+    logits, weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 1.0, 4.0])
+    labels = torch.tensor([1, 0, 1]) if dtype == torch.bool else torch.tensor([2, 0, 1])
+    expected = grw_cross_entropy(logits, labels, weight, reduction)
+    assert torch.equal(grw_cross_entropy(logits, labels.to(dtype), weight, reduction), expected)
+    by_hand = weight[labels] * -logits.log_softmax(1)[range(3), labels]
+    torch.testing.assert_close(
+        expected.sum(), by_hand.sum() / {"weighted_mean": weight[labels].sum(), "mean": 3}.get(reduction, 1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_a_wrong_label_of_any_dtype_is_refused(dtype):
+    with pytest.raises(InputError, match=r"expected labels in \[0, 3\)"):
+        grw_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 3], dtype=dtype), torch.ones(3))

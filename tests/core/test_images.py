@@ -182,3 +182,60 @@ def test_pillow_is_imported_only_where_a_file_is_opened():
     code = "import sys, disalign.io.images, disalign.io.annotations; sys.exit('PIL' in sys.modules)"
     root = str(Path(__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------- depth and orientation
+
+RAMP = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+
+
+def test_of_16_bits_the_upper_8_count(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    Image.fromarray(RAMP // 4).save(tmp_path / "dark.png")  # the range is the file's, not the image's
+    Image.fromarray(RAMP).save(tmp_path / "a.tif")
+    for name in ("a.png", "a.tif"):
+        assert np.array_equal(np.asarray(open_image(str(tmp_path / name), "L")), RAMP >> 8)
+        assert np.array_equal(np.asarray(open_image(str(tmp_path / name)))[..., 1], RAMP >> 8)
+    assert np.array_equal(np.asarray(open_image(str(tmp_path / "dark.png"), "L")), (RAMP // 4) >> 8)
+
+
+def test_a_pillow_that_gives_a_png_of_16_bits_32_is_seen_through(tmp_path, monkeypatch):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+
+    def old(path):
+        image = Image.fromarray(RAMP.astype(np.int32))
+        image.format = "PNG"
+        return image
+
+    monkeypatch.setattr(Image, "open", old)
+    assert np.array_equal(np.asarray(open_image(str(tmp_path / "a.png"), "L")), RAMP >> 8)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_are_refused(dtype, tmp_path):
+    Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"expected an image of 8 or 16 bits per channel at '.*a\.tif', got one of 32"):
+        open_image(str(tmp_path / "a.tif"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_stands_upright(orientation, tmp_path):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :8] = 255  # the upper left corner
+    # What the camera has stored so that the tag makes it upright.
+    stored = {
+        **{1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]},
+        **{5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright.transpose(1, 0, 2), 2)},
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(str(tmp_path / "a.png"))), upright)
+
+
+@pytest.mark.parametrize("read", [open_image, read_mask])
+def test_a_pipe_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="a device or a pipe; save it to a file"):
+        read(str(tmp_path / "a.png"))

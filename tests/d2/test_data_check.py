@@ -260,3 +260,38 @@ def test_require_data_opens_no_image(whole):
     for path in (whole / "images").iterdir():
         path.write_bytes(b"")
     require_data(config((registered(whole, coco()),)), training=True)
+
+
+def boxed(whole, *boxes, **more):
+    content = coco()
+    for annotation, given in zip(content["annotations"], boxes, strict=False):
+        annotation["bbox"] = list(given)
+    for annotation in content["annotations"]:
+        annotation.update(more)
+    return registered(whole, content)
+
+
+def test_boxes_beyond_their_image_are_mentioned(whole, caplog):
+    width, height = (coco()["images"][0][key] for key in ("width", "height"))
+    corners, touching = (width - 5, height - 5, width - 1, height - 1), (0, 0, width + 1, height + 1)
+    name = boxed(whole, corners, touching)
+    assert check_data(config((name,))) == []
+    assert f"{name}: 1 of 6 boxes reach beyond their image: [" in caplog.text
+    assert "a box is [x, y, width, height], not two corners" in caplog.text
+    assert "fractions" not in caplog.text
+
+
+def test_boxes_that_are_fractions_are_mentioned(whole, caplog):
+    name = boxed(whole, *[(0.1, 0.2, 0.3, 0.4)] * 6)
+    assert check_data(config((name,))) == []
+    assert f"{name}: all boxes lie within one pixel; are they fractions of the image?" in caplog.text
+    caplog.clear()
+    assert check_data(config((boxed(whole, *[(0.1, 0.2, 0.3, 0.4)] * 5),))) == []
+    assert "fractions" not in caplog.text
+
+
+def test_crowds_alone_are_named_as_the_reason(whole):
+    problem = only(check_data(config((boxed(whole, iscrowd=1),))))
+    assert "3 of 3 have none" in problem
+    assert "; 6 of 6 annotations are crowds, which do not train: " in problem
+    assert "(CVAT marks RLE masks so), set their iscrowd to 0; drop" in problem

@@ -129,7 +129,7 @@ def test_classes_behind_the_largest_label(tmp_path):
         ("", (), "'path label' lines in 'list.txt', but it is empty"),
         (b"\x89PNG\r\n\xff", (), "a list file of 'path label' lines at 'list.txt', but: 'utf-8' codec"),
         ("a.jpg 20261120\n", (), "labels 0..999999 in 'list.txt', but 1 are not: 20261120 of a.jpg"),
-        ("a.jpg " + "9" * 30, (), "labels 0..999999 in"),
+        ("a.jpg " + "9" * 30, (), "'path label' on every line"),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -304,7 +304,11 @@ def test_instances_and_images_of_a_json_file(tmp_path, capsys):
     assert record["images"] == 3
     assert record["files"] == 1
     assert record["checksum"] == sha256(Path(path).read_bytes()).hexdigest()
-    assert "4 instances (3 more left out) in 3 images of 3 classes, from 3 (cat) down to 0 (dog); f 0, c 0, r 3" in said
+    assert (
+        "4 instances (3 more left out: 2 as crowds or ignored, 1 as polygons of less than three points) in 3 images"
+        in said
+    )
+    assert "of 3 classes, from 3 (cat) down to 0 (dog); f 0, c 0, r 3" in said
     assert error == (
         "warning: no instances of 1 of the 3 classes: dog; stage two refuses them by default: leave these classes "
         "out, or add examples\n"
@@ -749,3 +753,62 @@ def test_the_script_is_the_command_and_imports_no_framework(tmp_path):
 def test_a_count_that_is_refused_is_an_input_error_for_python_too(tmp_path):
     with pytest.raises(InputError, match="expected each source once"):
         count([str(tmp_path), f"{tmp_path}/."], "masks")
+
+
+INAT = {
+    "images": [{"id": number, "file_name": f"train/{number}.jpg", "width": 8, "height": 8} for number in (7, 3, 5)],
+    "annotations": [
+        {"id": number, "image_id": number, "category_id": label} for number, label in ((3, 9), (5, 4), (7, 9))
+    ],
+    "categories": [{"id": 9, "name": "owl"}, {"id": 4, "name": "bat"}, {"id": 6, "name": "asp"}],
+}
+
+
+def test_a_json_of_images_and_their_classes_is_counted(tmp_path, capsys):
+    (tmp_path / "train2018.json").write_text(json.dumps(INAT))
+    status, out, _ = run(capsys, str(tmp_path / "train2018.json"))
+    record = json.loads(out)
+    assert status == 0
+    assert (record["unit"], record["images"]) == ("images", 3)
+    assert record["class_names"] == ["bat", "asp", "owl"]
+    assert record["train_counts"] == [1, 0, 2]
+
+
+def test_an_image_of_several_classes_is_refused(tmp_path, capsys):
+    more = [*INAT["annotations"], {"id": 99, "image_id": 3, "category_id": 4}]
+    (tmp_path / "a.json").write_text(json.dumps(INAT | {"annotations": more}))
+    assert "1 have none or several: train/3.jpg" in refused(capsys, str(tmp_path / "a.json"))
+
+
+def test_what_is_left_out_is_said_with_its_reason(tmp_path, capsys):
+    annotations = [one | {"bbox": [0, 0, 2, 2], "iscrowd": int(one["category_id"] == 9)} for one in INAT["annotations"]]
+    annotations[1]["segmentation"] = [[0, 0, 1, 1]]
+    annotations.append(annotations[1] | {"id": 8, "segmentation": [[0, 0, 1, 1, 0, 1]]})
+    (tmp_path / "a.json").write_text(json.dumps(INAT | {"annotations": annotations}))
+    status, out, error = run(capsys, str(tmp_path / "a.json"))
+    record = json.loads(out)
+    assert status == 0
+    assert record["left_out"] == 3
+    assert record["left_out_as"] == {"crowds or ignored": 2, "polygons of less than three points": 1}
+    assert "(3 more left out: 2 as crowds or ignored, 1 as polygons of less than three points)" in error
+    assert "2 of 3 annotations are crowds or ignored and do not train; if they are objects" in error
+
+
+@pytest.mark.parametrize("line", ["img/a.jpg 1 0 0 1", "a.jpg 0.5 1", "a.jpg -1 1"])
+def test_several_labels_on_a_line_are_refused(line, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"b.jpg 0\n{line}\n")
+    sentence = refused(capsys, str(tmp_path / "list.txt"))
+    assert "expected one label on every line" in sentence
+    assert f"1 have several: line 2: {line!r}" in sentence
+
+
+def test_a_path_with_blanks_and_numbers_counts_where_it_is_there(tmp_path, capsys):
+    (tmp_path / "photo 12").touch()
+    (tmp_path / "list.txt").write_text("photo 12 3\nKoala 1.jpg 0\n")
+    assert json.loads(run(capsys, str(tmp_path / "list.txt"))[1])["train_counts"] == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("digits", [19, 5000])
+def test_a_label_of_many_digits_is_one_sentence(digits, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"a.jpg {'9' * digits}\n")
+    assert "expected 'path label' on every line" in refused(capsys, str(tmp_path / "list.txt"))
