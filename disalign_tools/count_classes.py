@@ -162,7 +162,8 @@ def warnings(record: dict) -> list[str]:
             f"no {record['unit']} of {len(empty)} of the {len(counts)} classes: {some(empty)}; stage two refuses them "
             "by default: leave these classes out, or add examples"
         )
-    if empty and (crowds := record.get("left_out_as", {}).get("crowds or ignored")):
+    crowds = record.get("left_out_as", {}).get("crowds or ignored", 0)
+    if crowds > sum(counts):
         found.append(
             f"{crowds} of {crowds + sum(counts)} annotations are crowds or ignored and do not train; if they are "
             "objects (CVAT marks RLE masks as crowds), set their iscrowd to 0"
