@@ -110,7 +110,7 @@ def test_the_published_table_agrees_with_the_bundled_ratios():
 def test_a_table_with_anything_else_is_refused(tmp_path, text):
     path = tmp_path / "objectInfo150.txt"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"expected the columns Idx .* in '.*objectInfo150\.txt', .*; take the file"):
+    with pytest.raises(InputError, match=r"^expected the columns Idx .* in '.*objectInfo150\.txt', .*; take the file"):
         load_class_counts(path)
 
 

@@ -385,6 +385,15 @@ def test_records_are_left_out_by_their_names_and_only_those(tmp_path):
         load_file(tmp_path / "a.pth")
 
 
+def test_records_of_an_older_numpy_are_left_out_too(tmp_path):
+    save(tmp_path / "a.pth", {"w": torch.arange(3.0), "best": np.float64(0.5)}, "torch legacy")
+    new = (tmp_path / "a.pth").read_bytes()
+    old = new.replace(b"numpy._core", b"numpy.core")
+    assert old != new
+    (tmp_path / "a.pth").write_bytes(old)
+    assert torch.equal(load_file(tmp_path / "a.pth", left_out=["another.Record"])["w"], torch.arange(3.0))
+
+
 def leave(mark):
     os.mkdir(mark)
 
