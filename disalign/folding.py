@@ -3,6 +3,8 @@
 With confidence one, eq. 4 is magnitude_j * z_j + margin_j, linear in z, and a linear classifier absorbs it.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,15 @@ from torch import Tensor, nn
 from .errors import InputError
 from .freezing import unhold
 from .functional import calibrate
-from .modules import Calibrated, CalibratedCosineClassifier, CalibratedLinear, CosineClassifier
+from .modules import (
+    Calibrated,
+    CalibratedConv2d,
+    CalibratedCosineClassifier,
+    CalibratedLinear,
+    CosineClassifier,
+    sizes,
+)
+from .output_check import forget_check
 from .stage_two import calibrations
 
 
@@ -75,17 +85,18 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
     lets their scores fade; zero features give the margin in both. It does not turn half-precision features to fp32.
 
     Args:
-        classifier: a :class:`disalign.CalibratedLinear` or :class:`disalign.CalibratedCosineClassifier`.
+        classifier: a :class:`disalign.CalibratedLinear`, :class:`disalign.CalibratedConv2d` or
+            :class:`disalign.CalibratedCosineClassifier`.
 
     Returns:
-        ``nn.Linear``, or ``nn.Sequential(nn.RMSNorm, nn.Linear)``; features (N, d) -> scores (N, K).
+        ``nn.Linear``, ``nn.Conv2d``, or ``nn.Sequential(nn.RMSNorm, nn.Linear)``; features (N, d) -> scores (N, K).
 
     Raises:
         InputError: a learnt confidence, or a classifier of another type.
     """
-    if not isinstance(classifier, CalibratedLinear | CalibratedCosineClassifier):
+    if not isinstance(classifier, CalibratedLinear | CalibratedConv2d | CalibratedCosineClassifier):
         raise InputError(
-            "expected a CalibratedLinear or CalibratedCosineClassifier to fold, got "
+            "expected a CalibratedLinear, CalibratedConv2d or CalibratedCosineClassifier to fold, got "
             f"{type(classifier).__name__}; export the model instead"
         )
     calibration = classifier.calibration
@@ -94,17 +105,19 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
             "expected a calibration with confidence 'one' to fold, got a learnt one, which blends by the input as no "
             "stock layer does; export the model instead (TorchScript, ONNX)"
         )
-    width = classifier.in_features
+    width, outputs = sizes(classifier)
+    cosine = isinstance(classifier, CosineClassifier)
     weight, bias = fold_tensors(
         classifier.weight,
-        classifier.bias if isinstance(classifier, CalibratedLinear) else None,
+        None if cosine else cast(nn.Linear, classifier).bias,
         calibration.magnitude,
         calibration.margin,
         calibration.passthrough,
         scale=classifier.scale.detach().double() / width**0.5 if isinstance(classifier, CosineClassifier) else None,
     )
-    cosine = isinstance(classifier, CosineClassifier)
-    stock = stock_cosine(width, len(weight)) if cosine else nn.Linear(width, len(weight))
+    stock: nn.Module = nn.Conv2d(width, outputs, 1) if weight.dim() == 4 else nn.Linear(width, outputs)
+    if cosine:
+        stock = stock_cosine(width, outputs)
     linear = stock[1] if isinstance(stock, nn.Sequential) else stock
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     return stock.train(classifier.training)
@@ -149,4 +162,5 @@ def fold_model(model: nn.Module) -> nn.Module:
             return folded[module]
         model.set_submodule(name, folded[module])
     unhold(model)
+    forget_check(model)
     return model

@@ -12,6 +12,7 @@ from .errors import InputError, some
 from .freezing import freeze_except
 from .functional import calibrate
 from .losses import GRWCrossEntropyLoss
+from .output_check import check_output
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -203,10 +204,19 @@ class CalibratedCosineClassifier(Calibrated, CosineClassifier):
         return self.cosine_scores(features)
 
 
+class CalibratedConv2d(Calibrated, nn.Conv2d):
+    """A 1x1 convolution on pooled features, a linear classifier (eq. 2) in another form, with the calibration."""
+
+    def stage_one(self, features: Tensor) -> Tensor:
+        """Eq. 2; features (N, d, 1, 1) -> (N, K, 1, 1)."""
+        return F.conv2d(features, self.weight, self.bias)
+
+
 #: Classifier -> its calibrated form; :func:`calibrate_classifier` looks here. A subclass of these (timm's Linear) needs
 #: no entry.
 CALIBRATED: dict[type[nn.Module], type[Calibrated]] = {
     nn.Linear: CalibratedLinear,
+    nn.Conv2d: CalibratedConv2d,
     CosineClassifier: CalibratedCosineClassifier,
 }
 
@@ -224,6 +234,18 @@ def calibrated_form(kind: type[nn.Module]) -> type[Calibrated] | None:
     if issubclass(kind, tuple(CALIBRATED)) and not issubclass(kind, Calibrated):
         return _subclass_of(kind)  # type: ignore[arg-type]  # mypy does not know that classes are hashable
     return None
+
+
+def sizes(classifier: nn.Module) -> tuple[int, int]:
+    """d, and the number of outputs."""
+    if isinstance(classifier, nn.Conv2d):
+        return classifier.in_channels, classifier.out_channels
+    linear = cast(nn.Linear, classifier)  # or with the same attributes
+    return linear.in_features, linear.out_features
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
 
 
 def calibrate_classifier(classifier: nn.Module, **options: Any) -> Calibrated:
@@ -246,25 +268,32 @@ def calibrate_classifier(classifier: nn.Module, **options: Any) -> Calibrated:
             f"expected a classifier of type {some(kind.__name__ for kind in CALIBRATED)}, not yet calibrated, got "
             f"{type(classifier).__name__}; for your own, see disalign.Calibrated"
         )
-    linear = cast(nn.Linear, classifier)  # or with the same attributes
-    num_classes = linear.out_features - options.get("passthrough", 0)
-    calibration = AdaptiveCalibration(num_classes, linear.in_features, **options).to(linear.weight.device)
+    if isinstance(classifier, nn.Conv2d) and not _is_pointwise(classifier):
+        raise InputError(f"expected a 1x1 convolution as classifier, got {classifier}")
+    width, outputs = sizes(classifier)
+    options.setdefault("spatial", isinstance(classifier, nn.Conv2d))
+    calibration = AdaptiveCalibration(outputs - options.get("passthrough", 0), width, **options)
+    calibration.to(cast(nn.Linear, classifier).weight.device)
     classifier.__class__ = calibrated
     classifier.calibration = calibration
     return cast(Calibrated, classifier)
 
 
 def find_classifier(model: nn.Module, num_classes: int) -> str:
-    """Name of the model's only classifier (linear or cosine) with ``num_classes`` outputs.
+    """Name of the model's only classifier with ``num_classes`` outputs: linear or cosine, or else a convolution.
 
     Raises:
         InputError: none or several fit.
     """
-    fitting: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if calibrated_form(type(module)) and module.out_features == num_classes
-    ]
+    fitting: list[str] = []
+    for convolution in (False, True):
+        fitting = fitting or [
+            name
+            for name, module in model.named_modules()
+            if calibrated_form(type(module))
+            and isinstance(module, nn.Conv2d) == convolution
+            and sizes(module)[1] == num_classes
+        ]
     if len(fitting) != 1:
         raise InputError(
             f"expected exactly one linear or cosine classifier with {num_classes} outputs, got "
@@ -279,16 +308,20 @@ def wrap_classifier(
     rho: float = 1.2,
     classifier: str | None = None,
     reduction: str = "weighted_mean",
+    check: bool = True,
     **options: Any,
 ) -> tuple[Model, GRWCrossEntropyLoss]:
     """Turn any trained classifier into its stage two, in place: calibrate its last layer and freeze the rest.
 
     Args:
-        model: a trained module that ends in an ``nn.Linear`` or :class:`CosineClassifier`.
+        model: a trained module that ends in an ``nn.Linear``, a 1x1 ``nn.Conv2d`` on pooled features, or a
+            :class:`CosineClassifier`.
         class_counts: training counts, anything :func:`disalign.load_class_counts` takes.
         rho: scale of eq. 11.
         classifier: name of the classifier within the model; found by its number of outputs if not given.
         reduction: of the loss.
+        check: let the model's first forward refuse a classifier whose scores are not what the model returns, such as
+            one of two heads, or a layer that has as many outputs by chance (:func:`.output_check.check_output`).
         options: ``learn_magnitude``, ``learn_margin`` and ``confidence`` of :class:`AdaptiveCalibration`.
 
     Returns:
@@ -306,11 +339,15 @@ def wrap_classifier(
         raise InputError(
             f"expected the name of a module as classifier, got {name!r}; see model.named_modules()"
         ) from None
-    if getattr(layer, "out_features", outputs) != outputs:
+    if calibrated_form(type(layer)) and sizes(layer)[1] != outputs:
         raise InputError(
-            f"expected one count for each of the {layer.out_features} classes, got {outputs}; "
+            f"expected one count for each of the {sizes(layer)[1]} classes, got {outputs}; "
             "do the class counts belong to this model?"
         )
+    if hasattr(layer, "lora_A") or name.endswith(".base_layer"):
+        raise InputError(f"expected a plain classifier, got {name!r} with LoRA; call model.merge_and_unload() first")
     calibrate_classifier(layer, **options)
     freeze_except(model, [f"{name}.calibration" if name else "calibration"])
+    if check:
+        check_output(model, name)
     return model, loss

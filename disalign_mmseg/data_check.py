@@ -114,9 +114,24 @@ def dataset_problems(
         samples = Annotations(dataset, num_classes, ignore_index)
         count = len(samples) if labels is None else min(labels, len(samples))
         chosen = np.linspace(0, len(samples) - 1, count).astype(int).tolist()
-        outcomes = read(samples, chosen, workers, progress="reading labels" if labels is None else "")
+        outcomes = list(read(samples, chosen, workers, progress="reading labels" if labels is None else ""))
         problems += [outcome for outcome in outcomes if isinstance(outcome, str)]
+        if outcomes and not problems:
+            problems += _too_few_classes(outcomes, num_classes, ignore_index, whole=count == len(samples))
     return problems
+
+
+def _too_few_classes(outcomes, num_classes, ignore_index, whole: bool) -> Iterator[str]:
+    """Labels from which nothing is learnt; of a part of the masks only the lack of any tells."""
+    present = np.flatnonzero(sum(counts for counts, _ in outcomes)).tolist()
+    ignored = sum(size for _, size in outcomes) - sum(int(counts.sum()) for counts, _ in outcomes)
+    if not present:
+        yield f"expected labelled pixels, but all of {len(outcomes)} annotations are {ignore_index}, which is ignored"
+    elif whole and len(present) == 1 and num_classes > 1:
+        yield (
+            f"expected pixels of several of the {num_classes} classes, got class {present[0]} alone and {ignored} "
+            f"ignored pixels; if {ignore_index} is the foreground, save it as 1, since {ignore_index} is ignored"
+        )
 
 
 def _other_classes(dataset, num_classes) -> Iterator[str]:

@@ -168,6 +168,12 @@ def warnings(record: dict) -> list[str]:
             f"{crowds} of {crowds + sum(counts)} annotations are crowds or ignored and do not train; if they are "
             "objects (CVAT marks RLE masks as crowds), set their iscrowd to 0"
         )
+    if record["unit"] == "pixels" and sum(map(bool, counts)) == 1 and record["total_pixels"] > sum(counts):
+        ignored = record["ignore_index"]
+        found.append(
+            f"pixels of one class alone, and {record['total_pixels'] - sum(counts)} ignored ones; if {ignored} is the "
+            f"foreground, save it as 1, since {ignored} is ignored"
+        )
     if skipped:
         found.append(f"left out {len(skipped)} files that can't be read: {named(skipped)}; all are named in the JSON")
     return found

@@ -168,7 +168,9 @@ def test_a_stage_one_checkpoint_is_loaded_in_full(adapter):
 
 def test_a_stage_one_checkpoint_without_any_one_tensor_is_refused(adapter):
     stage_one, model = adapter.stage_one().state_dict(), adapter.stage_two()
-    for name in stage_one:
+    # A file without any counter is from before BatchNorm counted its batches, and whole.
+    counters = [name for name in stage_one if name.endswith("num_batches_tracked")]
+    for name in stage_one.keys() - (counters if len(counters) == 1 else ()):
         with pytest.raises(InputError, match="lacks 1"):
             load_stage_one(model, {other: tensor for other, tensor in stage_one.items() if other != name})
 

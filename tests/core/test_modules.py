@@ -293,7 +293,7 @@ def test_a_background_column_of_the_classifier_passes_through():
     assert torch.equal(calibrated[:, K], stage_one[:, K])
 
 
-@pytest.mark.parametrize("classifier", [nn.Conv2d(D, K, 1), CalibratedLinear(D, K), nn.Identity()])
+@pytest.mark.parametrize("classifier", [nn.Conv1d(D, K, 1), CalibratedLinear(D, K), nn.Identity()])
 def test_another_type_of_classifier_is_refused(classifier):
     with pytest.raises(InputError, match=rf"not yet calibrated, got {type(classifier).__name__}; for your"):
         calibrate_classifier(classifier)

@@ -466,3 +466,20 @@ def test_other_sets_than_the_training_set_may_be_missing(written, capsys):
 def test_refused_arguments(written, capsys, options, sentence):
     assert check.main([written, *options]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_foreground_saved_as_the_ignored_label_is_said(tmp_path):
+    write(tmp_path, [0, 255])
+    sentence = only(dataset_problems(dataset(tmp_path), 4, labels=None))
+    assert sentence.startswith("expected pixels of several of the 4 classes, got class 0 alone and ")
+    assert sentence.endswith("if 255 is the foreground, save it as 1, since 255 is ignored")
+    assert dataset_problems(dataset(tmp_path), 4, labels=2) == []  # the foreground may be in the others
+
+
+def test_masks_of_nothing_but_ignored_pixels_are_said(tmp_path):
+    write(tmp_path, [255])
+    for labels in (None, 2):
+        sentence = only(dataset_problems(dataset(tmp_path), 4, labels=labels))
+        assert sentence.startswith("expected labelled pixels, but all of ")
+    with pytest.raises(InputError, match="all of 3 annotations are 255, which is ignored"):
+        check_dataset(dataset(tmp_path), 4)

@@ -812,3 +812,10 @@ def test_a_path_with_blanks_and_numbers_counts_where_it_is_there(tmp_path, capsy
 def test_a_label_of_many_digits_is_one_sentence(digits, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"a.jpg {'9' * digits}\n")
     assert "expected 'path label' on every line" in refused(capsys, str(tmp_path / "list.txt"))
+
+
+def test_a_foreground_saved_as_the_ignored_label_is_said(tmp_path, capsys):
+    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(tmp_path / "a.png")
+    status, out, error = run(capsys, str(tmp_path), "--kind", "masks")
+    assert (status, json.loads(out)["train_counts"]) == (0, [2])
+    assert "pixels of one class alone, and 2 ignored ones; if 255 is the foreground, save it as 1" in error
