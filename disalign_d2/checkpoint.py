@@ -8,7 +8,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from disalign import GRWCrossEntropyLoss, InputError, load_file, load_stage_one
-from disalign.errors import first_line
+from disalign.errors import first_line, in_user_code
 from disalign.hand_over import COUNTERS, require_tensors, state_dict_of
 from disalign.io import atomic_file
 from disalign.stage_two import calibrations, is_calibrated
@@ -79,7 +79,9 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         except InputError:
             raise
-        except (AssertionError, OSError, ValueError) as error:
+        except Exception as error:  # its records may be anything
+            if in_user_code(error):
+                raise
             raise InputError(
                 f"expected a checkpoint at {path!r}, but: {first_line(error)}; check MODEL.WEIGHTS"
             ) from error

@@ -205,7 +205,7 @@ def _broken_images(name, records, image_format) -> list[str]:
             check_image_size(dict(record), read_image(record["file_name"], image_format))
         except FileNotFoundError:
             return None  # said already
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a broken file can break a reader anywhere
             return str(unreadable(record, error))
 
     with ThreadPoolExecutor() as pool:

@@ -150,8 +150,7 @@ class CheckedMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict) -> dict:
         try:
             return super().__call__(dataset_dict)
-        # What Pillow raises for truncated files of all formats, and Detectron2 for an image of another size.
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a broken file can break a reader anywhere
             if in_user_code(error):
                 error.add_note(f"while loading {dataset_dict['file_name']!r}")
                 raise

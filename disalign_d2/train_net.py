@@ -9,6 +9,7 @@ The config is a file, or the name of a shipped one below configs/. Stage two tak
 import argparse
 import functools
 import logging
+import operator
 import os
 import sys
 import weakref
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from disalign import InputError, at_identity
 from disalign.cli import command, config_errors, find_config, sentence_of
-from disalign.errors import first_line
+from disalign.errors import first_line, in_user_code
 from disalign.io import locked_folder, require_folder, write_json
 from disalign.stage_two import keep_magnitude_from_decay, require_finite_settings, require_own_folder
 
@@ -184,6 +185,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    try:
+        torch.empty(0, device=cfg.MODEL.DEVICE)
+    except Exception as error:  # each backend has its own
+        raise InputError(
+            f"expected a device that torch has here as MODEL.DEVICE, got {cfg.MODEL.DEVICE!r}: {first_line(error)}"
+        ) from None
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES < 1:
+        raise InputError(f"expected 1 or more as MODEL.ROI_HEADS.NUM_CLASSES, got {cfg.MODEL.ROI_HEADS.NUM_CLASSES}")
     if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
         raise InputError(f"expected 1 or more as SOLVER.CHECKPOINT_PERIOD, got {cfg.SOLVER.CHECKPOINT_PERIOD}")
     if cfg.TEST.FIXED_AP and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE <= 300:
@@ -238,7 +247,15 @@ def run(args: argparse.Namespace) -> Any:
         return results
     with config_errors(args.config_file):
         trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    try:
+        trainer.resume_or_load(resume=args.resume)
+        operator.index(trainer.start_iter)
+    except InputError:
+        raise
+    except Exception as error:  # its records may be anything
+        if in_user_code(error):
+            raise
+        raise InputError(f"expected a checkpoint of this run in {cfg.OUTPUT_DIR!r}, but: {error}") from error
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: trainer.test_with_tta(cfg, trainer.model))])
     with locked_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():

@@ -1,6 +1,7 @@
 """Reading MMEngine's checkpoints without ever running code from them."""
 
 import os
+from typing import Any
 
 import torch
 from mmengine.dist import barrier, is_main_process
@@ -14,6 +15,13 @@ from disalign.io.unpickling import records_left_out
 #: What MMEngine keeps in meta and message_hub beside plain values; it only smooths the first log lines after a resume.
 LOG_BUFFERS = ("mmengine.logging.history_buffer.HistoryBuffer",)
 
+#: What a checkpoint's records are, where it has them.
+RECORDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("meta", "meta.dataset_meta", "meta.disalign", "message_hub", "optimizer"), dict),
+    **dict.fromkeys(("meta.CLASSES", "meta.dataset_meta.classes", "meta.disalign.class_counts"), (list, tuple)),
+    **dict.fromkeys(("meta.epoch", "meta.iter", "meta.seed"), int),
+}
+
 
 def load_checkpoint(source: str | os.PathLike) -> dict:
     """Read a checkpoint of MMEngine's, on the CPU, log buffers left out (``weights_only`` stays on).
@@ -26,7 +34,9 @@ def load_checkpoint(source: str | os.PathLike) -> dict:
     """
     source = os.fspath(source)
     if not source.startswith(("http://", "https://")):
-        return load_file(source, LOG_BUFFERS)
+        checkpoint = load_file(source, LOG_BUFFERS)
+        _require_types(checkpoint, source)
+        return checkpoint
     try:
         if not is_main_process():
             barrier()  # the main process downloads, the others find the file
@@ -34,7 +44,10 @@ def load_checkpoint(source: str | os.PathLike) -> dict:
             checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
         if is_main_process():
             barrier()
+        _require_types(checkpoint, source)
         return checkpoint
+    except InputError:
+        raise
     except Exception as error:  # network, disk or content
         raise InputError(
             f"expected a checkpoint at {source!r}, but it can't be downloaded or read ({first_line(error)}); download "
@@ -58,6 +71,19 @@ def load_whole(model: nn.Module, checkpoint: dict, name: str) -> None:
         hint = "stage one's checkpoint belongs in stage_one=FILE or its own config, a run to resume in its own work_dir"
         raise InputError(f"{error} ({hint})") from None
     model.load_state_dict(tensors)
+
+
+def _require_types(checkpoint: Any, source: str) -> None:
+    """Refuse records of other types than MMEngine writes, before anything trusts them."""
+    for place, kind in RECORDS.items():
+        value = checkpoint
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, kind):
+            raise InputError(
+                f"expected a checkpoint as MMEngine writes it in {source!r}, got {type(value).__name__} as its "
+                f"{place}; give another, or save its state_dict alone"
+            )
 
 
 def metadata(checkpoint: dict) -> dict:

@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from disalign import InputError, load_stage_one
+from disalign import InputError, load_class_counts, load_stage_one
 from disalign.hand_over import require_finite
 from disalign.io import require_folder
 from disalign.stage_two import (
@@ -147,10 +147,10 @@ def hand_over(runner: Runner, model: nn.Module) -> None:
     require_same_classes(dataset.metainfo.get("classes"), class_names(checkpoint), repr(path))
     theirs = (metadata(checkpoint).get("disalign") or {}).get("class_counts")
     ours = getattr(dataset, "class_counts", None)
-    if theirs and ours is not None and theirs != ours.tolist():
+    if theirs and ours is not None and (seen := load_class_counts(theirs)).tolist() != ours.tolist():
         runner.logger.warning(
-            f"stage one saw another training set ({sum(theirs)} images, here {int(ours.sum())}); make sure that none "
-            "of its images is evaluated"
+            f"stage one saw another training set ({int(seen.sum())} images, here {int(ours.sum())}); make sure that "
+            "none of its images is evaluated"
         )
     report = load_stage_one(model, checkpoint, name=path)
     runner.logger.info(f"{os.path.basename(path)}: {report}")

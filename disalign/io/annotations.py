@@ -11,6 +11,9 @@ from typing import Any
 from ..errors import InputError, some
 from .files import read_json, refuse_special
 
+#: More than any image has: a mask beyond is a mistake.
+MOST_PIXELS = 1 << 31
+
 #: What each part of an annotation file must hold to train on it.
 KEYS = {
     "categories": ("id", "name"),
@@ -118,12 +121,23 @@ def read_annotations(json_file: str | os.PathLike[str]) -> AnnotationFile:
 
 def _usable_mask(annotation: dict[str, Any], where: str) -> dict[str, Any] | list[list[float]]:
     mask = annotation["segmentation"]
-    if isinstance(mask, dict) and {"counts", "size"} <= mask.keys():
+    if isinstance(mask, dict) and {"counts", "size"} <= mask.keys() and _is_rle(**mask):
         return mask
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         got = f"another in annotation {annotation['id']}"
         raise InputError(f"expected polygons [[x, y, x, y, ...], ...] or an RLE as segmentation{where}, got {got}")
     return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
+
+
+def _is_rle(counts: Any, size: Any, **_: Any) -> bool:
+    """Whether runs (compressed ones are pycocotools' to read) fill a mask of this height and width."""
+
+    def whole(numbers: Any) -> bool:
+        return isinstance(numbers, (list, tuple)) and all(isinstance(one, int) and one >= 0 for one in numbers)
+
+    if not whole(size) or len(size) != 2 or not 0 < size[0] * size[1] <= MOST_PIXELS:
+        return False
+    return isinstance(counts, (str, bytes)) or (whole(counts) and sum(counts) == size[0] * size[1])
 
 
 def require_format(content: Any, keys: Mapping[str, Sequence[str]], where: str = "") -> None:

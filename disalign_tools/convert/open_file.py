@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from disalign import InputError, load_file
 from disalign.errors import first_line, some
+from disalign.hand_over import require_dense, weights_of
 
-#: Entries with the weights, and with their moving average (torchvision's references, timm, d2go, BasicSR).
-TRAINED = ("state_dict_best", "state_dict", "model", "params")
+#: Entries with the moving average of the weights (torchvision's references, timm, d2go, BasicSR).
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_state", "ema", "params_ema")
 #: Put before every name by DDP and moving averages, by torch.compile, by Lightning's modules.
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -64,8 +64,8 @@ def open_checkpoint(path: str | os.PathLike[str], ema: bool | None = None, trust
 def _opened(content, ema, path):
     if not isinstance(content, Mapping):
         raise InputError(f"expected a checkpoint in {path!r}, got a {type(content).__name__}; save the state dict")
-    weights, entry = _weights(content, ema, path)
-    left_out = [str(key) for key in content if content is not weights and key not in (entry, *KEPT)]
+    weights, entries = _weights(content, ema, path)
+    left_out = [str(key) for key in content if content is not weights and key not in (*entries, *KEPT)]
     tensors = {}
     for name, value in weights.items():
         if isinstance(value, Mapping) and name in HALVES:
@@ -75,9 +75,7 @@ def _opened(content, ema, path):
             tensors |= _tensors({name: value}, path, left_out)
     if not tensors:
         raise InputError(f"expected tensors in {path!r}, got {some(content) or 'none'}; is it a model's checkpoint?")
-    odd = [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
-    if odd:
-        raise InputError(f"expected dense tensors in {path!r}, got sparse or empty ones: {some(odd)}; save them dense")
+    require_dense(tensors, f" in {path!r}")
     meta, lost = _metadata(content)
     return Checkpoint(_stripped(tensors), meta, left_out + lost)
 
@@ -149,21 +147,16 @@ def _as_tensors(value):
 
 
 def _weights(content, ema, path):
-    """The mapping of weights, and the entry that it stands in."""
+    """The mapping of weights, and the entries that it stands in."""
     entries = {key: value for key, value in content.items() if isinstance(value, Mapping)}
-    trained = next((key for key in TRAINED if key in entries), None)
     averaged = next((key for key in AVERAGED if key in entries), None)
-    if trained is None and not _holds_tensors(content):
-        # Whatever they call it: {"net": ...}, {"model_state_dict": ...}.
-        sets = [key for key, value in entries.items() if key not in (*AVERAGED, *HALVES) and _holds_tensors(value)]
-        if len(sets) > 1:
-            raise InputError(
-                f"expected one set of weights in {path!r}, got several: {some(sets)}; save one of them alone"
-            )
-        trained = next(iter(sets), None)
+    try:
+        weights, trained = weights_of(content, (*AVERAGED, *HALVES))
+    except InputError as error:
+        raise InputError(f"{error} ({path!r})") from None
     if {"state_dict", "ema_state_dict"} <= entries.keys() and "message_hub" in content:
         # MMEngine's EMAHook swaps the two on saving: state_dict is the average, ema_state_dict the trained weights.
-        trained, averaged = "ema_state_dict", "state_dict"
+        weights, trained, averaged = entries["ema_state_dict"], ("ema_state_dict",), "state_dict"
     if ema and not averaged:
         raise InputError(f"expected averaged weights in {path!r} for --ema, got none; leave out --ema")
     if averaged and not trained and not ema:
@@ -171,17 +164,9 @@ def _weights(content, ema, path):
     if averaged and trained and ema is None:
         raise InputError(
             f"expected one set of weights in {path!r}, got two; add --ema for the averaged ones ({averaged}) or "
-            f"--no-ema for the trained ones ({trained})"
+            f"--no-ema for the trained ones ({trained[0]})"
         )
-    entry = averaged if ema else trained
-    if entry is None:
-        return content, None
-    weights = content[entry]
-    return weights if _holds_tensors(weights) else _weights(weights, None, path)[0], entry  # it may be wrapped twice
-
-
-def _holds_tensors(weights):
-    return any(isinstance(value, Tensor) for value in weights.values())
+    return (weights_of(entries[averaged])[0], (averaged,)) if ema else (weights, trained)
 
 
 def _stripped(tensors):

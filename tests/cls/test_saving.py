@@ -1,6 +1,8 @@
 """Checkpoints of a run outlive kills, full disks, moves and numbers that are not finite."""
 
+import copy
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ from disalign.io.locks import LOCK, try_lock
 from disalign_cls.classifiers import DisAlignClassifier
 from disalign_mmengine.saving import LAST, AtomicBackend, latest_checkpoint
 
-from .runs import BASELINE, DISALIGN, train
+from .runs import BASELINE, DISALIGN, evaluate, train
 
 BEST = ("default_hooks.checkpoint.save_best=val/top1", "train_cfg.val_interval=1")
 
@@ -253,3 +255,62 @@ def test_settings_that_are_not_finite_are_refused(config, name, stage_one, tmp_p
     assert train(config["linear"], tmp_path, *options, f"optim_wrapper.optimizer.{name}=nan") == 2
     assert f"expected a finite number as the optimizer's {name}, got nan" in capsys.readouterr().err
     assert checkpoints(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------- records of another type
+
+ODD = {
+    "number": 5,
+    "text": "x",
+    "list": [1, "a"],
+    "nothing": None,
+    "tensor": torch.ones(2),
+    "sparse": torch.eye(2).to_sparse(),
+    "nested": {"classes": {"a": 1}, "disalign": 3, "state": [[]], "runtime_info": 7, "param_groups": {}},
+}
+PLACES = [
+    *("meta", "state_dict", "message_hub", "optimizer", "param_schedulers", "meta.dataset_meta", "meta.disalign"),
+    *("meta.epoch", "meta.iter", "meta.seed", "message_hub.runtime_info", "message_hub.log_scalars"),
+    *("optimizer.state", "optimizer.param_groups", "meta.dataset_meta.classes", "meta.disalign.class_counts"),
+]
+
+
+@pytest.fixture(scope="module")
+def resumable(stage_one, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumable")
+    assert train(DISALIGN["linear"], folder, f"stage_one={stage_one}", epochs=1) == 0
+    return load(folder / "epoch_1.pth")
+
+
+@pytest.mark.parametrize("command", ["resume", "test", "stage one"])
+def test_records_of_another_type_are_one_sentence_or_do_no_harm(command, resumable, stage_one, tmp_path, capsys):
+    refusals = 0
+    source = load(stage_one) if command == "stage one" else resumable
+    combinations = list(itertools.product(PLACES, ODD.items()))
+    # A third of them for each command: all take a minute.
+    for place, (name, value) in combinations[["resume", "test", "stage one"].index(command) :: 3]:
+        checkpoint = copy.deepcopy(source)
+        *above, last = place.split(".")
+        entry = checkpoint
+        for key in above:
+            entry = entry[key]
+        entry[last] = value
+        path = tmp_path / "run" / "epoch_1.pth"
+        path.parent.mkdir()
+        torch.save(checkpoint, path)
+        if command == "resume":
+            status = train(DISALIGN["linear"], path.parent, epochs=1, flags=["--resume"])
+        elif command == "test":
+            status = evaluate(DISALIGN["linear"], path, tmp_path / "out")
+        else:
+            status = train(DISALIGN["linear"], tmp_path / "out", f"stage_one={path}", epochs=1)
+        error = capsys.readouterr().err
+        assert status in (0, 2), (place, name)
+        if status:
+            refusals += 1
+            lines = [line for line in error.splitlines() if line.startswith("error: expected ")]
+            assert len(lines) == 1, (place, name, error)
+            assert "Traceback" not in error, (place, name)
+        shutil.rmtree(path.parent)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refusals > 10
