@@ -141,7 +141,8 @@ def peak_memory(name, cfg, batch) -> float:
 
 def measure(cfg, batch, repeats) -> tuple[dict, dict, dict]:
     """By step: peak memory in MiB, the seconds of each turn, and the RoIs (R, 5), boxes and classes."""
-    context = multiprocessing.get_context("forkserver")  # imports once; its processes are small at the start
+    # A forkserver imports once, and its processes are small at the start; CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["disalign_d2.train_net"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         peaks = [pool.submit(peak_memory, name, cfg, batch).result() for name in tqdm(STEPS, "memory")]

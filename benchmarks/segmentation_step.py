@@ -121,7 +121,8 @@ def peak_memory(name, cfg, sampled_pixels, images) -> float:
 
 def measure(cfg, args) -> tuple[dict, dict]:
     """By step: peak memory in MiB, and the seconds of each turn."""
-    context = multiprocessing.get_context("forkserver")  # imports once; its processes are small at the start
+    # A forkserver imports once, and its processes are small at the start; CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["disalign_mmseg"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         peaks = {

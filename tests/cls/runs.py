@@ -64,4 +64,4 @@ def log(work_dir) -> str:
 
 def left_behind(folder) -> list[str]:
     """Checkpoints, results and caches below a folder."""
-    return [str(path) for path in Path(folder).rglob("*") if path.suffix in (".pth", ".json", ".npz", ".tmp")]
+    return [str(path) for path in Path(folder).rglob("*") if path.suffix in (".pth", ".json", ".npz", ".disalign-tmp")]

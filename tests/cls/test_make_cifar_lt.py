@@ -125,14 +125,14 @@ def test_refused_input_leaves_no_file(name, root, tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("name", ["cifar10"], indirect=True)
-@pytest.mark.parametrize("out", ["out.txt", "folder.npz", "file/out.npz"])
-def test_unusable_output_is_refused(name, root, tmp_path, monkeypatch, capsys, out):
+@pytest.mark.parametrize(("out", "named"), [("out.txt",) * 2, ("folder.npz",) * 2, ("file/out.npz", "file")])
+def test_unusable_output_is_refused(name, root, tmp_path, monkeypatch, capsys, out, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").write_text("not a folder")
     assert script.main([name, out, "--imbalance", "10", "--root", str(root)]) == 2
     error = capsys.readouterr().err
-    assert repr(out) in error
+    assert repr(named) in error
     assert error.count("\n") == 1
     assert list(tmp_path.rglob("*.tmp")) == []
 

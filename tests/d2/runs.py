@@ -171,7 +171,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def left_behind(folder) -> list[str]:
     """Checkpoints, results and caches below a folder; the framework's logs (metrics.json is one) may be there."""
-    suffixes = (".pth", ".pkl", ".json", ".tmp", ".npz")
+    suffixes = (".pth", ".pkl", ".json", ".disalign-tmp", ".npz")
     found = [path for path in Path(folder).rglob("*") if path.suffix in suffixes or path.name == "last_checkpoint"]
     return sorted(str(path.relative_to(folder)) for path in found if path.name != "metrics.json")
 

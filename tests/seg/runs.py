@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from mmengine.runner import Runner
 
+from disalign_mmengine.cli import load_config
 from disalign_mmseg import test as test_command
 from disalign_mmseg import train as train_command
 
@@ -134,6 +136,14 @@ def train(config, work_dir, *options: str, iterations: int | None = None, flags=
     return train_command.main([str(config), "--work-dir", str(work_dir), *flags, "--cfg-options", *given])
 
 
+def stock_runner(config, work_dir, **options) -> Runner:
+    """MMEngine's own, as mim's commands build it for a config without ours."""
+    cfg = load_config(str(config), options | dict(option.split("=") for option in quick()))
+    cfg.pop("runner_type", None)
+    cfg.work_dir = str(work_dir)
+    return Runner.from_cfg(cfg)
+
+
 def evaluate(config, checkpoint, work_dir, *options: str, flags=()) -> int:
     """Exit status of ``disalign_mmseg.test``."""
     given = [str(config), str(checkpoint), "--work-dir", str(work_dir), *flags]
@@ -151,4 +161,4 @@ def load(path):
 
 def left_behind(folder) -> list[str]:
     """Checkpoints, results and caches below a folder."""
-    return [str(path) for path in Path(folder).rglob("*") if path.suffix in (".pth", ".json", ".npz", ".tmp")]
+    return [str(path) for path in Path(folder).rglob("*") if path.suffix in (".pth", ".json", ".npz", ".disalign-tmp")]

@@ -10,7 +10,7 @@ import torch
 
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
 
-from .runs import CALIBRATION, load, train
+from .runs import CALIBRATION, load, stock_runner, train
 
 NO_VALIDATION = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
 
@@ -19,7 +19,15 @@ def tensors(checkpoint):
     return {name: tensor for name, tensor in checkpoint["state_dict"].items() if "auxiliary_head" not in name}
 
 
-def test_stock_checkpoints_are_read_without_their_log_buffers(stage_one):
+@pytest.fixture
+def stock_checkpoint(configs, tmp_path):
+    """MMEngine's own, with its log buffers."""
+    stock_runner(configs.one, tmp_path, **{"train_cfg.max_iters": 2}).train()
+    return tmp_path / "iter_2.pth"
+
+
+def test_stock_checkpoints_are_read_without_their_log_buffers(stock_checkpoint):
+    stage_one = stock_checkpoint
     with pytest.raises(pickle.UnpicklingError, match="HistoryBuffer"):
         load(stage_one)
     whole, read = torch.load(stage_one, weights_only=False), load_checkpoint(stage_one)

@@ -4,14 +4,13 @@ import os
 
 import pytest
 import torch
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader
 
 from disalign import InputError
 from disalign.io import atomic_file
-from disalign_mmengine.cli import load_config
 from disalign_mmengine.saving import LAST, AtomicBackend, WholeCheckpointHook
 
-from .runs import quick, train
+from .runs import stock_runner, train
 
 
 class KilledError(BaseException):
@@ -30,14 +29,6 @@ def no_other_reader(monkeypatch):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def stock_runner(config, work_dir, **options):
-    """MMEngine's own, as mim's commands build it."""
-    cfg = load_config(str(config), options | dict(option.split("=") for option in quick()))
-    cfg.pop("runner_type")
-    cfg.work_dir = str(work_dir)
-    return Runner.from_cfg(cfg)
 
 
 def test_a_killed_stage_one_leaves_whole_checkpoints(configs, tmp_path, monkeypatch):
