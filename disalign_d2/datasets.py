@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from disalign.errors import InputError, first_line, in_user_code, some
 from disalign.io.annotations import category_names, read_annotations
+from disalign.io.files import refuse_special
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,10 @@ class CheckedMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         try:
+            refuse_special(dataset_dict["file_name"], "an image")
             return super().__call__(dataset_dict)
+        except InputError:
+            raise
         except Exception as error:  # a broken file can break a reader anywhere
             if in_user_code(error):
                 error.add_note(f"while loading {dataset_dict['file_name']!r}")

@@ -8,6 +8,7 @@ from mmengine.dataset import ClassBalancedDataset, Compose, ConcatDataset, Repea
 from mmseg.datasets import MultiImageMixDataset
 
 from disalign.errors import InputError, first_line, in_user_code
+from disalign.io.files import refuse_special
 from disalign.io.images import require_labels
 
 
@@ -87,6 +88,7 @@ def _load(loader, results, is_annotation):
     what, path = ("annotation", results.get("seg_map_path")) if is_annotation else ("image", results.get("img_path"))
     if path is None:
         raise InputError(f"expected an {what} for {results.get('img_path')!r}, but the dataset names none")
+    refuse_special(path, f"an {what}")
     try:
         return loader(results)
     except FileNotFoundError:

@@ -20,6 +20,7 @@ from typing import Any
 from disalign.cli import command
 from disalign.errors import InputError, some
 from disalign.io import require_place, write_json
+from disalign.io.files import refuse_special
 from disalign.io.images import IMAGE_SUFFIXES, MOST_CLASSES, image_files
 from disalign.splits import frequent_common_rare, head_body_tail, many_medium_few
 
@@ -113,6 +114,7 @@ def kind_of(sources: Sequence[str]) -> str:
 
 def _kind_of(source):
     if not os.path.isdir(source):
+        refuse_special(source, "a list or JSON")
         try:
             with open(source, "rb") as file:
                 start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import zipfile
@@ -14,6 +15,7 @@ from disalign_cls.datasets import (
     ArrayDataset,
     DigitsLT,
     FolderDataset,
+    JsonDataset,
     ListDataset,
     MissingFilesError,
     build_transforms,
@@ -356,3 +358,80 @@ def test_folders_are_numbered_by_the_classes_given_and_no_others_may_be_there(tm
     assert FolderDataset(str(tmp_path), classes=["a", "b", "c"]).labels.tolist() == [1, 2]
     with pytest.raises(InputError, match=r"expected only folders named in classes in .*, got c"):
         FolderDataset(str(tmp_path), classes=["a", "b"])
+
+
+# ------------------------------------------------------------------------------------------------- JSON, huge, odd
+
+
+def inaturalist(root):
+    images(root, "a/1.png", "b/2.png", "b/3.png")
+    content = {
+        "images": [
+            {"id": number, "file_name": name} for number, name in ((30, "b/3.png"), (10, "a/1.png"), (20, "b/2.png"))
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 10, "category_id": 7},
+            {"id": 2, "image_id": 20, "category_id": 5},
+            {"id": 3, "image_id": 30, "category_id": 7},
+        ],
+        "categories": [{"id": 7, "name": "owl"}, {"id": 6}, {"id": 5, "name": "bat"}],
+    }
+    path = root / "train2018.json"
+    path.write_text(json.dumps(content))
+    return path, content
+
+
+def test_inaturalists_json(tmp_path):
+    path, _ = inaturalist(tmp_path)
+    dataset = JsonDataset(str(path), str(tmp_path))
+    assert dataset.metainfo["classes"] == ["bat", "6", "owl"]
+    assert dataset.labels.tolist() == [2, 2, 0]
+    assert dataset.class_counts.tolist() == [1, 0, 2]
+    assert [os.path.relpath(name, tmp_path) for name in dataset.paths] == ["b/3.png", "a/1.png", "b/2.png"]
+    assert dataset[2]["data_samples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda c: c["annotations"].pop(),
+            "expected one annotation of each image .* but 1 have none or several: b/3.png",
+        ),
+        (lambda c: c["annotations"].append({"image_id": 10, "category_id": 5}), "1 have none or several: a/1.png"),
+        (lambda c: c["annotations"][0].update(category_id=9), "have another category_id: 9"),
+        (lambda c: c["images"][0].pop("file_name"), "got no file_name in entry 0"),
+        (lambda c: c.pop("categories"), "got no 'categories'"),
+    ],
+)
+def test_another_json_is_refused(change, sentence, tmp_path):
+    path, content = inaturalist(tmp_path)
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=sentence):
+        JsonDataset(str(path), str(tmp_path))
+
+
+def test_a_folder_of_16_bit_images_keeps_their_upper_8(tmp_path):
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "a" / "1.png")
+    opened = np.asarray(FolderDataset(str(tmp_path)).open(0))
+    assert np.array_equal(opened, np.repeat((ramp >> 8)[..., None], 3, 2))
+
+
+def test_a_label_of_billions_takes_no_memory(tmp_path):
+    images(tmp_path, "a.png")
+    with pytest.raises(InputError, match=r"expected labels in \[0, 1000000\) in .*: 3000000000 of image 0"):
+        ListDataset(listed(tmp_path, "a.png 3000000000"), str(tmp_path))
+
+
+def test_a_small_npz_that_unpacks_to_gigabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("train_images.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (300_000, 32, 32)})
+        for _ in range(300):
+            file.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(InputError, match=r"train_images\.npy would unpack \d+ bytes to \d+; make it again"):
+        ArrayDataset(str(path))

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -378,3 +379,9 @@ def test_a_file_name_of_2014_leads_to_where_the_url_says(tmp_path):
         for record in load_instances(str(write(tmp_path, content)), str(tmp_path))
     }
     assert found == {3: "train2017/3.png", 5: "COCO_train2014_5.png", 9: "COCO_train2014_9.png"}
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"expected an image in a file, got '.*a\.png', a device or a pipe"):
+        CheckedMapper(config(), True)({"file_name": str(tmp_path / "a.png"), "width": 8, "height": 8})

@@ -1,6 +1,7 @@
 """What is wrong with a dataset is said before training, and what only training meets is said with the file's name."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -483,3 +484,15 @@ def test_masks_of_nothing_but_ignored_pixels_are_said(tmp_path):
         assert sentence.startswith("expected labelled pixels, but all of ")
     with pytest.raises(InputError, match="all of 3 annotations are 255, which is ignored"):
         check_dataset(dataset(tmp_path), 4)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("images/a.jpg", "an image"), ("masks/a.png", "an annotation")])
+def test_a_pipe_is_not_waited_for(kind, what, folder):
+    os.remove(folder / kind)
+    os.mkfifo(folder / kind)
+    found = dataset(folder)
+    guard(found, 4)
+    with pytest.raises(
+        InputError, match=rf"expected {what} in a file, got '.*', a device or a pipe; save it to a file"
+    ):
+        found[0]

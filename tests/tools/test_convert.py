@@ -796,3 +796,19 @@ def test_the_difference_is_the_largest_of_all_scores():
     assert layer.difference(tensors) < 1e-15
     shifted = {**tensors, "fc.bias": torch.tensor([0, 0, 2e-4, 0, -3e-4, 0, 1e-4], dtype=torch.float64)}
     assert layer.difference(shifted) == pytest.approx(3e-4 / largest, rel=1e-9)
+
+
+def test_mislas_two_halves_are_one_model(tmp_path, capsys):
+    state = tiny()
+    halves = {
+        "state_dict_model": {f"module.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")},
+        "state_dict_classifier": {f"module.{name}": tensor for name, tensor in state.items() if name.startswith("fc.")},
+    }
+    torch.save({"epoch": 1, **halves}, tmp_path / "halves.pth")
+    torch.save(state, tmp_path / "whole.pth")
+    for name in ("halves", "whole"):
+        assert main([str(tmp_path / f"{name}.pth"), str(tmp_path / f"{name}-timm.pth"), "--to", "timm"]) == 0
+    found, expected = (torch.load(tmp_path / f"{name}-timm.pth") for name in ("halves", "whole"))
+    expected, found = (one.get("state_dict", one) for one in (expected, found))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

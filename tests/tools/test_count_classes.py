@@ -819,3 +819,10 @@ def test_a_foreground_saved_as_the_ignored_label_is_said(tmp_path, capsys):
     status, out, error = run(capsys, str(tmp_path), "--kind", "masks")
     assert (status, json.loads(out)["train_counts"]) == (0, [2])
     assert "pixels of one class alone, and 2 ignored ones; if 255 is the foreground, save it as 1" in error
+
+
+@pytest.mark.parametrize("kind", ["guessed", "list", "coco"])
+def test_a_pipe_is_not_waited_for(kind, tmp_path, capsys):
+    os.mkfifo(tmp_path / "a")
+    more = [] if kind == "guessed" else ["--kind", kind]
+    assert "a device or a pipe; save it to a file" in refused(capsys, str(tmp_path / "a"), *more)
