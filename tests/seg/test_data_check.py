@@ -486,13 +486,13 @@ def test_masks_of_nothing_but_ignored_pixels_are_said(tmp_path):
         check_dataset(dataset(tmp_path), 4)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("images/a.jpg", "an image"), ("masks/a.png", "an annotation")])
-def test_a_pipe_is_not_waited_for(kind, what, folder):
-    os.remove(folder / kind)
-    os.mkfifo(folder / kind)
+def test_a_pipe_is_not_waited_for(folder):
+    os.remove(folder / "masks/a.png")
+    os.mkfifo(folder / "masks/a.png")
     found = dataset(folder)
     guard(found, 4)
-    with pytest.raises(
-        InputError, match=rf"expected {what} in a file, got '.*', a device or a pipe; save it to a file"
-    ):
+    with pytest.raises(InputError, match=r"expected an annotation in a file, got '.*', a device or a pipe"):
         found[0]
+    os.remove(folder / "images/a.jpg")
+    os.mkfifo(folder / "images/a.jpg")
+    assert len(dataset(folder)) == len(found) - 1  # MMEngine lists files alone
