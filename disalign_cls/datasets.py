@@ -22,13 +22,9 @@ from disalign.io.images import MOST_CLASSES, image_tree, open_image
 
 
 def build_transforms(steps: Sequence[dict]) -> v2.Compose:
-    """torchvision transforms (v2) by name, PIL image in, uint8 (C, H, W) tensor out; the model normalises.
+    """torchvision transforms (v2), PIL image in, uint8 (C, H, W) tensor out; the model normalises.
 
-    Args:
-        steps: ``dict(type="RandomResizedCrop", size=224)`` and the like.
-
-    Raises:
-        InputError: an unknown name or wrong options.
+    ``steps`` name them with their options, such as ``dict(type="RandomResizedCrop", size=224)``.
     """
     built = []
     for step in steps:
@@ -41,47 +37,64 @@ def build_transforms(steps: Sequence[dict]) -> v2.Compose:
     return v2.Compose([*built, v2.PILToTensor()])
 
 
-class LongTailDataset(Dataset):
-    """What all datasets share: labels in [0, K), class counts, transforms, and mmengine's ``metainfo``.
+class MissingFilesError(InputError):
+    """Images that a list names and that are not there; ``paths`` holds them all."""
 
-    Subclasses fill ``labels`` and open one image.
+    def __init__(self, sentence: str, paths: Sequence[str] = ()) -> None:
+        super().__init__(sentence)
+        self.paths = list(paths)
+
+
+class LongTailDataset(Dataset):
+    """What all datasets share; they differ in where images and labels come from.
 
     Args:
-        labels: (N,) labels.
-        num_classes: K; default: the largest label + 1.
+        images: (N,) paths, whose existence is checked here, or (N, H, W, 3) or (N, H, W) uint8.
+        labels: (N,), in [0, K).
+        where: they are from, for error messages.
+        num_classes: K; default: the number of ``classes``, or else the largest label + 1.
         classes: names of the classes.
         transforms: see :func:`build_transforms`.
         name: of the dataset, for the log and the checkpoint.
         split: ``"train"``, ``"val"``, ``"test"`` ...; every metric is named after it.
-        where: for error messages.
 
     Raises:
-        InputError: no images, or a label outside [0, K).
+        InputError: no images, missing ones, a label outside [0, K), or another number of names than K.
     """
 
     def __init__(
         self,
+        images: Sequence[str] | np.ndarray,
         labels: Any,
+        where: str,
         num_classes: int | None = None,
         classes: Sequence[str] | None = None,
         transforms: Sequence[dict] = (),
         name: str = "",
         split: str = "train",
-        where: str = "",
     ) -> None:
+        self.images = images
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         if not len(self.labels):
             raise InputError(f"expected images in {where}, got none")
         if num_classes is None:
             num_classes = len(classes) if classes else min(int(self.labels.max()) + 1, MOST_CLASSES)
+        paths = [] if isinstance(images, np.ndarray) else images
         wrong = ((self.labels < 0) | (self.labels >= num_classes)).nonzero().flatten().tolist()
         if wrong:
+            named = [f"{int(self.labels[i])} of image {i}" + (f" ({paths[i]})" if paths else "") for i in wrong]
             raise InputError(
-                f"expected labels in [0, {num_classes}) in {where}, but {len(wrong)} are not: "
-                f"{some(f'{int(self.labels[i])} of image {i} ({self.describe(i)})' for i in wrong)}"
+                f"expected labels in [0, {num_classes}) in {where}, but {len(wrong)} are not: {some(named)}"
             )
         if classes is not None and len(classes) != num_classes:
             raise InputError(f"expected {num_classes} class names in {where}, got {len(classes)}")
+        absent = missing_files(paths)
+        if absent:
+            raise MissingFilesError(
+                f"expected {len(paths)} images named in {where}, but {len(absent)} are missing: {some(absent, 3)}"
+                "; check data_root (and rewrite, if the list uses another path style)",
+                absent,
+            )
         self.num_classes = num_classes
         self.transforms = build_transforms(transforms)
         self.metainfo = {"dataset": name, "split": split, "classes": list(classes) if classes else None}
@@ -91,50 +104,17 @@ class LongTailDataset(Dataset):
         """(K,) int64 images per class."""
         return torch.bincount(self.labels, minlength=self.num_classes)
 
-    def describe(self, index: int) -> str:
-        return f"number {index}"
-
-    def open(self, index: int) -> Image.Image:
-        raise NotImplementedError
-
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"inputs": self.transforms(self.open(index)), "data_samples": self.labels[index]}
-
-
-class MissingFilesError(InputError):
-    """Images that a list names and that are not there; ``paths`` holds them all."""
-
-    def __init__(self, sentence: str, paths: Sequence[str] = ()) -> None:
-        super().__init__(sentence)
-        self.paths = list(paths)
-
-
-class FileDataset(LongTailDataset):
-    """Images in files, checked for existence when it is built."""
-
-    def __init__(self, paths: Sequence[str], labels: Any, where: str, **options: Any) -> None:
-        self.paths = list(paths)
-        super().__init__(labels, where=where, **options)
-        absent = missing_files(self.paths)
-        if absent:
-            raise MissingFilesError(
-                f"expected {len(self.paths)} images named in {where}, but {len(absent)} are missing: {some(absent, 3)}"
-                "; check data_root (and rewrite, if the list uses another path style)",
-                absent,
-            )
-
-    def describe(self, index: int) -> str:
-        return self.paths[index]
-
-    def open(self, index: int) -> Image.Image:
-        return open_image(self.paths[index])
+        image = self.images[index]
+        opened = open_image(image) if isinstance(image, str) else Image.fromarray(image)
+        return {"inputs": self.transforms(opened), "data_samples": self.labels[index]}
 
 
 @DATASETS.register_module()
-class ListDataset(FileDataset):
+class ListDataset(LongTailDataset):
     """Images named in a ``path label`` list file, as ImageNet-LT, Places-LT and iNaturalist-2018 have them.
 
     Args:
@@ -147,22 +127,20 @@ class ListDataset(FileDataset):
 
     def __init__(self, ann_file: str, data_root: str = "", rewrite: Sequence[str] = (), **options: Any) -> None:
         names, labels = read_list(ann_file, data_root)
-        if not isinstance(rewrite, (list, tuple)) or len(rewrite) % 2:
-            raise InputError(f"expected pairs of a pattern and a replacement in rewrite, got {rewrite!r}")
-        for pattern, replacement in zip(rewrite[::2], rewrite[1::2], strict=True):
-            try:
+        try:
+            if isinstance(rewrite, str):
+                raise TypeError("it is no list")
+            for pattern, replacement in zip(rewrite[::2], rewrite[1::2], strict=True):
                 names = [re.sub(pattern, replacement, name) for name in names]
-            except (re.error, TypeError, IndexError) as error:
-                raise InputError(
-                    f"expected a pattern and a replacement for re.sub in rewrite, got {pattern!r} and {replacement!r}: "
-                    f"{error}"
-                ) from None
-        paths = [os.path.join(data_root, name) for name in names]
-        super().__init__(paths, labels, where=repr(ann_file), **options)
+        except (re.error, TypeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"expected pairs of a pattern and a replacement for re.sub in rewrite, got {rewrite!r}: {error}"
+            ) from None
+        super().__init__([os.path.join(data_root, name) for name in names], labels, where=repr(ann_file), **options)
 
 
 @DATASETS.register_module()
-class JsonDataset(FileDataset):
+class JsonDataset(LongTailDataset):
     """Images and their classes in a JSON of COCO's form without boxes, as iNaturalist ships them (``train2018.json``).
 
     Args:
@@ -179,7 +157,7 @@ class JsonDataset(FileDataset):
 
 
 @DATASETS.register_module()
-class FolderDataset(FileDataset):
+class FolderDataset(LongTailDataset):
     """One folder per class.
 
     Args:
@@ -193,7 +171,7 @@ class FolderDataset(FileDataset):
 
     def __init__(self, data_root: str, classes: Sequence[str] | None = None, **options: Any) -> None:
         classes, found = image_tree(data_root, classes)
-        paths, labels = zip(*found, strict=True) if found else ((), ())
+        paths, labels = [path for path, _ in found], [label for _, label in found]
         super().__init__(paths, labels, where=repr(data_root), classes=classes, **options)
 
 
@@ -217,25 +195,17 @@ class ArrayDataset(LongTailDataset):
                 if "class_names" in arrays:
                     options.setdefault("classes", [str(name) for name in arrays["class_names"]])
         except Exception as error:  # a broken file can break a reader anywhere
-            reason = first_line(error)
             raise InputError(
-                f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {reason}; make it again"
+                f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {first_line(error)}; make it again"
             ) from None
-        self._set_images(images, labels, where=repr(file))
-        super().__init__(labels, split=split, where=repr(file), **options)
-
-    def _set_images(self, images, labels, where) -> None:
         shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
         whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
         if images.dtype != np.uint8 or not shaped or not whole:
             raise InputError(
-                f"expected uint8 images (N, H, W, 3) or (N, H, W) and N whole labels in {where}, got {images.dtype} "
+                f"expected uint8 images (N, H, W, 3) or (N, H, W) and N whole labels in {file!r}, got {images.dtype} "
                 f"{images.shape} and {labels.dtype} {labels.shape}"
             )
-        self.images = images
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
+        super().__init__(images, labels, split=split, where=repr(file), **options)
 
 
 def _refuse_bomb(file: str) -> None:
@@ -247,7 +217,7 @@ def _refuse_bomb(file: str) -> None:
 
 
 @DATASETS.register_module()
-class DigitsLT(ArrayDataset):
+class DigitsLT(LongTailDataset):
     """scikit-learn's bundled handwritten digits (8 x 8, real), made long-tailed: 242 training images, 100 down to 1.
 
     The test split is balanced, 50 images per class, and shares no image with training.
@@ -273,12 +243,9 @@ class DigitsLT(ArrayDataset):
         per_digit = []
         for digit in range(10):
             indices = generator.permutation(np.flatnonzero(digits.target == digit))
-            first = self.test_per_class if split == "train" else 0
-            count = self.profile[rank[digit]] if split == "train" else self.test_per_class
-            per_digit.append(indices[first : first + count])
+            held_out, rest = np.split(indices, [self.test_per_class])
+            per_digit.append(held_out if split == "test" else rest[: self.profile[rank[digit]]])
         chosen = np.concatenate(per_digit)
         images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
-        labels = digits.target[chosen]
-        self._set_images(images, labels, where="scikit-learn's digits")
         options.setdefault("classes", [str(digit) for digit in range(10)])
-        LongTailDataset.__init__(self, labels, split=split, where="scikit-learn's digits", **options)
+        super().__init__(images, digits.target[chosen], split=split, where="scikit-learn's digits", **options)

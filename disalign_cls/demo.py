@@ -6,13 +6,13 @@ configs/cls/digits. Prints a table; writes results.json and two pictures.
 """
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,52 +48,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_folder(args.out)
 
     tasks = [(seed, classifier) for seed in args.seeds for classifier in METHODS]
+    per_class = ", ".join(map(str, DigitsLT.profile))
     print(
-        f"digits, {sum(DigitsLT.profile)} training images ({', '.join(map(str, DigitsLT.profile))} per class): ", end=""
+        f"digits, {sum(DigitsLT.profile)} training images ({per_class} per class): "
+        f"{len(args.seeds)} seeds x {len(METHODS)} classifiers, stage one and DisAlign"
     )
-    print(f"{len(args.seeds)} seeds x {len(METHODS)} classifiers, stage one and DisAlign")
     # Several processes of one thread: torch's own threads only slow so small a network.
     workers = min(len(tasks), usable_cpus(), 8)
     # On the CPU everywhere, so that the figures do not depend on the machine's GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
         found = pool.map(run, tasks, [folder] * len(tasks))
         runs = list(tqdm(found, total=len(tasks), unit="run", desc="training", file=sys.stderr))
 
-    results = {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": runs}
     print(table(runs))
     out = Path(args.out)
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": runs})
     pictures(runs, out)
     print(f"\nwritten to {out}: results.json, accuracy_per_class.png, calibration.png")
-
-
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def run(task: tuple[int, str], folder: str) -> dict:
     """Train stage one and DisAlign for one seed and classifier; both figures are of the same test images."""
     seed, classifier = task
-    tag = METHODS[classifier]
-    base = f"baseline{tag}_cnn_1xb64-60e_digits-lt"
-    runner = train(f"cls/digits/{base}.py", seed, f"{folder}/{seed}/{base}")
-    stage_two = f"disalign{tag}_cnn_1xb64-60e_digits-lt"
-    runner = train(
-        f"cls/digits/{stage_two}.py",
-        seed,
-        f"{folder}/{seed}/{stage_two}",
-        stage_one=f"{folder}/{seed}/{base}/epoch_60.pth",
-    )
-    report = runner.val_evaluator.metrics[0].report
+    config = f"{METHODS[classifier]}_cnn_1xb64-60e_digits-lt"
+    work_dir = f"{folder}/{seed}/{classifier}"
+    train(f"cls/digits/baseline{config}.py", seed, f"{work_dir}/one")
+    runner = train(f"cls/digits/disalign{config}.py", seed, f"{work_dir}/two", stage_one=f"{work_dir}/one/epoch_60.pth")
     calibration = runner.model.classifier.calibration
     return {
         "seed": seed,
         "classifier": classifier,
-        "report": report,
+        "report": runner.val_evaluator.metrics[0].report,
         "magnitude": calibration.magnitude.tolist(),
         "margin": calibration.margin.tolist(),
     }
@@ -103,10 +92,8 @@ def train(config: str, seed: int, work_dir: str, **options: Any) -> Runner:
     """One run of a shipped config, quietly."""
     split_seeds = {f"{split}_dataloader.dataset.seed": seed for split in ("train", "val", "test")}
     quiet = {"log_level": "ERROR", "default_hooks.checkpoint.interval": 60, "visualizer.vis_backends": []}
-    cfg = load_config(config, {"randomness.seed": seed, **split_seeds, **quiet, **options})
-    cfg.work_dir = work_dir
-    cfg.experiment_name = work_dir
-    runner = RUNNERS.build(cfg)
+    place = {"work_dir": work_dir, "experiment_name": work_dir}
+    runner = RUNNERS.build(load_config(config, {"randomness.seed": seed, **split_seeds, **quiet, **place, **options}))
     runner.train()
     return runner
 
@@ -115,11 +102,13 @@ def table(runs: list[dict]) -> str:
     """Mean and spread over the seeds, and the gain of each seed."""
     rows, gains = [["test accuracy, %", "average", "many > 30", "medium 6-30", "few <= 5"]], []
     for classifier in METHODS:
-        mine = [one["report"] for one in runs if one["classifier"] == classifier]
+        reports = [one["report"] for one in runs if one["classifier"] == classifier]
         star = "*" if classifier == "cosine" else ""
-        before, after = ([report["figures"] for report in stage] for stage in ([r["stage_one"] for r in mine], mine))
-        for title, figures in ((f"Baseline{star}, {classifier}", before), (f"DisAlign{star}, {classifier}", after)):
-            rows.append([title, *(mean_and_spread([one[group] for one in figures]) for group in GROUPS)])
+        before = [report["stage_one"]["figures"] for report in reports]
+        after = [report["figures"] for report in reports]
+        for stage, figures in (("Baseline", before), ("DisAlign", after)):
+            cells = [mean_and_spread([one[group] for one in figures]) for group in GROUPS]
+            rows.append([f"{stage}{star}, {classifier}", *cells])
         gain = [two["top1"] - one["top1"] for one, two in zip(before, after, strict=True)]
         each = " ".join(f"{value:+.1f}" for value in gain)
         gains.append(f"gain of DisAlign{star}: {statistics.mean(gain):+.1f}   seeds: {each}")

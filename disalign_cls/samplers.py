@@ -1,20 +1,18 @@
 """Class-aware samplers of Decoupling (Kang et al., 2020): p_j proportional to n_j^q."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mmengine.dist import get_dist_info, sync_random_seed
+from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATA_SAMPLERS
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from disalign.errors import InputError
 
 
 @DATA_SAMPLERS.register_module()
-class PowerSampler(Sampler):
+class PowerSampler(DefaultSampler):
     """Draw class j with probability n_j^q / sum_i n_i^q, its images alike, as many as the dataset has.
 
     q = 1 is instance-balanced (then every image once, without replacement), q = 1/2 square-root, q = 0 class-balanced.
@@ -32,16 +30,8 @@ class PowerSampler(Sampler):
     def __init__(self, dataset: Any, q: float = 1.0, seed: int | None = None) -> None:
         if not 0 <= q <= 1:
             raise InputError(f"expected q in [0, 1] (1 instance-balanced, 0 class-balanced), got {q}")
-        self.dataset = dataset
+        super().__init__(dataset, seed=seed)
         self.q = q
-        self.seed = sync_random_seed() if seed is None else seed
-        self.epoch = 0
-        self.rank, self.world_size = get_dist_info()
-        self.num_samples = math.ceil(len(dataset) / self.world_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch, so that each has its own order and a resumed run has the uninterrupted one's."""
-        self.epoch = epoch
 
     def class_probabilities(self) -> Tensor:
         """(K,) fp64 p_j of this epoch; 0 for a class without images."""
@@ -53,18 +43,12 @@ class PowerSampler(Sampler):
         return powers / powers.sum()
 
     def __iter__(self) -> Iterator[int]:
-        total = self.num_samples * self.world_size
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
         per_image = (self.class_probabilities() / self.dataset.class_counts.double())[self.dataset.labels]
         if torch.allclose(per_image, per_image[:1], rtol=1e-9, atol=0):
-            order = torch.randperm(len(self.dataset), generator=generator)
-            order = order.repeat(math.ceil(total / len(order)))[:total]
-        else:
-            order = torch.multinomial(per_image, total, replacement=True, generator=generator)
+            return super().__iter__()
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.multinomial(per_image, self.total_size, replacement=True, generator=generator)
         return iter(order[self.rank :: self.world_size].tolist())
-
-    def __len__(self) -> int:
-        return self.num_samples
 
 
 @DATA_SAMPLERS.register_module()
@@ -77,7 +61,7 @@ class ProgressivelyBalancedSampler(PowerSampler):
     """
 
     def __init__(self, dataset: Any, max_epochs: int, seed: int | None = None) -> None:
-        super().__init__(dataset, q=1.0, seed=seed)
+        super().__init__(dataset, seed=seed)
         if max_epochs < 1:
             raise InputError(f"expected max_epochs >= 1, got {max_epochs}")
         self.max_epochs = max_epochs

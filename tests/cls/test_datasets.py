@@ -56,7 +56,7 @@ def test_a_list_gives_images_labels_and_counts(tmp_path):
 def test_paths_may_hold_spaces(tmp_path):
     images(tmp_path, "a folder/an image.png")
     dataset = ListDataset(listed(tmp_path, "a folder/an image.png  1"), str(tmp_path))
-    assert dataset.paths == [str(tmp_path / "a folder/an image.png")]
+    assert dataset.images == [str(tmp_path / "a folder/an image.png")]
     assert dataset.labels.tolist() == [1]
     assert dataset[0]["inputs"].shape == (3, 4, 6)
 
@@ -72,10 +72,10 @@ def test_paths_may_hold_spaces(tmp_path):
 def test_both_path_styles_of_places_lt_lead_to_the_same_image(tmp_path, line, rewrite):
     images(tmp_path, "train/abbey-inner/1.png")
     dataset = ListDataset(listed(tmp_path, line), str(tmp_path), rewrite=rewrite)
-    assert dataset.paths == [str(tmp_path / "train/abbey-inner/1.png")]
+    assert dataset.images == [str(tmp_path / "train/abbey-inner/1.png")]
 
 
-@pytest.mark.parametrize("rewrite", [["["], ["[", "x"], ["a", r"\9"], 5])
+@pytest.mark.parametrize("rewrite", [["["], ["[", "x"], ["a", r"\9"], 5, "ab"])
 def test_a_rewrite_that_is_none_is_refused(tmp_path, rewrite):
     images(tmp_path, "a.png")
     with pytest.raises(InputError, match=r"expected .*a pattern and a replacement .*in rewrite, got "):
@@ -175,7 +175,7 @@ def test_folders_are_classes_in_alphabetical_order(tmp_path):
     (tmp_path / "notes.png").write_text("in no class")
     dataset = FolderDataset(str(tmp_path))
     assert dataset.metainfo["classes"] == ["ant", "zebra"]
-    assert [os.path.relpath(path, tmp_path) for path in dataset.paths] == [
+    assert [os.path.relpath(path, tmp_path) for path in dataset.images] == [
         "ant/2.PNG",
         "ant/deeper/1.png",
         "zebra/1.png",
@@ -202,7 +202,7 @@ def test_training_counting_and_prediction_read_the_same_files(tmp_path):
     (root / "ant/0.png").symlink_to(tmp_path / "elsewhere/9.png")
     (root / "bee/notes.gif").write_text("no image")
     dataset = FolderDataset(str(root))
-    assert [os.path.relpath(path, root) for path in dataset.paths] == [
+    assert [os.path.relpath(path, root) for path in dataset.images] == [
         "ant/0.png",
         "ant/1.png",
         "ant/b/2.PNG",
@@ -210,8 +210,8 @@ def test_training_counting_and_prediction_read_the_same_files(tmp_path):
         "bee/linked/9.png",
         "bee/linked/deep/8.jpg",
     ]
-    assert find_images([str(root)]) == dataset.paths
-    assert find_images([str(root / "bee"), str(root / "ant/1.png")]) == [*dataset.paths[3:], dataset.paths[1]]
+    assert find_images([str(root)]) == dataset.images
+    assert find_images([str(root / "bee"), str(root / "ant/1.png")]) == [*dataset.images[3:], dataset.images[1]]
     assert count_classes.count([str(root)], "folder")["train_counts"] == dataset.class_counts.tolist() == [3, 3]
 
 

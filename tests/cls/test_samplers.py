@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from disalign import InputError
-from disalign_cls import samplers
 from disalign_cls.samplers import PowerSampler, ProgressivelyBalancedSampler
 
 from .runs import BASELINE, runner
@@ -87,7 +86,7 @@ def test_progressively_balanced_starts_with_each_image_once():
 
 def of_ranks(monkeypatch, world_size, build):
     for rank in range(world_size):
-        monkeypatch.setattr(samplers, "get_dist_info", lambda rank=rank: (rank, world_size))
+        monkeypatch.setattr("mmengine.dataset.sampler.get_dist_info", lambda rank=rank: (rank, world_size))
         yield build()
 
 

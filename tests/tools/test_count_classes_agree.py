@@ -62,7 +62,7 @@ def test_the_image_datasets_count_the_same(photos, tmp_path, out):
     assert record["class_names"] == dataset.metainfo["classes"] == ["Zebra", "ant", "cat", "dog"]
     assert record["train_counts"] == [1, 0, 1, 3]
 
-    lines = [f"{path} {label}\n" for path, label in zip(dataset.paths, dataset.labels.tolist(), strict=True)]
+    lines = [f"{path} {label}\n" for path, label in zip(dataset.images, dataset.labels.tolist(), strict=True)]
     (tmp_path / "list.txt").write_text("".join(lines))
     _, record = out(tmp_path / "list.txt", "--num-classes", 7)
     assert (
