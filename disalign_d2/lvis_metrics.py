@@ -1,10 +1,9 @@
 """LVIS's average precision, computed by faster-coco-eval; no framework needed."""
 
-import math
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from reprlib import repr as short
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from disalign import InputError, frequent_common_rare, group_means
 from disalign.counts import ClassCounts
 from disalign.errors import some
 from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
-from disalign.report import shown, text_table
+from disalign.report import report, shown, text_table, without_nan
 
 #: Training images per category, in the order of their ids, or a function that counts them if they are needed.
 ImageCounts = ClassCounts | Callable[[], ClassCounts | None] | None
@@ -30,17 +29,15 @@ SHAPE = {"bbox": "bbox", "segm": "segmentation"}
 IOU_50, IOU_75 = 0, 5
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures in percent, None where there is no ground truth.
+class Evaluation(NamedTuple):
+    """Figures in percent, None where there is no ground truth."""
 
-    Args:
-        figures: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl.
-        per_category: category id -> AP.
-    """
-
+    #: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl.
     figures: dict[str, float | None]
+    #: Category id -> AP, in the order of the ids.
     per_category: dict[int, float | None]
+    #: Category id -> r, c, f, or None if unknown.
+    groups: dict[int, str | None]
 
 
 def evaluate_lvis(
@@ -49,6 +46,7 @@ def evaluate_lvis(
     iou_type: str = "bbox",
     max_dets: int = 300,
     image_counts: ImageCounts = None,
+    per: str = "image_id",
 ) -> Evaluation:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
@@ -64,12 +62,53 @@ def evaluate_lvis(
         max_dets: the best detections of each image that count; negative: all.
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
             not give the ``frequency``; what :func:`disalign.load_class_counts` takes, or a function that returns it.
+        per: ``"category_id"``: ``max_dets`` limits the detections of each category, not of each image.
 
     Raises:
-        InputError: annotations or detections of another form, or detections of images or categories that the
-            annotations do not list.
+        InputError: annotations or detections of another form, or detections of what the annotations do not list.
     """
-    return _evaluate(ground_truth, detections, iou_type, image_counts, "image_id", max_dets)
+    _check(ground_truth, detections, iou_type)
+    letters = _letters(ground_truth, image_counts)
+    # In COCO format an image is annotated for all categories, and may have crowds.
+    defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
+    images = {
+        image["id"]: defaults | image | {"crowds": "neg_category_ids" not in image} for image in ground_truth["images"]
+    }
+    present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
+    judged = [
+        detection
+        for group in _grouped(detections, per).values()
+        # Of equal scores the first, as lvis-api does.
+        for detection in sorted(group, key=lambda detection: -detection["score"])[: max_dets if max_dets >= 0 else None]
+        if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
+        or (detection["image_id"], detection["category_id"]) in present
+    ]
+    annotations, detected = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
+
+    # One category at a time: no category's figures depend on another's, and faster-coco-eval takes time and memory for
+    # every pair of image and category that it is given, of which LVIS judges one in a hundred.
+    precision = np.full((len(letters), 10, len(AREAS)), np.nan)
+    recall = precision.copy()
+    for index, category in enumerate(tqdm(letters, desc=iou_type, unit="category", disable=None, leave=False)):
+        if category in annotations:
+            precision[index], recall[index] = _of_category(annotations[category], detected[category], images, iou_type)
+
+    ap, letter = precision[:, :, 0].mean(1), np.array(list(letters.values()))
+    columns = {
+        "AP": ap,
+        "AP50": precision[:, IOU_50, 0],
+        "AP75": precision[:, IOU_75, 0],
+        **{f"AP{area}": precision[:, :, place].mean(1) for place, area in enumerate(AREAS) if area},
+        **{f"AP{group}": np.where(letter == group, ap, np.nan) for group in GROUPS},
+        **{f"AR{area}": recall[:, :, place].mean(1) for place, area in enumerate(AREAS)},
+    }
+    everything = torch.ones(len(letters), dtype=torch.bool)
+    means = {name: group_means(values, {name: everything})[name] for name, values in columns.items()}
+    return Evaluation(
+        {name: None if mean is None else 100 * mean for name, mean in means.items()},
+        without_nan(dict(zip(letters, (100 * ap).tolist(), strict=True))),
+        letters,
+    )
 
 
 def fixed_ap(
@@ -87,56 +126,48 @@ def fixed_ap(
     Returns:
         AP-fixed, AP50-fixed, ... APf-fixed, in percent.
     """
-    fixed = _evaluate(ground_truth, detections, iou_type, image_counts, "category_id", per_category)
+    fixed = evaluate_lvis(ground_truth, detections, iou_type, per_category, image_counts, per="category_id")
     figures = {f"{name}-fixed": value for name, value in fixed.figures.items() if name.startswith("AP")}
-    return Evaluation(figures, fixed.per_category)
+    return fixed._replace(figures=figures)
 
 
-def evaluation_report(
+def evaluation_reports(
     ground_truth: dict,
     detections: list[dict],
-    iou_types: Any,
+    iou_types: Iterable[str],
     max_dets: int = 300,
     fixed: bool = False,
     image_counts: ImageCounts = None,
-) -> dict:
-    """Everything about one set of detections, ready for JSON; see :func:`evaluate_lvis`.
-
-    Args:
-        iou_types: some of ``"bbox"`` and ``"segm"``.
-        fixed: also the fixed AP.
-
-    Returns:
-        ``figures`` (IoU type -> name -> percent or None), ``groups`` (r, c, f -> number of categories, and of those
-        with ground truth) and ``categories`` (id, name, frequency and AP of each).
-    """
-    figures, per_category = {}, {}
+) -> dict[str, dict]:
+    """IoU type -> :func:`disalign.report.report` of :func:`evaluate_lvis` and, if ``fixed``, of :func:`fixed_ap`."""
+    reports = {}
     for iou_type in iou_types:
-        plain = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
-        figures[iou_type], per_category[iou_type] = plain.figures, {"AP": plain.per_category}
+        figures, aps, groups = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
+        per_class: dict[str, list] = {"id": list(aps), "group": list(groups.values()), "AP": list(aps.values())}
         if fixed:
             extra = fixed_ap(ground_truth, detections, iou_type, image_counts=image_counts)
-            figures[iou_type] = plain.figures | extra.figures
-            per_category[iou_type]["AP-fixed"] = extra.per_category
-    letters = _letters(ground_truth, image_counts)
-    names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
-    groups = {}
-    for group in GROUPS:
-        aps = [plain.per_category[category] for category, letter in letters.items() if letter == group]
-        groups[group] = {"categories": len(aps), "with_ground_truth": sum(ap is not None for ap in aps)}
-    categories = [
-        {"id": category, "name": names[category], "frequency": letter}
-        | {iou_type: {name: aps[category] for name, aps in of.items()} for iou_type, of in per_category.items()}
-        for category, letter in letters.items()
-    ]
-    return {"unit": "percent", "figures": figures, "groups": groups, "categories": categories}
+            figures, per_class["AP-fixed"] = figures | extra.figures, list(extra.per_category.values())
+        sizes, evaluated = Counter(groups.values()), Counter(groups[id_] for id_, ap in aps.items() if ap is not None)
+        names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
+        reports[iou_type] = report(
+            figures,
+            per_class=per_class,
+            images=len(ground_truth["images"]),
+            groups={
+                "split": "LVIS's, by training images: r at most 10, c at most 100, f more",
+                "classes": {group: sizes[group] for group in GROUPS},
+                "evaluated": {group: evaluated[group] for group in GROUPS},
+            },
+            classes=[names[id_] for id_ in aps],
+        )
+    return reports
 
 
-def table(figures: dict[str, dict[str, float | None]]) -> str:
+def table(reports: dict[str, dict]) -> str:
     """The figures as text: a row for each figure, a column for each IoU type, n/a where there is no ground truth."""
-    names = next(iter(figures.values()))
-    rows = [[name, *(shown(column[name], ".2f") for column in figures.values())] for name in names]
-    return text_table([["percent", *figures], *rows])
+    columns = [content["figures"] for content in reports.values()]
+    rows = [[name, *(shown(column[name], ".2f") for column in columns)] for name in columns[0]]
+    return text_table([["percent", *reports], *rows])
 
 
 def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
@@ -144,53 +175,6 @@ def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
     for item in items:
         groups[item[key]].append(item)
     return groups
-
-
-def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) -> Evaluation:
-    """Of each ``limited`` (image or category) the best ``limit`` detections count; negative: all."""
-    _check(ground_truth, detections, iou_type)
-    letters = _letters(ground_truth, image_counts)
-    # In COCO format an image is annotated for all categories, and may have crowds.
-    defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
-    images = {
-        image["id"]: defaults | image | {"crowds": "neg_category_ids" not in image} for image in ground_truth["images"]
-    }
-    present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
-    judged = [
-        detection
-        for group in _grouped(detections, limited).values()
-        # Of equal scores the first, as lvis-api does.
-        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
-        if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
-        or (detection["image_id"], detection["category_id"]) in present
-    ]
-    annotations, detected = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
-
-    # One category at a time: no category's figures depend on another's, and faster-coco-eval takes time and memory for
-    # every pair of image and category that it is given, of which LVIS judges one in a hundred.
-    precision = np.full((len(letters), 10, len(AREAS)), np.nan)
-    recall = precision.copy()
-    for index, category in enumerate(tqdm(letters, desc=iou_type, unit="category", disable=None, leave=False)):
-        if category in annotations:
-            precision[index], recall[index] = _of_category(annotations[category], detected[category], images, iou_type)
-
-    ap, everything = precision[:, :, 0].mean(1), torch.ones(len(letters), dtype=torch.bool)
-    columns = {
-        "AP": (ap, everything),
-        "AP50": (precision[:, IOU_50, 0], everything),
-        "AP75": (precision[:, IOU_75, 0], everything),
-        **{f"AP{area}": (precision[:, :, place].mean(1), everything) for place, area in enumerate(AREAS) if area},
-        **{f"AP{group}": (ap, torch.tensor([letter == group for letter in letters.values()])) for group in GROUPS},
-        **{f"AR{area}": (recall[:, :, place].mean(1), everything) for place, area in enumerate(AREAS)},
-    }
-    return Evaluation(
-        {name: _percent(group_means(values, {name: members})[name]) for name, (values, members) in columns.items()},
-        {category: _percent(value) for category, value in zip(letters, ap.tolist(), strict=True)},
-    )
-
-
-def _percent(value) -> float | None:
-    return None if value is None or math.isnan(value) else 100 * value
 
 
 def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray, np.ndarray]:
@@ -264,50 +248,44 @@ def _detections(detections, iou_type) -> list[dict]:
 
 
 def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
-    """Refuse annotations that would break the evaluation, or silently count for something else.
-
-    Raises:
-        InputError: another form than LVIS's or COCO's, no usable area or nothing for ``iou_type`` to compare, or a
-            ``frequency`` other than r, c and f.
-    """
+    """Refuse annotations that would break the evaluation, or silently count for something else."""
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
-    needed = ("image_id", "category_id", "area", SHAPE[iou_type])
-    require_format(ground_truth, {"images": ("id", "height", "width"), "categories": ("id",), "annotations": needed})
+    key = SHAPE[iou_type]
+    needed = {"images": ("id", "height", "width"), "categories": ("id",)}
+    require_format(ground_truth, needed | {"annotations": ("image_id", "category_id", "area", key)})
     for annotation in ground_truth["annotations"]:
-        if not annotation[SHAPE[iou_type]]:
-            raise InputError(f"expected a {SHAPE[iou_type]} of each annotation, got an empty one: {_short(annotation)}")
-        if not is_number(annotation["area"]):
-            raise InputError(f"expected a finite number as area of each annotation, got {_short(annotation['area'])}")
+        if not annotation[key] or not is_number(annotation["area"]):
+            raise InputError(
+                f"expected a {key} and a finite area of each annotation, got {short(annotation[key])} and "
+                f"{short(annotation['area'])} of annotation {annotation.get('id')}"
+            )
     _letters(ground_truth, None)
 
 
 def _check(ground_truth, detections, iou_type) -> None:
-    check_ground_truth(ground_truth, iou_type)
     if not isinstance(detections, list):
-        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
-    require_keys(detections, ("image_id", "category_id", "score", SHAPE[iou_type]), "detection")
+        what = type(detections).__name__
+        raise InputError(f"expected a list of detections, got {what}; give the detections first, then the annotations")
+    check_ground_truth(ground_truth, iou_type)
+    key = SHAPE[iou_type]
+    require_keys(detections, ("image_id", "category_id", "score", key), "detection")
     sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}
     for item in detections:
         if not is_known(item["image_id"], sizes) or not is_known(item["category_id"], categories):
             raise InputError(
-                f"expected only images and categories that the annotations list, got the detection {_short(item)}; "
+                f"expected only images and categories that the annotations list, got the detection {short(item)}; "
                 "are both of the same dataset?"
             )
         if not is_number(item["score"]):
-            raise InputError(f"expected a finite score of each detection, got {_short(item)}")
-        shape, size = item[SHAPE[iou_type]], sizes[item["image_id"]]
+            raise InputError(f"expected a finite score of each detection, got {short(item)}")
+        shape, size = item[key], sizes[item["image_id"]]
         if iou_type == "bbox" and not is_box(shape):
-            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(shape)}")
+            raise InputError(f"expected x, y, width and height as bbox of a detection, got {short(shape)}")
         is_rle = isinstance(shape, dict) and isinstance(shape.get("counts"), (str, bytes))
         if iou_type == "segm" and not (is_rle and shape.get("size") == size):
             raise InputError(
                 f"expected compressed RLE of the image's size {size} as segmentation of each detection, got "
-                f"{_short(shape)}"
+                f"{short(shape)}"
             )
-
-
-def _short(item) -> str:
-    text = repr(item)
-    return text if len(text) <= 200 else text[:200] + "..."

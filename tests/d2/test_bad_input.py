@@ -287,7 +287,12 @@ BAD = {
     "validation missing, eval": ("{missing_validation}", TWO, EVAL, "the annotations of .*, but there is no such"),
     "images missing": ("{missing_images}", ONE, [], r"expected 12 images of '.*', but 2 are missing .*3.png, .*7.png"),
     "validation without areas": ("{without_areas}", ONE, [], "in '.*': expected area, .* of each annotation, got"),
-    "validation without a mask": ("{without_a_mask}", ONE, [], "in '.*': expected a segmentation of each annotation"),
+    "validation without a mask": (
+        "{without_a_mask}",
+        ONE,
+        [],
+        "in '.*': expected a segmentation and a finite area of each annotation, got",
+    ),
     "validation of other groups": ("{other_letters}", ONE, [], "in '.*': expected r, c or f as frequency .*, got x"),
     "unknown dataset": ("{config_two}", [*ONE, "DATASETS.TRAIN", "('nope',)"], [], "a registered dataset, got 'nope'"),
     "no training set": ("{config_two}", [*ONE, "DATASETS.TRAIN", "()"], [], "a dataset in DATASETS.TRAIN, got none"),

@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from disalign import InputError
 from disalign_d2.evaluate import main
 from disalign_d2.lvis_evaluation import DisAlignLVISEvaluator
-from disalign_d2.lvis_metrics import evaluate_lvis, evaluation_report, fixed_ap, table
+from disalign_d2.lvis_metrics import evaluate_lvis, evaluation_reports, fixed_ap, table
 
 IDS = [2, 3, 5, 8, 13, 21, 22, 34, 55, 89, 144, 233]
 LETTERS = dict(zip(IDS, "rfcfrcffcrcr", strict=True))
@@ -385,25 +385,44 @@ def test_coco_format_takes_its_groups_from_image_counts(generated):
     assert evaluate_lvis(*generated, image_counts=[1] * len(IDS)).figures == own.figures
 
 
-def test_report_and_table():
+def test_reports_and_table():
     found = [detection(1, 4, [10, 10, 20, 20], 0.5)]
-    report = evaluation_report(tiny_set(), found, ["bbox", "segm"], fixed=True)
-    half = pytest.approx(100 * 51 / 101)
-    assert report["groups"] == {
-        "r": {"categories": 1, "with_ground_truth": 0},
-        "c": {"categories": 1, "with_ground_truth": 1},
-        "f": {"categories": 1, "with_ground_truth": 0},
-    }
-    assert [category["id"] for category in report["categories"]] == [2, 4, 9]
-    both = {"AP": half, "AP-fixed": half}
-    assert report["categories"][1] == {"id": 4, "name": "four", "frequency": "c", "bbox": both, "segm": both}
-    assert list(report["figures"]["bbox"]) == FIGURES + [f"{name}-fixed" for name in FIGURES if name[:2] == "AP"]
-    rows = {line.split()[0]: line.split()[1:] for line in table(report["figures"]).splitlines()}
+    reports = evaluation_reports(tiny_set(), found, ["bbox", "segm"], fixed=True)
+    assert list(reports) == ["bbox", "segm"]
+    for report in reports.values():
+        half = pytest.approx(100 * 51 / 101)
+        assert {key: value for key, value in report.items() if key != "figures"} == {
+            "images": 2,
+            "groups": {
+                "split": "LVIS's, by training images: r at most 10, c at most 100, f more",
+                "classes": {"r": 1, "c": 1, "f": 1},
+                "evaluated": {"r": 0, "c": 1, "f": 0},
+            },
+            "classes": ["two", "four", "nine"],
+            "unit": "percent",
+            "per_class": {
+                "id": [2, 4, 9],
+                "group": ["r", "c", "f"],
+                "AP": [None, half, None],
+                "AP-fixed": [None, half, None],
+            },
+        }
+        assert list(report["figures"]) == FIGURES + [f"{name}-fixed" for name in FIGURES if name[:2] == "AP"]
+    rows = {line.split()[0]: line.split()[1:] for line in table(reports).splitlines()}
     assert rows["percent"] == ["bbox", "segm"]
     assert rows["AP"] == rows["APc-fixed"] == ["50.50", "50.50"]
     assert rows["AR"] == ["50.00", "50.00"]
     assert rows["APr"] == rows["APl-fixed"] == ["n/a", "n/a"]
-    json.dumps(report, allow_nan=False)
+    json.dumps(reports, allow_nan=False)
+
+
+def test_a_report_without_letters_and_names_has_null_for_them():
+    ground_truth = tiny_set()
+    ground_truth["categories"] = [{"id": category["id"]} for category in ground_truth["categories"]]
+    report = evaluation_reports(ground_truth, [], ["bbox"])["bbox"]
+    assert report["classes"] == report["per_class"]["group"] == [None, None, None]
+    assert report["per_class"]["AP"] == [None, 0, None]
+    assert report["groups"]["classes"] == report["groups"]["evaluated"] == {"r": 0, "c": 0, "f": 0}
 
 
 BAD = {
@@ -532,8 +551,8 @@ def test_evaluator(registered, tmp_path, with_masks, caplog):
             {k: math.nan if v is None else v for k, v in expected.items()}, nan_ok=True
         )
         assert results[task]["AP"] > 5
-    report = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
-    assert report == json.loads(json.dumps(evaluation_report(ground_truth, saved, tasks, fixed=True)))
+    reports = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
+    assert reports == json.loads(json.dumps(evaluation_reports(ground_truth, saved, tasks, fixed=True)))
     again = evaluator.evaluate()
     for task in tasks:
         assert again[task] == pytest.approx(results[task], nan_ok=True)
@@ -549,8 +568,8 @@ def test_evaluator_without_instances(registered, tmp_path):
     for task in ("bbox", "segm"):
         assert results[task]["AP"] == results[task]["APc"] == results[task]["AR"] == 0
         assert math.isnan(results[task]["APr"])
-    report = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
-    assert report["figures"]["bbox"]["APr"] is None
+    reports = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
+    assert reports["bbox"]["figures"]["APr"] is None
     assert json.loads((tmp_path / "out" / "lvis_instances_results.json").read_text()) == []
 
 
@@ -603,13 +622,13 @@ def saved(tmp_path, generated):
 def test_command(saved, generated, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main([*saved, "--fixed-ap", "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert report == json.loads(json.dumps(evaluation_report(*generated, IOU_TYPES, fixed=True)))
-    assert capsys.readouterr().out == table(report["figures"]) + "\n"
+    reports = json.loads(out.read_text())
+    assert reports == json.loads(json.dumps(evaluation_reports(*generated, IOU_TYPES, fixed=True)))
+    assert capsys.readouterr().out == table(reports) + "\n"
     assert main([*saved, "--iou-type", "bbox", "--max-dets", "20", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["figures"] == {
-        "bbox": pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20).figures)
-    }
+    reports = json.loads(out.read_text())
+    assert list(reports) == ["bbox"]
+    assert reports["bbox"]["figures"] == pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20).figures)
 
 
 def test_command_takes_image_counts(tmp_path, capsys):
@@ -630,7 +649,7 @@ def test_command_takes_image_counts(tmp_path, capsys):
     [
         (None, "expected detections at .* there is no such file"),
         ("[{", "expected detections as JSON in"),
-        ("{}", "expected a list of detections in .* got dict; give the detections first"),
+        ("{}", "expected a list of detections, got dict; give the detections first"),
         ("[1]", "of each detection, got no"),
         (json.dumps([detection(77, 4, [1, 1, 5, 5], 0.5)]), "only images and categories that the annotations list"),
         (json.dumps([detection(1000, 4, [1, 1, 5, 5], 0.5)]), "only images and categories that the annotations list"),
