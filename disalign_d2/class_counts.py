@@ -18,21 +18,7 @@ UNITS = ("instances", "images")
 
 
 def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str = "instances") -> Tensor:
-    """Count the annotations of the K classes that train: crowds don't.
-
-    Args:
-        dataset_dicts: in Detectron2's format.
-        num_classes: K.
-        unit: ``"instances"``, or ``"images"`` that show the class at least once.
-
-    Returns:
-        (K,) int64.
-
-    Raises:
-        InputError: another unit, or a ``category_id`` outside [0, K).
-    """
-    if unit not in UNITS:
-        raise InputError(f"expected a unit among {some(UNITS)}, got {unit!r}")
+    """(K,) int64: the annotations of each class that train, as crowds don't, or the ``"images"`` that show it."""
     found: list[int] = []
     for record in dataset_dicts:
         present = [one["category_id"] for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
@@ -54,11 +40,7 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     annotations of all of ``DATASETS.TRAIN`` are counted.
 
     Returns:
-        (K,) int64, all at least 1.
-
-    Raises:
-        InputError: unknown or unreadable settings or data, another number of classes than
-            ``MODEL.ROI_HEADS.NUM_CLASSES``, or a class without training examples.
+        (``MODEL.ROI_HEADS.NUM_CLASSES``,) int64, all at least 1.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     source, unit = cfg.MODEL.DISALIGN.CLASS_COUNTS, cfg.MODEL.DISALIGN.COUNT_UNIT
@@ -71,10 +53,9 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
         counts, names = _count_datasets(tuple(cfg.DATASETS.TRAIN), num_classes, unit)
         source = f"the annotations of {some(cfg.DATASETS.TRAIN)}"
     if len(counts) != num_classes:
-        lvis = "LVIS v0.5 has 1230 classes and LVIS v1 has 1203; " if {1203, 1230} & {len(counts), num_classes} else ""
         raise InputError(
             f"expected {num_classes} class counts, as MODEL.ROI_HEADS.NUM_CLASSES says, got {len(counts)} from "
-            f"{source}; {lvis}set NUM_CLASSES or MODEL.DISALIGN.CLASS_COUNTS"
+            f"{source}; set NUM_CLASSES or MODEL.DISALIGN.CLASS_COUNTS"
         )
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
@@ -97,11 +78,7 @@ def _count_datasets(datasets, num_classes, unit):
 
 
 def training_image_counts(cfg: CfgNode) -> Tensor | None:
-    """Training images per class, for the groups r, c and f; ``None`` where the training annotations are not at hand.
-
-    Returns:
-        (K,) int64.
-    """
+    """(K,) int64 training images per class, or ``None`` where the training annotations are not at hand."""
     try:
         return _count_datasets(tuple(cfg.DATASETS.TRAIN), cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images")[0].clone()
     except InputError:

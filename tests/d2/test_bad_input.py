@@ -256,7 +256,12 @@ BAD = {
         [],
         "expected 5 class counts, as MODEL.ROI_HEADS.NUM_CLASSES says, got 4",
     ),
-    "counts of LVIS": ("{config_two}", [*ONE, DISALIGN + "CLASS_COUNTS", "lvis_v1"], [], "got 1203 .*LVIS v1 has 1203"),
+    "counts of LVIS": (
+        "{config_two}",
+        [*ONE, DISALIGN + "CLASS_COUNTS", "lvis_v1"],
+        [],
+        "got 1203 from lvis_v1; set NUM",
+    ),
     "counts negative": ("{config_two}", [*ONE, DISALIGN + "CLASS_COUNTS", "{negative_counts}"], [], "expected .*-1"),
     "counts fractions": ("{config_two}", [*ONE, DISALIGN + "CLASS_COUNTS", "{fractions}"], [], "expected .*1.5"),
     "counts missing": ("{config_two}", [*ONE, DISALIGN + "CLASS_COUNTS", "gone.json"], [], "expected .*gone.json"),
@@ -275,7 +280,7 @@ BAD = {
         "expected MODEL.ROI_HEADS.NUM_CLASSES 5, the number of classes of '.*', got 4",
     ),
     "a set of other classes": ("{other_classes}", ONE, [], "expected MODEL.ROI_HEADS.NUM_CLASSES 4"),
-    "a class without instances": ("{empty_class}", ONE, [], "but 1 of 5 have none: yellow; drop"),
+    "a class without instances": ("{empty_class}", ONE, [], "got none of 1 classes in .*: yellow; drop"),
     "category out of range": (
         "{out_of_range}",
         ONE,
@@ -297,7 +302,7 @@ BAD = {
     "unknown dataset": ("{config_two}", [*ONE, "DATASETS.TRAIN", "('nope',)"], [], "a registered dataset, got 'nope'"),
     "no training set": ("{config_two}", [*ONE, "DATASETS.TRAIN", "()"], [], "a dataset in DATASETS.TRAIN, got none"),
     "no set to evaluate": ("{config_two}", [*TWO, "DATASETS.TEST", "()"], EVAL, "in DATASETS.TEST, got none"),
-    "own set not a triple": ("{config_two}", [*ONE, "DATASETS.OWN", "[['a', 'b']]"], [], r"expected entries \[name"),
+    "own set not a triple": ("{config_two}", [*ONE, "DATASETS.OWN", "[['a', 'b']]"], [], r"expected \[\[name, ann"),
     "truncated image": ("{truncated_images}", ONE, [], "expected a whole image of 64 x 64 pixels at '.*png', but: "),
     "truncated image, workers": (
         "{truncated_images}",

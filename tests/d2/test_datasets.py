@@ -207,7 +207,7 @@ def test_a_bad_file_is_refused_with_a_sentence(tmp_path, content, sentence):
 def test_a_missing_file_is_refused_when_it_is_used():
     name = unique()
     register_instances(name, "nowhere.json", "images")
-    with pytest.raises(InputError, match=r"annotations of .* at 'nowhere.json', but there is no such file$"):
+    with pytest.raises(InputError, match=r"annotations of .* at 'nowhere.json', but there is no such file; check"):
         load_records(name)
     with pytest.raises(InputError, match=r"annotations at 'nowhere.json', but there is no such file"):
         DatasetCatalog.get(name)
@@ -241,7 +241,7 @@ def test_a_name_is_not_given_twice(tmp_path):
     "entry", ["name", ["name", "file"], ["name", "file", "folder", "x"], ["name", 3, "f"], ["", "", ""]]
 )
 def test_a_malformed_entry_is_refused(entry):
-    with pytest.raises(InputError, match=r"expected entries \[name, annotation file, image folder\]"):
+    with pytest.raises(InputError, match=r"expected \[\[name, annotation file, image folder\], ...\]"):
         register_from_config(config(OWN=[entry]))
 
 
