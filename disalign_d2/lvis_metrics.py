@@ -70,11 +70,20 @@ def evaluate_lvis(
     _check(ground_truth, detections, iou_type)
     letters = _letters(ground_truth, image_counts)
     # In COCO format an image is annotated for all categories, and may have crowds.
+    in_coco_format = {image["id"] for image in ground_truth["images"] if "neg_category_ids" not in image}
     defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
-    images = {
-        image["id"]: defaults | image | {"crowds": "neg_category_ids" not in image} for image in ground_truth["images"]
-    }
-    present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
+    images = {image["id"]: defaults | image for image in ground_truth["images"]}
+    objects = [
+        annotation
+        | {
+            "id": place,
+            # What lies outside of every area range is ignored.
+            "area": -1 if annotation.get("ignore") else annotation["area"],
+            "iscrowd": annotation.get("iscrowd", 0) if annotation["image_id"] in in_coco_format else 0,
+        }
+        for place, annotation in enumerate(ground_truth["annotations"], 1)  # 0 marks the unmatched
+    ]
+    present = {(annotation["image_id"], annotation["category_id"]) for annotation in objects}
     judged = [
         detection
         for group in _grouped(detections, per).values()
@@ -83,7 +92,7 @@ def evaluate_lvis(
         if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
         or (detection["image_id"], detection["category_id"]) in present
     ]
-    annotations, detected = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
+    annotations, detected = _grouped(objects, "category_id"), _grouped(judged, "category_id")
 
     # One category at a time: no category's figures depend on another's, and faster-coco-eval takes time and memory for
     # every pair of image and category that it is given, of which LVIS judges one in a hundred.
@@ -185,7 +194,7 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
         "categories": [{"id": annotations[0]["category_id"], "frequency": "f"}],
     }
     evaluation = COCOeval_faster(
-        COCO(listed | {"annotations": _annotations(annotations, images)}),
+        COCO(listed | {"annotations": annotations}),
         COCO(listed | {"annotations": _detections(detections, iou_type)}),
         iou_type,
         lvis_style=True,
@@ -218,20 +227,6 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
             f"expected image counts of the annotations' {len(letters)} categories, got {len(groups['f'])} counts"
         )
     return {category: next(group for group in GROUPS if groups[group][index]) for index, category in enumerate(letters)}
-
-
-def _annotations(annotations, images) -> list[dict]:
-    """One category's annotations for faster-coco-eval, with lvis-api's ``ignore`` and COCO's crowds."""
-    return [
-        annotation
-        | {
-            "id": place,
-            # What lies outside of every area range is ignored.
-            "area": -1 if annotation.get("ignore") else annotation["area"],
-            "iscrowd": annotation.get("iscrowd", 0) if images[annotation["image_id"]]["crowds"] else 0,
-        }
-        for place, annotation in enumerate(annotations, 1)  # 0 marks the unmatched
-    ]
 
 
 def _detections(detections, iou_type) -> list[dict]:
