@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
@@ -73,7 +72,6 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
         if name in train:
             counts.append(own)
             problems += _untrainable_masks(name, records, cfg)
-            _log_flat_boxes(name, records)
         if name in cfg.DATASETS.TEST:
             checked(_require_ground_truth, name, cfg, where=where)
         if decode:
@@ -136,16 +134,6 @@ def _require_ground_truth(name, cfg) -> None:
     if ground_truth.get("annotations"):  # a test set without annotations is not evaluated
         for iou_type in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
             check_ground_truth(ground_truth, iou_type)
-
-
-def _log_flat_boxes(name, records) -> None:
-    flat = sum(
-        one["bbox_mode"] == BoxMode.XYWH_ABS and min(one["bbox"][2:]) <= 0
-        for record in records
-        for one in record.get("annotations", ())
-    )
-    if flat:
-        logger.warning("%s: %d boxes have no area; Detectron2 leaves them out of training", name, flat)
 
 
 def _unseen_classes(counts, train) -> Iterator[str]:

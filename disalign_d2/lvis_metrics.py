@@ -1,9 +1,8 @@
 """LVIS's average precision, computed by faster-coco-eval; no framework needed."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from reprlib import repr as short
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from disalign import InputError, frequent_common_rare, group_means
 from disalign.counts import ClassCounts
 from disalign.errors import some
 from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
-from disalign.report import report, shown, text_table, without_nan
+from disalign.report import report, shown, text_table
 
 #: Training images per category, in the order of their ids, or a function that counts them if they are needed.
 ImageCounts = ClassCounts | Callable[[], ClassCounts | None] | None
@@ -29,17 +28,6 @@ SHAPE = {"bbox": "bbox", "segm": "segmentation"}
 IOU_50, IOU_75 = 0, 5
 
 
-class Evaluation(NamedTuple):
-    """Figures in percent, None where there is no ground truth."""
-
-    #: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl.
-    figures: dict[str, float | None]
-    #: Category id -> AP, in the order of the ids.
-    per_category: dict[int, float | None]
-    #: Category id -> r, c, f, or None if unknown.
-    groups: dict[int, str | None]
-
-
 def evaluate_lvis(
     ground_truth: dict,
     detections: list[dict],
@@ -47,7 +35,7 @@ def evaluate_lvis(
     max_dets: int = 300,
     image_counts: ImageCounts = None,
     per: str = "image_id",
-) -> Evaluation:
+) -> dict:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
     A category is judged only on the images that show it or are verified not to (``neg_category_ids``); where an image
@@ -63,6 +51,10 @@ def evaluate_lvis(
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
             not give the ``frequency``; what :func:`disalign.load_class_counts` takes, or a function that returns it.
         per: ``"category_id"``: ``max_dets`` limits the detections of each category, not of each image.
+
+    Returns:
+        A :func:`disalign.report.report`, None where there is no ground truth: AP, AP50, AP75, APs, APm, APl, APr, APc, APf,
+        AR, ARs, ARm and ARl; per class, in the order of the ids, ``id``, ``group`` (r, c, f; None if unknown) and ``AP``.
 
     Raises:
         InputError: annotations or detections of another form, or detections of what the annotations do not list.
@@ -103,20 +95,28 @@ def evaluate_lvis(
             precision[index], recall[index] = _of_category(annotations[category], detected[category], images, iou_type)
 
     ap, letter = precision[:, :, 0].mean(1), np.array(list(letters.values()))
+    members = {group: letter == group for group in GROUPS}
     columns = {
         "AP": ap,
         "AP50": precision[:, IOU_50, 0],
         "AP75": precision[:, IOU_75, 0],
         **{f"AP{area}": precision[:, :, place].mean(1) for place, area in enumerate(AREAS) if area},
-        **{f"AP{group}": np.where(letter == group, ap, np.nan) for group in GROUPS},
+        **{f"AP{group}": np.where(chosen, ap, np.nan) for group, chosen in members.items()},
         **{f"AR{area}": recall[:, :, place].mean(1) for place, area in enumerate(AREAS)},
     }
     everything = torch.ones(len(letters), dtype=torch.bool)
     means = {name: group_means(values, {name: everything})[name] for name, values in columns.items()}
-    return Evaluation(
+    names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
+    return report(
         {name: None if mean is None else 100 * mean for name, mean in means.items()},
-        without_nan(dict(zip(letters, (100 * ap).tolist(), strict=True))),
-        letters,
+        per_class={"id": list(letters), "group": list(letters.values()), "AP": (100 * ap).tolist()},
+        images=len(images),
+        groups={
+            "split": "LVIS's, by training images: r at most 10, c at most 100, f more",
+            "classes": {group: int(chosen.sum()) for group, chosen in members.items()},
+            "evaluated": {group: int((chosen & ~np.isnan(ap)).sum()) for group, chosen in members.items()},
+        },
+        classes=[names[category] for category in letters],
     )
 
 
@@ -126,18 +126,18 @@ def fixed_ap(
     iou_type: str = "bbox",
     per_category: int = 10_000,
     image_counts: ImageCounts = None,
-) -> Evaluation:
+) -> dict:
     """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
 
     As :func:`evaluate_lvis`, but of each category the ``per_category`` best detections of the whole set count, however
     many of them an image has. The detector must not have cut them to 300 per image.
 
     Returns:
-        AP-fixed, AP50-fixed, ... APf-fixed, in percent.
+        ``figures`` AP-fixed, AP50-fixed, ... APf-fixed and ``per_class`` AP-fixed, to be added to the other report's.
     """
     fixed = evaluate_lvis(ground_truth, detections, iou_type, per_category, image_counts, per="category_id")
-    figures = {f"{name}-fixed": value for name, value in fixed.figures.items() if name.startswith("AP")}
-    return fixed._replace(figures=figures)
+    figures = {f"{name}-fixed": value for name, value in fixed["figures"].items() if name.startswith("AP")}
+    return {"figures": figures, "per_class": {"AP-fixed": fixed["per_class"]["AP"]}}
 
 
 def evaluation_reports(
@@ -148,27 +148,13 @@ def evaluation_reports(
     fixed: bool = False,
     image_counts: ImageCounts = None,
 ) -> dict[str, dict]:
-    """IoU type -> :func:`disalign.report.report` of :func:`evaluate_lvis` and, if ``fixed``, of :func:`fixed_ap`."""
+    """IoU type -> the report of :func:`evaluate_lvis`, with :func:`fixed_ap` if ``fixed``."""
     reports = {}
     for iou_type in iou_types:
-        figures, aps, groups = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
-        per_class: dict[str, list] = {"id": list(aps), "group": list(groups.values()), "AP": list(aps.values())}
+        reports[iou_type] = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
         if fixed:
-            extra = fixed_ap(ground_truth, detections, iou_type, image_counts=image_counts)
-            figures, per_class["AP-fixed"] = figures | extra.figures, list(extra.per_category.values())
-        sizes, evaluated = Counter(groups.values()), Counter(groups[id_] for id_, ap in aps.items() if ap is not None)
-        names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
-        reports[iou_type] = report(
-            figures,
-            per_class=per_class,
-            images=len(ground_truth["images"]),
-            groups={
-                "split": "LVIS's, by training images: r at most 10, c at most 100, f more",
-                "classes": {group: sizes[group] for group in GROUPS},
-                "evaluated": {group: evaluated[group] for group in GROUPS},
-            },
-            classes=[names[id_] for id_ in aps],
-        )
+            for part, values in fixed_ap(ground_truth, detections, iou_type, image_counts=image_counts).items():
+                reports[iou_type][part] |= values
     return reports
 
 

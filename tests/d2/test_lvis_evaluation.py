@@ -156,6 +156,11 @@ def lvis_api(ground_truth, detections, iou_type, folder, max_dets=300):
     return figures, dict(zip(evaluation.params.cat_ids, precision, strict=True))
 
 
+def by_category(report):
+    """Category id -> AP."""
+    return dict(zip(report["per_class"]["id"], report["per_class"]["AP"], strict=True))
+
+
 def in_units(figures):
     """0..1, -1 where there is none, as lvis-api has it."""
     return {name: -1 if value is None else value / 100 for name, value in figures.items()}
@@ -168,10 +173,10 @@ def test_equals_lvis_api(generated, iou_type, tmp_path):
     ours = evaluate_lvis(ground_truth, detections, iou_type)
     assert json.dumps(generated) == before
     theirs, per_category = lvis_api(ground_truth, detections, iou_type, tmp_path)
-    assert list(ours.figures) == FIGURES
-    assert in_units(ours.figures) == pytest.approx(theirs, abs=1e-6)
-    assert in_units(ours.per_category) == pytest.approx(per_category, abs=1e-6)
-    assert ours.per_category[UNSEEN] is None
+    assert list(ours["figures"]) == FIGURES
+    assert in_units(ours["figures"]) == pytest.approx(theirs, abs=1e-6)
+    assert in_units(by_category(ours)) == pytest.approx(per_category, abs=1e-6)
+    assert by_category(ours)[UNSEEN] is None
     assert all(0.01 < theirs[name] < 0.99 for name in FIGURES)
     assert len({round(value, 6) for value in theirs.values()}) == len(FIGURES)
 
@@ -180,8 +185,8 @@ def test_equals_lvis_api(generated, iou_type, tmp_path):
 def test_limit_per_image(generated, max_dets, tmp_path):
     ours = evaluate_lvis(*generated, "bbox", max_dets=max_dets)
     theirs, _ = lvis_api(*generated, "bbox", tmp_path, max_dets)
-    assert in_units(ours.figures) == pytest.approx(theirs, abs=1e-6)
-    assert ours.figures["AP"] != pytest.approx(evaluate_lvis(*generated, "bbox").figures["AP"], abs=1e-4)
+    assert in_units(ours["figures"]) == pytest.approx(theirs, abs=1e-6)
+    assert ours["figures"]["AP"] != pytest.approx(evaluate_lvis(*generated, "bbox")["figures"]["AP"], abs=1e-4)
 
 
 def iou(a, b):
@@ -229,13 +234,14 @@ def test_fixed_ap_by_brute_force(generated):
     ground_truth, detections = generated
     fixed = fixed_ap(ground_truth, detections, "bbox", per_category=150)
     expected = {category: brute_force_ap(ground_truth, detections, category, 150) for category in IDS}
-    assert in_units(fixed.per_category) == pytest.approx({k: -1 if v is None else v for k, v in expected.items()})
+    of_categories = dict(zip(IDS, fixed["per_class"]["AP-fixed"], strict=True))
+    assert in_units(of_categories) == pytest.approx({k: -1 if v is None else v for k, v in expected.items()})
     assert max(expected[category] for category in IDS[:-1]) > min(expected[category] for category in IDS[:-1]) + 0.02
     for group in "rcf":
         members = [expected[category] for category in IDS if LETTERS[category] == group and category != UNSEEN]
-        assert fixed.figures[f"AP{group}-fixed"] / 100 == pytest.approx(sum(members) / len(members))
+        assert fixed["figures"][f"AP{group}-fixed"] / 100 == pytest.approx(sum(members) / len(members))
     everyone = [value for value in expected.values() if value is not None]
-    assert fixed.figures["AP-fixed"] / 100 == pytest.approx(sum(everyone) / len(everyone))
+    assert fixed["figures"]["AP-fixed"] / 100 == pytest.approx(sum(everyone) / len(everyone))
 
 
 @pytest.mark.parametrize("iou_type", IOU_TYPES)
@@ -250,7 +256,7 @@ def test_fixed_ap_is_lvis_api_without_a_limit_per_image(generated, iou_type, tmp
         kept += members[:200]
         assert len(members) > 200 or category == UNSEEN
     theirs, _ = lvis_api(ground_truth, kept, iou_type, tmp_path, max_dets=-1)
-    assert in_units(fixed.figures) == pytest.approx(
+    assert in_units(fixed["figures"]) == pytest.approx(
         {f"{name}-fixed": value for name, value in theirs.items() if name[:2] == "AP"}, abs=1e-6
     )
 
@@ -260,12 +266,13 @@ def test_fixed_ap_counts_what_one_image_has_beyond_300():
     ground_truth = tiny_set()
     detections = [detection(1, 2, [50, 50, 20, 20], 0.9) for _ in range(300)]
     detections += [detection(1, 4, [10, 10, 20, 20], 0.1), detection(2, 4, [10, 10, 20, 20], 0.05)]
-    assert evaluate_lvis(ground_truth, detections).per_category[4] == pytest.approx(100 * 51 / 101)
-    assert fixed_ap(ground_truth, detections).per_category[4] == pytest.approx(100)
+    assert by_category(evaluate_lvis(ground_truth, detections))[4] == pytest.approx(100 * 51 / 101)
+    assert fixed_ap(ground_truth, detections)["per_class"]["AP-fixed"] == [None, pytest.approx(100), None]
     # Exactly 10,000 of a category: one more, the worst, is cut.
     many = [detection(1, 4, [50, 50, 20, 20], 0.9) for _ in range(9_999)]
-    assert fixed_ap(ground_truth, [*many, detection(1, 4, [10, 10, 20, 20], 0.5)]).per_category[4] > 0
-    assert fixed_ap(ground_truth, [*many, many[0], detection(1, 4, [10, 10, 20, 20], 0.5)]).per_category[4] == 0
+    last = detection(1, 4, [10, 10, 20, 20], 0.5)
+    assert fixed_ap(ground_truth, [*many, last])["figures"]["AP-fixed"] > 0
+    assert fixed_ap(ground_truth, [*many, many[0], last])["figures"]["AP-fixed"] == 0
 
 
 def detection(image_id, category_id, box, score, size=(100, 120)):
@@ -306,22 +313,22 @@ def tiny_set(**image_options):
 def test_no_detections_are_zero_and_no_ground_truth_is_none(iou_type):
     evaluation = evaluate_lvis(tiny_set(), [], iou_type)
     missing = {"APm", "APl", "APr", "APf", "ARm", "ARl"}
-    assert evaluation.figures == {name: None if name in missing else 0 for name in FIGURES}
-    assert evaluation.per_category == {2: None, 4: 0, 9: None}
-    fixed = fixed_ap(tiny_set(), [], iou_type).figures
+    assert evaluation["figures"] == {name: None if name in missing else 0 for name in FIGURES}
+    assert by_category(evaluation) == {2: None, 4: 0, 9: None}
+    fixed = fixed_ap(tiny_set(), [], iou_type)["figures"]
     assert (fixed["AP-fixed"], fixed["APr-fixed"]) == (0, None)
 
 
 def test_no_annotations_at_all():
     empty = tiny_set() | {"annotations": []}
-    assert set(evaluate_lvis(empty, [detection(1, 2, [10, 10, 20, 20], 0.5)]).figures.values()) == {None}
+    assert set(evaluate_lvis(empty, [detection(1, 2, [10, 10, 20, 20], 0.5)])["figures"].values()) == {None}
 
 
 def test_only_ignored_objects_are_no_ground_truth():
     ground_truth = tiny_set()
     for annotation in ground_truth["annotations"]:
         annotation["ignore"] = 1
-    assert evaluate_lvis(ground_truth, [detection(1, 4, [10, 10, 20, 20], 0.5)]).figures["AP"] is None
+    assert evaluate_lvis(ground_truth, [detection(1, 4, [10, 10, 20, 20], 0.5)])["figures"]["AP"] is None
 
 
 def test_annotation_ids_do_not_matter():
@@ -330,7 +337,7 @@ def test_annotation_ids_do_not_matter():
     for annotation in ground_truth["annotations"]:
         annotation["id"] = 0
     found = [detection(key, 4, [10, 10, 20, 20], 0.5) for key in (1, 2)]
-    assert evaluate_lvis(ground_truth, found).figures["AP"] == pytest.approx(100)
+    assert evaluate_lvis(ground_truth, found)["figures"]["AP"] == pytest.approx(100)
 
 
 def coco_set(generated):
@@ -367,8 +374,8 @@ def test_coco_format_equals_pycocotools(generated, iou_type):
     precision, recall = theirs.eval["precision"][..., 0], theirs.eval["recall"][..., 0]
     for place, suffix in enumerate(("", "s", "m", "l")):
         for name, values in (("AP", precision[:, :, :, place]), ("AR", recall[:, :, place])):
-            assert ours.figures[name + suffix] / 100 == pytest.approx(values[values > -1].mean(), abs=1e-6)
-    assert [ours.figures[f"AP{group}"] for group in "rcf"] == [None] * 3
+            assert ours["figures"][name + suffix] / 100 == pytest.approx(values[values > -1].mean(), abs=1e-6)
+    assert [ours["figures"][f"AP{group}"] for group in "rcf"] == [None] * 3
 
 
 def test_coco_format_takes_its_groups_from_image_counts(generated):
@@ -376,13 +383,13 @@ def test_coco_format_takes_its_groups_from_image_counts(generated):
     counts = [{"r": 10, "c": 100, "f": 101}[LETTERS[category]] for category in IDS]
     evaluation = evaluate_lvis(ground_truth, detections, image_counts=counts)
     for group in "rcf":
-        members = [evaluation.per_category[key] for key in IDS if LETTERS[key] == group and key != UNSEEN]
-        assert evaluation.figures[f"AP{group}"] == pytest.approx(sum(members) / len(members))
+        members = [by_category(evaluation)[key] for key in IDS if LETTERS[key] == group and key != UNSEEN]
+        assert evaluation["figures"][f"AP{group}"] == pytest.approx(sum(members) / len(members))
     with pytest.raises(InputError, match="image counts of the annotations' 12 categories, got 11"):
         evaluate_lvis(ground_truth, detections, image_counts=counts[1:])
     # The file's own letters come first.
     own = evaluate_lvis(*generated)
-    assert evaluate_lvis(*generated, image_counts=[1] * len(IDS)).figures == own.figures
+    assert evaluate_lvis(*generated, image_counts=[1] * len(IDS))["figures"] == own["figures"]
 
 
 def test_reports_and_table():
@@ -546,7 +553,7 @@ def test_evaluator(registered, tmp_path, with_masks, caplog):
     tasks = ["bbox", "segm"] if with_masks else ["bbox"]
     assert list(results) == tasks
     for task in tasks:
-        expected = evaluate_lvis(ground_truth, saved, task).figures | fixed_ap(ground_truth, saved, task).figures
+        expected = evaluate_lvis(ground_truth, saved, task)["figures"] | fixed_ap(ground_truth, saved, task)["figures"]
         assert results[task] == pytest.approx(
             {k: math.nan if v is None else v for k, v in expected.items()}, nan_ok=True
         )
@@ -628,7 +635,7 @@ def test_command(saved, generated, tmp_path, capsys):
     assert main([*saved, "--iou-type", "bbox", "--max-dets", "20", "--out", str(out)]) == 0
     reports = json.loads(out.read_text())
     assert list(reports) == ["bbox"]
-    assert reports["bbox"]["figures"] == pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20).figures)
+    assert reports["bbox"]["figures"] == pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20)["figures"])
 
 
 def test_command_takes_image_counts(tmp_path, capsys):
