@@ -6,7 +6,6 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
 from disalign.errors import InputError, first_line, in_user_code, some
@@ -103,18 +102,15 @@ def load_records(name: str) -> list[dict]:
         raise InputError(
             f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; or set DATASETS.OWN"
         )
-    json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is not None and not PathManager.isfile(json_file):
-        raise InputError(
-            f"expected the annotations of {name!r} at {json_file!r}, but there is no such file; {CHECK_PATH}"
-        )
     try:
         return DatasetCatalog.get(name)
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
         if isinstance(error, InputError) or in_user_code(error):
             raise
+        json_file = MetadataCatalog.get(name).get("json_file")
         raise InputError(
-            f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}"
+            f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}; "
+            f"{CHECK_PATH}"
         ) from error
 
 

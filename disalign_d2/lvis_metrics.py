@@ -53,8 +53,8 @@ def evaluate_lvis(
         per: ``"category_id"``: ``max_dets`` limits the detections of each category, not of each image.
 
     Returns:
-        A :func:`disalign.report.report`, None where there is no ground truth: AP, AP50, AP75, APs, APm, APl, APr, APc, APf,
-        AR, ARs, ARm and ARl; per class, in the order of the ids, ``id``, ``group`` (r, c, f; None if unknown) and ``AP``.
+        A :func:`disalign.report.report`: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl; and per class
+        (in the order of the ids) ``id``, ``group`` and ``AP``; None where there is no ground truth, or no known group.
 
     Raises:
         InputError: annotations or detections of another form, or detections of what the annotations do not list.

@@ -287,9 +287,9 @@ BAD = {
         [],
         "expected only annotations of the categories in '.*', but 1 have another category_id: 6 of annotation 5",
     ),
-    "annotations missing": ("{missing_annotations}", ONE, [], "expected the annotations of .*, but there is no such"),
-    "validation missing": ("{missing_validation}", ONE, [], "expected the annotations of .*, but there is no such"),
-    "validation missing, eval": ("{missing_validation}", TWO, EVAL, "the annotations of .*, but there is no such"),
+    "annotations missing": ("{missing_annotations}", ONE, [], "expected annotations at '.*gone.json', but there is no"),
+    "validation missing": ("{missing_validation}", ONE, [], "expected annotations at '.*gone.json', but there is no"),
+    "validation missing, eval": ("{missing_validation}", TWO, EVAL, "annotations at '.*gone.json', but there is no"),
     "images missing": ("{missing_images}", ONE, [], r"expected 12 images of '.*', but 2 are missing .*3.png, .*7.png"),
     "validation without areas": ("{without_areas}", ONE, [], "in '.*': expected area, .* of each annotation, got"),
     "validation without a mask": (
