@@ -26,10 +26,7 @@ def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str
     labels = torch.tensor(found, dtype=torch.int64)
     wrong = labels[(labels < 0) | (labels >= num_classes)].unique()
     if len(wrong):
-        raise InputError(
-            f"expected annotations of classes 0..{num_classes - 1}, got {some(wrong.tolist())}; check the categories "
-            "and MODEL.ROI_HEADS.NUM_CLASSES"
-        )
+        raise InputError(f"expected annotations of classes 0..{num_classes - 1}, got {some(wrong.tolist())}; fix them")
     return torch.bincount(labels, minlength=num_classes)
 
 
@@ -48,7 +45,7 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
         raise InputError(f"expected MODEL.DISALIGN.COUNT_UNIT among {some(UNITS)}, got {unit!r}")
     if source:
         counts = load_class_counts(os.path.expanduser(source), unit="images" if unit == "images" else None)
-        names = None
+        names = range(num_classes)
     else:
         counts, names = _count_datasets(tuple(cfg.DATASETS.TRAIN), num_classes, unit)
         source = f"the annotations of {some(cfg.DATASETS.TRAIN)}"
@@ -61,7 +58,7 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     if empty:
         raise InputError(
             f"expected at least one of the {unit} per class, got none of {len(empty)} classes in {source}: "
-            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give other counts "
+            f"{some(names[index] for index in empty)}; drop these categories, or give other counts "
             "in MODEL.DISALIGN.CLASS_COUNTS"
         )
     return counts.clone()
@@ -73,8 +70,8 @@ def _count_datasets(datasets, num_classes, unit):
     if not datasets:
         raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
     records = [record for name in datasets for record in load_records(name)]
-    names = MetadataCatalog.get(datasets[0]).get("thing_classes")
-    return count_annotations(records, len(names) if names else num_classes, unit), names
+    names = MetadataCatalog.get(datasets[0]).get("thing_classes") or range(num_classes)
+    return count_annotations(records, len(names), unit), names
 
 
 def training_image_counts(cfg: CfgNode) -> Tensor | None:

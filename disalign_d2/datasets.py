@@ -24,7 +24,7 @@ def register_from_config(cfg: CfgNode) -> None:
                 register_instances(name, json_file, image_root)
             case _:
                 raise InputError(
-                    f"expected [[name, annotation file, image folder], ...] as DATASETS.OWN, got the entry {entry!r}"
+                    f"expected entries [name, annotation file, image folder] in DATASETS.OWN, got {entry!r}"
                 )
 
 

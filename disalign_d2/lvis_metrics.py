@@ -199,9 +199,6 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
     """Category id -> r, c, f, or None if unknown; in the order of the ids."""
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     letters = {category["id"]: category.get("frequency") for category in categories}
-    unknown = set(letters.values()) - {*GROUPS, None}
-    if unknown:
-        raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
     if all(letters.values()):
         return letters
     image_counts = image_counts() if callable(image_counts) else image_counts
@@ -209,9 +206,7 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
         return letters
     groups = frequent_common_rare(image_counts)
     if len(groups["f"]) != len(letters):
-        raise InputError(
-            f"expected image counts of the annotations' {len(letters)} categories, got {len(groups['f'])} counts"
-        )
+        raise InputError(f"expected image counts of the annotations' {len(letters)} categories, got {len(groups['f'])}")
     return {category: next(group for group in GROUPS if groups[group][index]) for index, category in enumerate(letters)}
 
 
@@ -241,7 +236,9 @@ def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
                 f"expected a {key} and a finite area of each annotation, got {short(annotation[key])} and "
                 f"{short(annotation['area'])} of annotation {annotation.get('id')}"
             )
-    _letters(ground_truth, None)
+    unknown = {category.get("frequency") for category in ground_truth["categories"]} - {*GROUPS, None}
+    if unknown:
+        raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
 
 
 def _check(ground_truth, detections, iou_type) -> None:
@@ -267,6 +264,5 @@ def _check(ground_truth, detections, iou_type) -> None:
         is_rle = isinstance(shape, dict) and isinstance(shape.get("counts"), (str, bytes))
         if iou_type == "segm" and not (is_rle and shape.get("size") == size):
             raise InputError(
-                f"expected compressed RLE of the image's size {size} as segmentation of each detection, got "
-                f"{short(shape)}"
+                f"expected compressed RLE of the image's size {size} as segmentation of a detection, got {short(shape)}"
             )

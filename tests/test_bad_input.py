@@ -634,7 +634,7 @@ BAD = {
     "image counts too few": (
         "d2.evaluate",
         ["{f.detections}", "{f.without_letters}", "--image-counts", "{f.four_counts}"],
-        "expected image counts of the annotations' 5 categories, got 4 counts",
+        "expected image counts of the annotations' 5 categories, got 4",
     ),
     "image counts negative": (
         "d2.evaluate",

@@ -302,7 +302,7 @@ BAD = {
     "unknown dataset": ("{config_two}", [*ONE, "DATASETS.TRAIN", "('nope',)"], [], "a registered dataset, got 'nope'"),
     "no training set": ("{config_two}", [*ONE, "DATASETS.TRAIN", "()"], [], "a dataset in DATASETS.TRAIN, got none"),
     "no set to evaluate": ("{config_two}", [*TWO, "DATASETS.TEST", "()"], EVAL, "in DATASETS.TEST, got none"),
-    "own set not a triple": ("{config_two}", [*ONE, "DATASETS.OWN", "[['a', 'b']]"], [], r"expected \[\[name, ann"),
+    "own set not a triple": ("{config_two}", [*ONE, "DATASETS.OWN", "[['a', 'b']]"], [], r"expected entries \[name"),
     "truncated image": ("{truncated_images}", ONE, [], "expected a whole image of 64 x 64 pixels at '.*png', but: "),
     "truncated image, workers": (
         "{truncated_images}",

@@ -239,7 +239,7 @@ def test_a_name_is_not_given_twice(tmp_path):
     "entry", ["name", ["name", "file"], ["name", "file", "folder", "x"], ["name", 3, "f"], ["", "", ""]]
 )
 def test_a_malformed_entry_is_refused(entry):
-    with pytest.raises(InputError, match=r"expected \[\[name, annotation file, image folder\], ...\]"):
+    with pytest.raises(InputError, match=r"expected entries \[name, annotation file, image folder\]"):
         register_from_config(config(OWN=[entry]))
 
 
