@@ -1,5 +1,6 @@
 """Detectron2's checkpointer, but safe and strict: it runs no code of a file, and where a tensor is missing it stops."""
 
+import copy
 import os
 from typing import Any
 
@@ -16,19 +17,11 @@ from disalign.stage_two import calibrations, is_calibrated
 from .freezing import NOT_NEEDED
 
 
-class _AtomicWrites:
-    """Detectron2's path manager, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
-
-    def __init__(self, manager):
-        self._manager = manager
-
-    def __getattr__(self, name):
-        return getattr(self._manager, name)
-
-    def open(self, path, mode="r", **options):
-        if mode in ("w", "wb") and "://" not in path:
-            return atomic_file(path, mode)
-        return self._manager.open(path, mode, **options)
+def _open(path, mode="r", **options):
+    """Detectron2's, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
+    if mode in ("w", "wb") and "://" not in path:
+        return atomic_file(path, mode)
+    return PathManager.open(path, mode, **options)
 
 
 class DisAlignCheckpointer(DetectionCheckpointer):
@@ -47,23 +40,10 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, training: bool = False, **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        self.path_manager = _AtomicWrites(PathManager)
+        self.path_manager = copy.copy(PathManager)
+        self.path_manager.open = _open
         self.training = training
         self._calibrations = calibrations(self.model)
-        self._fresh = False
-        self._name: str | os.PathLike[str] | None = None
-
-    def resume_or_load(self, path: str | os.PathLike[str], *, resume: bool = True) -> Any:
-        """As in Detectron2; a fresh run of stage two takes ``path`` as its stage one."""
-        resuming = resume and self.has_checkpoint()
-        self._fresh = self.training and not resuming
-        if not path and not resuming and (self._calibrations or not self.training):
-            what = "the stage-one checkpoint" if self._fresh else "a checkpoint to evaluate"
-            raise InputError(f"expected {what} as MODEL.WEIGHTS, got an empty one; add MODEL.WEIGHTS FILE")
-        try:
-            return super().resume_or_load(path, resume=resume)
-        finally:
-            self._fresh = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As in Detectron2, with the calibration's counts and rho under ``"disalign"``."""
@@ -72,11 +52,18 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             kwargs["disalign"] = losses[0].metadata()
         super().save(name, **kwargs)
 
-    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As in Detectron2; a path that leads nowhere is bad input."""
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As in Detectron2, but a path that is empty or leads nowhere is bad input.
+
+        ``resume_or_load`` of a fresh run, which asks for no ``checkpointables``, takes ``path`` as its stage one.
+        """
         self._name = path
+        self._fresh = self.training and checkpointables is not None
+        if not path and (self._calibrations or not self.training):
+            what = "the stage-one checkpoint" if self._fresh else "a checkpoint to evaluate"
+            raise InputError(f"expected {what} as MODEL.WEIGHTS, got an empty one; add MODEL.WEIGHTS FILE")
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(path, checkpointables)
         except InputError:
             raise
         except Exception as error:  # its records may be anything
@@ -99,7 +86,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             return super()._load_file(filename)
         content = self._torch_load(filename)
         if "model" in content:
-            return dict(content)
+            return content
         # Detectron2 takes any other .pkl for Caffe2's.
         blobs = content.get("blobs", content).items()
         weights = {name: blob for name, blob in blobs if isinstance(blob, Tensor) and not name.endswith("_momentum")}
@@ -118,16 +105,11 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         return None
 
     def _restore(self, source):
-        calibrated = is_calibrated(source)
-        if calibrated and not self._calibrations:
+        if is_calibrated(source) != bool(self._calibrations):
+            ours, theirs = ("two", "one") if self._calibrations else ("one", "two")
             raise InputError(
-                f"expected a stage-one checkpoint for this config, got a calibrated one in {self._name!r}; use the "
-                "stage-two config, or MODEL.DISALIGN.CALIBRATE True"
-            )
-        if self._calibrations and not calibrated:
-            raise InputError(
-                f"expected a stage-two checkpoint, got one without a calibration in {self._name!r}; give stage one's "
-                "as MODEL.WEIGHTS only to train, in another OUTPUT_DIR, and evaluate it with its own config"
+                f"expected a checkpoint of stage {ours} for this config, got one of stage {theirs} in {self._name!r}; "
+                "evaluate or resume it with its own config, in an OUTPUT_DIR of its own"
             )
         target = self.model.state_dict()
         what, where = "tensors of the config's model", f" in {self._name!r}"

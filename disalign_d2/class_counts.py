@@ -18,21 +18,7 @@ UNITS = ("instances", "images")
 
 
 def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str = "instances") -> Tensor:
-    """Count the annotations of the K classes that train: crowds don't.
-
-    Args:
-        dataset_dicts: in Detectron2's format.
-        num_classes: K.
-        unit: ``"instances"``, or ``"images"`` that show the class at least once.
-
-    Returns:
-        (K,) int64.
-
-    Raises:
-        InputError: another unit, or a ``category_id`` outside [0, K).
-    """
-    if unit not in UNITS:
-        raise InputError(f"expected a unit among {some(UNITS)}, got {unit!r}")
+    """(K,) int64: the annotations of each class that train, as crowds don't, or the ``"images"`` that show it."""
     found: list[int] = []
     for record in dataset_dicts:
         present = [one["category_id"] for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
@@ -40,10 +26,7 @@ def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str
     labels = torch.tensor(found, dtype=torch.int64)
     wrong = labels[(labels < 0) | (labels >= num_classes)].unique()
     if len(wrong):
-        raise InputError(
-            f"expected annotations of classes 0..{num_classes - 1}, got {some(wrong.tolist())}; check the categories "
-            "and MODEL.ROI_HEADS.NUM_CLASSES"
-        )
+        raise InputError(f"expected annotations of classes 0..{num_classes - 1}, got {some(wrong.tolist())}; fix them")
     return torch.bincount(labels, minlength=num_classes)
 
 
@@ -54,11 +37,7 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
     annotations of all of ``DATASETS.TRAIN`` are counted.
 
     Returns:
-        (K,) int64, all at least 1.
-
-    Raises:
-        InputError: unknown or unreadable settings or data, another number of classes than
-            ``MODEL.ROI_HEADS.NUM_CLASSES``, or a class without training examples.
+        (``MODEL.ROI_HEADS.NUM_CLASSES``,) int64, all at least 1.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     source, unit = cfg.MODEL.DISALIGN.CLASS_COUNTS, cfg.MODEL.DISALIGN.COUNT_UNIT
@@ -66,21 +45,20 @@ def class_counts_from_config(cfg: CfgNode) -> Tensor:
         raise InputError(f"expected MODEL.DISALIGN.COUNT_UNIT among {some(UNITS)}, got {unit!r}")
     if source:
         counts = load_class_counts(os.path.expanduser(source), unit="images" if unit == "images" else None)
-        names = None
+        names = range(num_classes)
     else:
         counts, names = _count_datasets(tuple(cfg.DATASETS.TRAIN), num_classes, unit)
         source = f"the annotations of {some(cfg.DATASETS.TRAIN)}"
     if len(counts) != num_classes:
-        lvis = "LVIS v0.5 has 1230 classes and LVIS v1 has 1203; " if {1203, 1230} & {len(counts), num_classes} else ""
         raise InputError(
             f"expected {num_classes} class counts, as MODEL.ROI_HEADS.NUM_CLASSES says, got {len(counts)} from "
-            f"{source}; {lvis}set NUM_CLASSES or MODEL.DISALIGN.CLASS_COUNTS"
+            f"{source}; set NUM_CLASSES or MODEL.DISALIGN.CLASS_COUNTS"
         )
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         raise InputError(
             f"expected at least one of the {unit} per class, got none of {len(empty)} classes in {source}: "
-            f"{some(names[index] if names else index for index in empty)}; drop these categories, or give other counts "
+            f"{some(names[index] for index in empty)}; drop these categories, or give other counts "
             "in MODEL.DISALIGN.CLASS_COUNTS"
         )
     return counts.clone()
@@ -92,16 +70,12 @@ def _count_datasets(datasets, num_classes, unit):
     if not datasets:
         raise InputError("expected a dataset in DATASETS.TRAIN to count the classes of, got none")
     records = [record for name in datasets for record in load_records(name)]
-    names = MetadataCatalog.get(datasets[0]).get("thing_classes")
-    return count_annotations(records, len(names) if names else num_classes, unit), names
+    names = MetadataCatalog.get(datasets[0]).get("thing_classes") or range(num_classes)
+    return count_annotations(records, len(names), unit), names
 
 
 def training_image_counts(cfg: CfgNode) -> Tensor | None:
-    """Training images per class, for the groups r, c and f; ``None`` where the training annotations are not at hand.
-
-    Returns:
-        (K,) int64.
-    """
+    """(K,) int64 training images per class, or ``None`` where the training annotations are not at hand."""
     try:
         return _count_datasets(tuple(cfg.DATASETS.TRAIN), cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images")[0].clone()
     except InputError:

@@ -28,6 +28,7 @@ def stage_one_key(cfg: CfgNode, model: nn.Module) -> str:
     for unrelated in ("EVAL_PERIOD", "EXPECTED_RESULTS", "AUG", "PRECISE_BN"):
         settings.TEST.pop(unrelated, None)
     digest = hashlib.sha256(settings.dump().encode())
+    model = getattr(model, "module", model)  # out of DDP
     for name, value in sorted(fingerprints(frozen_tensors(model, trained_parts(model))).items()):
         digest.update(f"{name} {value}".encode())
     for dataset in cfg.DATASETS.TEST:
@@ -55,10 +56,8 @@ def save_stage_one_results(path: str, key: str, results: Mapping) -> None:
 def reports(cfg: CfgNode, results: Mapping, stage_one: Mapping | None) -> dict[str, dict[str, dict]]:
     """Dataset -> task (``"bbox"``, ``"segm"``) -> :func:`disalign.report.report`.
 
-    Args:
-        cfg: its ``DATASETS.TEST``.
-        results: of Detectron2: dataset (left out if there is only one) -> task -> figure -> percent.
-        stage_one: the same of stage one; a task that it detected nothing for has no figures.
+    Of Detectron2's results: dataset (left out if there is only one) -> task -> figure -> percent. A task that stage one
+    detected nothing for has no figures of it.
     """
     if len(cfg.DATASETS.TEST) == 1:
         results = {cfg.DATASETS.TEST[0]: results}

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
@@ -19,18 +18,14 @@ from disalign.io import missing_files, read_json
 from disalign.stage_two import require_same_classes
 
 from .class_counts import class_counts_from_config, count_annotations
-from .datasets import load_records, place_of, unreadable
+from .datasets import CHECK_PATH, CheckedMapper, load_records
 from .lvis_metrics import check_ground_truth
 
 logger = logging.getLogger(__name__)
 
 
 def require_data(cfg: CfgNode, training: bool) -> None:
-    """Refuse to start on incomplete data; reads the annotations and lists the folders, but opens no image.
-
-    Raises:
-        InputError: the first problem of :func:`check_data`, and how many there are.
-    """
+    """Refuse to start on incomplete data, with the first problem of :func:`check_data`; opens no image."""
     problems = check_data(cfg, training=training)
     if problems:
         more = f" (and {len(problems) - 1} more, see --data-check)" if len(problems) > 1 else ""
@@ -38,17 +33,14 @@ def require_data(cfg: CfgNode, training: bool) -> None:
 
 
 def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> list[str]:
-    """Check the registered datasets of ``DATASETS.TRAIN`` and ``TEST``; what is only worth knowing is logged.
+    """What would stop or spoil training or evaluation, a sentence each; what is only worth knowing is logged.
 
     Args:
-        cfg: the config.
+        cfg: its ``DATASETS.TRAIN`` and ``TEST`` are checked.
         decode: read every image to its end too, which takes minutes for LVIS.
         training: else only ``TEST``.
-
-    Returns:
-        What would stop or spoil training or evaluation, a sentence each; empty if all is well.
     """
-    num_classes, disalign = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.DISALIGN
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     problems: list[str] = []
 
     def checked(check, *args, where=""):
@@ -60,9 +52,6 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
     needed = "TRAIN" if training else "TEST"
     if not cfg.DATASETS[needed]:
         problems.append(f"expected a dataset in DATASETS.{needed}, got none")
-    given = None  # else the training data is counted, and checked below
-    if training and disalign.CALIBRATE and disalign.CLASS_COUNTS:
-        given = checked(class_counts_from_config, cfg)
     train = tuple(dict.fromkeys(cfg.DATASETS.TRAIN)) if training else ()
     counts, reference = [], None
     crowds = 0
@@ -91,16 +80,16 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
             checked(_require_ground_truth, name, cfg, where=where)
         if decode:
             problems += _broken_images(name, records, cfg.INPUT.FORMAT)
-    if train and [len(own) for own in counts] == [num_classes] * len(train):
+    if train and not problems:
         total = torch.stack(counts).sum(0)
-        problems += _unseen_classes(total, crowds, train, disalign)
-        if given is not None and disalign.COUNT_UNIT == "instances" and not torch.equal(given, total):
+        problems += _unseen_classes(total, crowds, train)
+        # Where nothing is given these are the counts; a class without any is refused.
+        given = checked(class_counts_from_config, cfg) if cfg.MODEL.DISALIGN.CALIBRATE else None
+        if given is not None and cfg.MODEL.DISALIGN.COUNT_UNIT == "instances" and not torch.equal(given, total):
             logger.warning(
-                "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds (%d instances, not %d); '' would count them",
-                disalign.CLASS_COUNTS,
+                "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds; '' would count it",
+                cfg.MODEL.DISALIGN.CLASS_COUNTS,
                 some(train),
-                int(total.sum()),
-                int(given.sum()),
             )
     return problems
 
@@ -113,12 +102,10 @@ def _require_images(name, records) -> None:
     absent = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
     if absent:
         folders = Counter(map(os.path.dirname, absent))
-        hint = place_of(absent[0]) or "; check the image folder"
-        if "val" in name and any(os.path.basename(folder) == "train2017" for folder in folders):
-            hint += "; LVIS v1 val reads images of COCO's train2017 too, so that folder must be there for evaluation"
         raise InputError(
             f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
-            f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}{hint}"
+            f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}; "
+            f"{CHECK_PATH}"
         )
 
 
@@ -177,36 +164,29 @@ def _log_odd_boxes(name, records) -> None:
         )
 
 
-def _unseen_classes(counts, crowds, train, disalign) -> Iterator[str]:
-    unseen = (counts == 0).nonzero().flatten().tolist()
-    if unseen:
-        names = _classes(train[0]) or range(len(counts))
-        sentence = (
-            f"expected training instances of every class in {some(train)}, but {len(unseen)} of {len(counts)} have "
-            f"none: {some(names[index] for index in unseen)}"
-        )
-        if crowds:
-            everything = int(counts.sum()) + crowds
-            sentence += (
-                f"; {crowds} of {everything} annotations are crowds, which do not train: if they are objects (CVAT "
-                "marks RLE masks so), set their iscrowd to 0"
-            )
-        # Stage two weighs by the counts; elsewhere such a class is merely never learnt.
-        if len(unseen) == len(counts) or (disalign.CALIBRATE and not disalign.CLASS_COUNTS):
-            yield f"{sentence}; drop these categories, or give MODEL.DISALIGN.CLASS_COUNTS"
-        else:
-            logger.warning(sentence)
+def _unseen_classes(counts, crowds, train) -> Iterator[str]:
+    names = _classes(train[0]) or range(len(counts))
+    unseen = [names[index] for index in (counts == 0).nonzero().flatten().tolist()]
+    reason = (
+        f"; {crowds} of {int(counts.sum()) + crowds} annotations are crowds, which do not train: if they are objects "
+        "(CVAT marks RLE masks so), set their iscrowd to 0"
+    )
+    if len(unseen) == len(counts):
+        yield f"expected training instances in {some(train)}, got none{reason if crowds else '; check the annotations'}"
+    elif unseen:
+        message = "%d of %d classes have no training instance: %s%s"
+        logger.warning(message, len(unseen), len(counts), some(unseen), reason if crowds else "")
 
 
 def _broken_images(name, records, image_format) -> list[str]:
+    mapper = CheckedMapper(is_train=False, augmentations=[], image_format=image_format)
+
     def problem(record):
         try:
-            # A copy: check_image_size may add keys.
-            check_image_size(dict(record), read_image(record["file_name"], image_format))
-        except FileNotFoundError:
-            return None  # said already
-        except Exception as error:  # a broken file can break a reader anywhere
-            return str(unreadable(record, error))
+            mapper(record)
+        except InputError as error:
+            # One that is missing is said already.
+            return None if isinstance(error.__context__, FileNotFoundError) else str(error)
 
     with ThreadPoolExecutor() as pool:
         found = tqdm(pool.map(problem, records), total=len(records), desc=name, unit="image")

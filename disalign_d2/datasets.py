@@ -6,7 +6,6 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from pycocotools import mask as coco_mask
 
 from disalign.errors import InputError, first_line, in_user_code, some
@@ -15,33 +14,25 @@ from disalign.io.files import refuse_special
 
 logger = logging.getLogger(__name__)
 
+CHECK_PATH = "check the path (Detectron2 has its own datasets in the folder that DETECTRON2_DATASETS names)"
+
 
 def register_from_config(cfg: CfgNode) -> None:
-    """Register every ``[name, annotation file, image folder]`` of ``cfg.DATASETS.OWN``.
-
-    Raises:
-        InputError: another entry, or see :func:`register_instances`.
-    """
+    """Register every ``[name, annotation file, image folder]`` of ``cfg.DATASETS.OWN``."""
     for entry in cfg.DATASETS.OWN:
-        is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
-        if not is_triple or not all(isinstance(part, str) and part for part in entry):
-            raise InputError(
-                f"expected entries [name, annotation file, image folder] in DATASETS.OWN, got {entry!r}; write "
-                "[[name, file, folder], ...]"
-            )
-        register_instances(*entry)
+        match entry:
+            case [str(name), str(json_file), str(image_root)] if all(entry):
+                register_instances(name, json_file, image_root)
+            case _:
+                raise InputError(
+                    f"expected entries [name, annotation file, image folder] in DATASETS.OWN, got {entry!r}"
+                )
 
 
 def register_instances(name: str, json_file: str | os.PathLike[str], image_root: str | os.PathLike[str]) -> None:
-    """Make an annotation file known to Detectron2 under a name; it is read only when the dataset is used.
+    """Make an annotation file known to Detectron2 under a name; :func:`load_instances` reads it only when it is used.
 
-    Args:
-        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        json_file: LVIS or COCO format, see :func:`load_instances`.
-        image_root: the images' folder; in both paths ``~`` is the home.
-
-    Raises:
-        InputError: the name is taken by other paths; the same ones again are fine.
+    A name can be given again to the same paths, in which ``~`` is the home.
     """
     paths = {"json_file": os.path.expanduser(json_file), "image_root": os.path.expanduser(image_root)}
     if name in DatasetCatalog:
@@ -63,7 +54,7 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
     images that have only a ``coco_url``. Annotations may be boxes alone. An ``ignore`` flag counts as ``iscrowd``.
 
     Args:
-        json_file: polygons or RLE masks.
+        json_file: see :func:`disalign.io.annotations.read_annotations`.
         image_root: the folder of ``file_name``, or, where there is none, of ``split/file``, the end of ``coco_url``.
         name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
             the classes 0..K-1 are the categories in the order of their ids.
@@ -71,9 +62,6 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
     Returns:
         One dict per image, in the order of the images' ids, with ``annotations`` (boxes XYWH in pixels) and LVIS's
         ``not_exhaustive_category_ids`` and ``neg_category_ids`` (ids of the file, not classes; empty in COCO format).
-
-    Raises:
-        InputError: see :func:`disalign.io.annotations.read_annotations`; or an image without a file name.
     """
     content = read_annotations(json_file)
     class_of = {category["id"]: index for index, category in enumerate(content.categories)}
@@ -109,37 +97,22 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
 
 
 def load_records(name: str) -> list[dict]:
-    """The dataset dicts of any registered dataset, Detectron2's own ones too.
-
-    Raises:
-        InputError: an unknown name, or annotations that are missing or can't be read.
-    """
+    """The dataset dicts of any registered dataset, Detectron2's own ones too."""
     if name not in DatasetCatalog:
         known = [known for known in DatasetCatalog if MetadataCatalog.get(known).get("evaluator_type") == "lvis"]
         raise InputError(
             f"expected a registered dataset, got {name!r}; known are {some(reversed(known), 20)}; or set DATASETS.OWN"
-        )
-    json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is not None and not PathManager.isfile(json_file):
-        raise InputError(
-            f"expected the annotations of {name!r} at {json_file!r}, but there is no such file{place_of(json_file)}"
         )
     try:
         return DatasetCatalog.get(name)
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
         if isinstance(error, InputError) or in_user_code(error):
             raise
+        json_file = MetadataCatalog.get(name).get("json_file")
         raise InputError(
-            f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}"
+            f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}; "
+            f"{CHECK_PATH}"
         ) from error
-
-
-def place_of(path: str) -> str:
-    """The end of a sentence on a missing file: where Detectron2 looks for its own datasets, if it is one of them."""
-    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    if not path.startswith(os.path.join(root, "")):
-        return ""
-    return f"; Detectron2 looks for its datasets in the folder that DETECTRON2_DATASETS names, now {root!r}"
 
 
 class CheckedMapper(DatasetMapper):
@@ -158,15 +131,11 @@ class CheckedMapper(DatasetMapper):
             if in_user_code(error):
                 error.add_note(f"while loading {dataset_dict['file_name']!r}")
                 raise
-            raise unreadable(dataset_dict, error) from None
-
-
-def unreadable(record: dict, error: Exception) -> InputError:
-    """The sentence on an image that can't be used."""
-    return InputError(
-        f"expected a whole image of {record.get('width')} x {record.get('height')} pixels at {record['file_name']!r}, "
-        f"but: {first_line(error)}; fetch the file again, or correct its entry in the annotations"
-    )
+            size = f"{dataset_dict.get('width')} x {dataset_dict.get('height')} pixels"
+            raise InputError(
+                f"expected a whole image of {size} at {dataset_dict['file_name']!r}, but: {first_line(error)}; fetch "
+                "the file again, or correct its entry in the annotations"
+            ) from None
 
 
 def _path_of(image, json_file, image_root):

@@ -12,7 +12,7 @@ from disalign import InputError
 from disalign.cli import command
 from disalign.io import read_json, require_place, write_json
 
-from .lvis_metrics import SHAPE, evaluation_report, table
+from .lvis_metrics import SHAPE, evaluation_reports, table
 
 
 @command
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--image-counts", help="for r, c and f in COCO format: JSON with the training images of each category"
     )
-    arguments.add_argument("--out", help="also write all figures, and those of each category, to this JSON")
+    arguments.add_argument("--out", help="also write all figures, and those of each class, to this JSON")
     arguments.add_argument("--force", action="store_true", help="replace an existing --out")
     args = arguments.parse_args(argv)
     if args.out:
@@ -35,18 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("expected 1 or more as --max-dets, or -1 for all, got 0")
     detections = read_json(args.detections, "detections")
     annotations = read_json(args.annotations, "annotations")
-    if not isinstance(detections, list):
-        raise InputError(
-            f"expected a list of detections in {args.detections!r}, got {type(detections).__name__}; give the "
-            "detections first, then the annotations"
-        )
-    first = detections[0] if detections else None
+    first = detections[0] if isinstance(detections, list) and detections else None
     shapes = [iou_type for iou_type, key in SHAPE.items() if isinstance(first, dict) and key in first]
     iou_types = args.iou_type or shapes or ["bbox"]
-    report = evaluation_report(annotations, detections, iou_types, args.max_dets, args.fixed_ap, args.image_counts)
+    reports = evaluation_reports(annotations, detections, iou_types, args.max_dets, args.fixed_ap, args.image_counts)
     if args.out:
-        write_json(args.out, report)
-    print(table(report["figures"]))
+        write_json(args.out, reports)
+    print(table(reports))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
         # Before Detectron2 builds its federated loss, which asks for metadata that own datasets lack.
         raise InputError(NO_BACKGROUND_SCORE)
     model = build_stock_model(cfg)
+    logger.info("Model:\n%s", model)
     if cfg.MODEL.DISALIGN.CALIBRATE:
         logger.info(str(freeze(model)))
     return model

@@ -9,15 +9,14 @@ from detectron2.evaluation import LVISEvaluator
 
 from disalign.io import atomic_file, write_json
 
-from .lvis_metrics import ImageCounts, evaluation_report, table
+from .lvis_metrics import ImageCounts, evaluation_reports, table
 
 
 class DisAlignLVISEvaluator(LVISEvaluator):
     """Boxes and masks by :func:`disalign_d2.lvis_metrics.evaluate_lvis`; lvis-api only reads the annotations.
 
     Into ``output_dir`` go ``lvis_instances_results.json``, all detections, for ``python -m disalign_d2.evaluate``, and
-    ``lvis_results.json``, see :func:`disalign_d2.lvis_metrics.evaluation_report`. To Detectron2 a figure without ground
-    truth is NaN.
+    what that command writes, as ``lvis_results.json``. To Detectron2 a figure without ground truth is NaN.
 
     Args:
         args, stock: the arguments of ``LVISEvaluator``. Without ``tasks`` a model that detects nothing at all is
@@ -32,7 +31,11 @@ class DisAlignLVISEvaluator(LVISEvaluator):
         self._image_counts = image_counts
 
     def _eval_predictions(self, predictions):
-        detections = self._detections(predictions)
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        # LVIS itself has no mapping: its ids count from 1 without gaps.
+        to_id = {label: id_ for id_, label in ids.items()}.get if ids else (lambda label: label + 1)
+        found = [detection for prediction in predictions for detection in prediction["instances"]]
+        detections = [dict(detection, category_id=to_id(detection["category_id"])) for detection in found]
         if self._output_dir:
             with atomic_file(os.path.join(self._output_dir, "lvis_instances_results.json"), "w") as file:
                 file.write(json.dumps(detections))
@@ -43,20 +46,10 @@ class DisAlignLVISEvaluator(LVISEvaluator):
         max_dets = 300 if self._max_dets_per_image is None else self._max_dets_per_image
         self._logger.info("Evaluating %d detections: %s", len(detections), ", ".join(tasks))
         ground_truth = self._lvis_api.dataset
-        report = evaluation_report(ground_truth, detections, tasks, max_dets, self._fixed_ap, self._image_counts)
+        reports = evaluation_reports(ground_truth, detections, tasks, max_dets, self._fixed_ap, self._image_counts)
         if self._output_dir:
-            write_json(os.path.join(self._output_dir, "lvis_results.json"), report)
-        self._logger.info("Evaluation results:\n%s", table(report["figures"]))
-        for task, figures in report["figures"].items():
-            self._results[task] = {name: math.nan if value is None else value for name, value in figures.items()}
-
-    def _detections(self, predictions) -> list[dict]:
-        """All images' detections, with the dataset's own category ids."""
-        ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        # LVIS itself has no mapping: its ids count from 1 without gaps.
-        to_id = {label: id for id, label in ids.items()}.get if ids else (lambda label: label + 1)
-        return [
-            dict(detection, category_id=to_id(detection["category_id"]))
-            for prediction in predictions
-            for detection in prediction["instances"]
-        ]
+            write_json(os.path.join(self._output_dir, "lvis_results.json"), reports)
+        self._logger.info("Evaluation results:\n%s", table(reports))
+        for task, report in reports.items():
+            figures = report["figures"].items()
+            self._results[task] = {name: math.nan if value is None else value for name, value in figures}

@@ -1,10 +1,8 @@
 """LVIS's average precision, computed by faster-coco-eval; no framework needed."""
 
-import math
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from disalign import InputError, frequent_common_rare, group_means
 from disalign.counts import ClassCounts
 from disalign.errors import some
 from disalign.io.annotations import is_box, is_known, is_number, require_format, require_keys
-from disalign.report import shown, text_table
+from disalign.report import report, shown, text_table
 
 #: Training images per category, in the order of their ids, or a function that counts them if they are needed.
 ImageCounts = ClassCounts | Callable[[], ClassCounts | None] | None
@@ -30,26 +28,14 @@ SHAPE = {"bbox": "bbox", "segm": "segmentation"}
 IOU_50, IOU_75 = 0, 5
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures in percent, None where there is no ground truth.
-
-    Args:
-        figures: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl.
-        per_category: category id -> AP.
-    """
-
-    figures: dict[str, float | None]
-    per_category: dict[int, float | None]
-
-
 def evaluate_lvis(
     ground_truth: dict,
     detections: list[dict],
     iou_type: str = "bbox",
     max_dets: int = 300,
     image_counts: ImageCounts = None,
-) -> Evaluation:
+    per: str = "image_id",
+) -> dict:
     """The figures of lvis-api, by the rules of Gupta et al. 2019, "LVIS".
 
     A category is judged only on the images that show it or are verified not to (``neg_category_ids``); where an image
@@ -64,107 +50,41 @@ def evaluate_lvis(
         max_dets: the best detections of each image that count; negative: all.
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
             not give the ``frequency``; what :func:`disalign.load_class_counts` takes, or a function that returns it.
+        per: ``"category_id"``: ``max_dets`` limits the detections of each category, not of each image.
+
+    Returns:
+        A :func:`disalign.report.report`: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR, ARs, ARm, ARl; and per class
+        (in the order of the ids) ``id``, ``group`` and ``AP``; None where there is no ground truth, or no known group.
 
     Raises:
-        InputError: annotations or detections of another form, or detections of images or categories that the
-            annotations do not list.
+        InputError: annotations or detections of another form, or detections of what the annotations do not list.
     """
-    return _evaluate(ground_truth, detections, iou_type, image_counts, "image_id", max_dets)
-
-
-def fixed_ap(
-    ground_truth: dict,
-    detections: list[dict],
-    iou_type: str = "bbox",
-    per_category: int = 10_000,
-    image_counts: ImageCounts = None,
-) -> Evaluation:
-    """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
-
-    As :func:`evaluate_lvis`, but of each category the ``per_category`` best detections of the whole set count, however
-    many of them an image has. The detector must not have cut them to 300 per image.
-
-    Returns:
-        AP-fixed, AP50-fixed, ... APf-fixed, in percent.
-    """
-    fixed = _evaluate(ground_truth, detections, iou_type, image_counts, "category_id", per_category)
-    figures = {f"{name}-fixed": value for name, value in fixed.figures.items() if name.startswith("AP")}
-    return Evaluation(figures, fixed.per_category)
-
-
-def evaluation_report(
-    ground_truth: dict,
-    detections: list[dict],
-    iou_types: Any,
-    max_dets: int = 300,
-    fixed: bool = False,
-    image_counts: ImageCounts = None,
-) -> dict:
-    """Everything about one set of detections, ready for JSON; see :func:`evaluate_lvis`.
-
-    Args:
-        iou_types: some of ``"bbox"`` and ``"segm"``.
-        fixed: also the fixed AP.
-
-    Returns:
-        ``figures`` (IoU type -> name -> percent or None), ``groups`` (r, c, f -> number of categories, and of those
-        with ground truth) and ``categories`` (id, name, frequency and AP of each).
-    """
-    figures, per_category = {}, {}
-    for iou_type in iou_types:
-        plain = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
-        figures[iou_type], per_category[iou_type] = plain.figures, {"AP": plain.per_category}
-        if fixed:
-            extra = fixed_ap(ground_truth, detections, iou_type, image_counts=image_counts)
-            figures[iou_type] = plain.figures | extra.figures
-            per_category[iou_type]["AP-fixed"] = extra.per_category
-    letters = _letters(ground_truth, image_counts)
-    names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
-    groups = {}
-    for group in GROUPS:
-        aps = [plain.per_category[category] for category, letter in letters.items() if letter == group]
-        groups[group] = {"categories": len(aps), "with_ground_truth": sum(ap is not None for ap in aps)}
-    categories = [
-        {"id": category, "name": names[category], "frequency": letter}
-        | {iou_type: {name: aps[category] for name, aps in of.items()} for iou_type, of in per_category.items()}
-        for category, letter in letters.items()
-    ]
-    return {"unit": "percent", "figures": figures, "groups": groups, "categories": categories}
-
-
-def table(figures: dict[str, dict[str, float | None]]) -> str:
-    """The figures as text: a row for each figure, a column for each IoU type, n/a where there is no ground truth."""
-    names = next(iter(figures.values()))
-    rows = [[name, *(shown(column[name], ".2f") for column in figures.values())] for name in names]
-    return text_table([["percent", *figures], *rows])
-
-
-def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
-    groups = defaultdict(list)
-    for item in items:
-        groups[item[key]].append(item)
-    return groups
-
-
-def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) -> Evaluation:
-    """Of each ``limited`` (image or category) the best ``limit`` detections count; negative: all."""
     _check(ground_truth, detections, iou_type)
     letters = _letters(ground_truth, image_counts)
     # In COCO format an image is annotated for all categories, and may have crowds.
+    in_coco_format = {image["id"] for image in ground_truth["images"] if "neg_category_ids" not in image}
     defaults = {"neg_category_ids": letters, "not_exhaustive_category_ids": ()}
-    images = {
-        image["id"]: defaults | image | {"crowds": "neg_category_ids" not in image} for image in ground_truth["images"]
-    }
-    present = {(annotation["image_id"], annotation["category_id"]) for annotation in ground_truth["annotations"]}
+    images = {image["id"]: defaults | image for image in ground_truth["images"]}
+    objects = [
+        annotation
+        | {
+            "id": place,
+            # What lies outside of every area range is ignored.
+            "area": -1 if annotation.get("ignore") else annotation["area"],
+            "iscrowd": annotation.get("iscrowd", 0) if annotation["image_id"] in in_coco_format else 0,
+        }
+        for place, annotation in enumerate(ground_truth["annotations"], 1)  # 0 marks the unmatched
+    ]
+    present = {(annotation["image_id"], annotation["category_id"]) for annotation in objects}
     judged = [
         detection
-        for group in _grouped(detections, limited).values()
+        for group in _grouped(detections, per).values()
         # Of equal scores the first, as lvis-api does.
-        for detection in sorted(group, key=lambda detection: -detection["score"])[: limit if limit >= 0 else None]
+        for detection in sorted(group, key=lambda detection: -detection["score"])[: max_dets if max_dets >= 0 else None]
         if detection["category_id"] in images[detection["image_id"]]["neg_category_ids"]
         or (detection["image_id"], detection["category_id"]) in present
     ]
-    annotations, detected = _grouped(ground_truth["annotations"], "category_id"), _grouped(judged, "category_id")
+    annotations, detected = _grouped(objects, "category_id"), _grouped(judged, "category_id")
 
     # One category at a time: no category's figures depend on another's, and faster-coco-eval takes time and memory for
     # every pair of image and category that it is given, of which LVIS judges one in a hundred.
@@ -174,23 +94,82 @@ def _evaluate(ground_truth, detections, iou_type, image_counts, limited, limit) 
         if category in annotations:
             precision[index], recall[index] = _of_category(annotations[category], detected[category], images, iou_type)
 
-    ap, everything = precision[:, :, 0].mean(1), torch.ones(len(letters), dtype=torch.bool)
+    ap, letter = precision[:, :, 0].mean(1), np.array(list(letters.values()))
+    members = {group: letter == group for group in GROUPS}
     columns = {
-        "AP": (ap, everything),
-        "AP50": (precision[:, IOU_50, 0], everything),
-        "AP75": (precision[:, IOU_75, 0], everything),
-        **{f"AP{area}": (precision[:, :, place].mean(1), everything) for place, area in enumerate(AREAS) if area},
-        **{f"AP{group}": (ap, torch.tensor([letter == group for letter in letters.values()])) for group in GROUPS},
-        **{f"AR{area}": (recall[:, :, place].mean(1), everything) for place, area in enumerate(AREAS)},
+        "AP": ap,
+        "AP50": precision[:, IOU_50, 0],
+        "AP75": precision[:, IOU_75, 0],
+        **{f"AP{area}": precision[:, :, place].mean(1) for place, area in enumerate(AREAS) if area},
+        **{f"AP{group}": np.where(chosen, ap, np.nan) for group, chosen in members.items()},
+        **{f"AR{area}": recall[:, :, place].mean(1) for place, area in enumerate(AREAS)},
     }
-    return Evaluation(
-        {name: _percent(group_means(values, {name: members})[name]) for name, (values, members) in columns.items()},
-        {category: _percent(value) for category, value in zip(letters, ap.tolist(), strict=True)},
+    everything = torch.ones(len(letters), dtype=torch.bool)
+    means = {name: group_means(values, {name: everything})[name] for name, values in columns.items()}
+    names = {category["id"]: category.get("name") for category in ground_truth["categories"]}
+    return report(
+        {name: None if mean is None else 100 * mean for name, mean in means.items()},
+        per_class={"id": list(letters), "group": list(letters.values()), "AP": (100 * ap).tolist()},
+        images=len(images),
+        groups={
+            "split": "LVIS's, by training images: r at most 10, c at most 100, f more",
+            "classes": {group: int(chosen.sum()) for group, chosen in members.items()},
+            "evaluated": {group: int((chosen & ~np.isnan(ap)).sum()) for group, chosen in members.items()},
+        },
+        classes=[names[category] for category in letters],
     )
 
 
-def _percent(value) -> float | None:
-    return None if value is None or math.isnan(value) else 100 * value
+def fixed_ap(
+    ground_truth: dict,
+    detections: list[dict],
+    iou_type: str = "bbox",
+    per_category: int = 10_000,
+    image_counts: ImageCounts = None,
+) -> dict:
+    """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
+
+    As :func:`evaluate_lvis`, but of each category the ``per_category`` best detections of the whole set count, however
+    many of them an image has. The detector must not have cut them to 300 per image.
+
+    Returns:
+        ``figures`` AP-fixed, AP50-fixed, ... APf-fixed and ``per_class`` AP-fixed, to be added to the other report's.
+    """
+    fixed = evaluate_lvis(ground_truth, detections, iou_type, per_category, image_counts, per="category_id")
+    figures = {f"{name}-fixed": value for name, value in fixed["figures"].items() if name.startswith("AP")}
+    return {"figures": figures, "per_class": {"AP-fixed": fixed["per_class"]["AP"]}}
+
+
+def evaluation_reports(
+    ground_truth: dict,
+    detections: list[dict],
+    iou_types: Iterable[str],
+    max_dets: int = 300,
+    fixed: bool = False,
+    image_counts: ImageCounts = None,
+) -> dict[str, dict]:
+    """IoU type -> the report of :func:`evaluate_lvis`, with :func:`fixed_ap` if ``fixed``."""
+    reports = {}
+    for iou_type in iou_types:
+        reports[iou_type] = evaluate_lvis(ground_truth, detections, iou_type, max_dets, image_counts)
+        if fixed:
+            for part, values in fixed_ap(ground_truth, detections, iou_type, image_counts=image_counts).items():
+                reports[iou_type][part] |= values
+    return reports
+
+
+def table(reports: dict[str, dict]) -> str:
+    """The figures as text: a row for each figure, a column for each IoU type, n/a where there is no ground truth."""
+    columns = [content["figures"] for content in reports.values()]
+    rows = [[name, *(shown(column[name], ".2f") for column in columns)] for name in columns[0]]
+    return text_table([["percent", *reports], *rows])
+
+
+def _grouped(items: list[dict], key: str) -> dict[int, list[dict]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[item[key]].append(item)
+    return groups
 
 
 def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +180,7 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
         "categories": [{"id": annotations[0]["category_id"], "frequency": "f"}],
     }
     evaluation = COCOeval_faster(
-        COCO(listed | {"annotations": _annotations(annotations, images)}),
+        COCO(listed | {"annotations": annotations}),
         COCO(listed | {"annotations": _detections(detections, iou_type)}),
         iou_type,
         lvis_style=True,
@@ -220,9 +199,6 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
     """Category id -> r, c, f, or None if unknown; in the order of the ids."""
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     letters = {category["id"]: category.get("frequency") for category in categories}
-    unknown = set(letters.values()) - {*GROUPS, None}
-    if unknown:
-        raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
     if all(letters.values()):
         return letters
     image_counts = image_counts() if callable(image_counts) else image_counts
@@ -230,24 +206,8 @@ def _letters(ground_truth, image_counts) -> dict[int, str | None]:
         return letters
     groups = frequent_common_rare(image_counts)
     if len(groups["f"]) != len(letters):
-        raise InputError(
-            f"expected image counts of the annotations' {len(letters)} categories, got {len(groups['f'])} counts"
-        )
+        raise InputError(f"expected image counts of the annotations' {len(letters)} categories, got {len(groups['f'])}")
     return {category: next(group for group in GROUPS if groups[group][index]) for index, category in enumerate(letters)}
-
-
-def _annotations(annotations, images) -> list[dict]:
-    """One category's annotations for faster-coco-eval, with lvis-api's ``ignore`` and COCO's crowds."""
-    return [
-        annotation
-        | {
-            "id": place,
-            # What lies outside of every area range is ignored.
-            "area": -1 if annotation.get("ignore") else annotation["area"],
-            "iscrowd": annotation.get("iscrowd", 0) if images[annotation["image_id"]]["crowds"] else 0,
-        }
-        for place, annotation in enumerate(annotations, 1)  # 0 marks the unmatched
-    ]
 
 
 def _detections(detections, iou_type) -> list[dict]:
@@ -264,50 +224,45 @@ def _detections(detections, iou_type) -> list[dict]:
 
 
 def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
-    """Refuse annotations that would break the evaluation, or silently count for something else.
-
-    Raises:
-        InputError: another form than LVIS's or COCO's, no usable area or nothing for ``iou_type`` to compare, or a
-            ``frequency`` other than r, c and f.
-    """
+    """Refuse annotations that would break the evaluation, or silently count for something else."""
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
-    needed = ("image_id", "category_id", "area", SHAPE[iou_type])
-    require_format(ground_truth, {"images": ("id", "height", "width"), "categories": ("id",), "annotations": needed})
+    key = SHAPE[iou_type]
+    needed = {"images": ("id", "height", "width"), "categories": ("id",)}
+    require_format(ground_truth, needed | {"annotations": ("image_id", "category_id", "area", key)})
     for annotation in ground_truth["annotations"]:
-        if not annotation[SHAPE[iou_type]]:
-            raise InputError(f"expected a {SHAPE[iou_type]} of each annotation, got an empty one: {_short(annotation)}")
-        if not is_number(annotation["area"]):
-            raise InputError(f"expected a finite number as area of each annotation, got {_short(annotation['area'])}")
-    _letters(ground_truth, None)
+        if not annotation[key] or not is_number(annotation["area"]):
+            raise InputError(
+                f"expected a {key} and a finite area of each annotation, got {short(annotation[key])} and "
+                f"{short(annotation['area'])} of annotation {annotation.get('id')}"
+            )
+    unknown = {category.get("frequency") for category in ground_truth["categories"]} - {*GROUPS, None}
+    if unknown:
+        raise InputError(f"expected r, c or f as frequency of the categories, got {some(unknown)}")
 
 
 def _check(ground_truth, detections, iou_type) -> None:
-    check_ground_truth(ground_truth, iou_type)
     if not isinstance(detections, list):
-        raise InputError(f"expected a list of detections, got {type(detections).__name__}")
-    require_keys(detections, ("image_id", "category_id", "score", SHAPE[iou_type]), "detection")
+        what = type(detections).__name__
+        raise InputError(f"expected a list of detections, got {what}; give the detections first, then the annotations")
+    check_ground_truth(ground_truth, iou_type)
+    key = SHAPE[iou_type]
+    require_keys(detections, ("image_id", "category_id", "score", key), "detection")
     sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
     categories = {category["id"] for category in ground_truth["categories"]}
     for item in detections:
         if not is_known(item["image_id"], sizes) or not is_known(item["category_id"], categories):
             raise InputError(
-                f"expected only images and categories that the annotations list, got the detection {_short(item)}; "
+                f"expected only images and categories that the annotations list, got the detection {short(item)}; "
                 "are both of the same dataset?"
             )
         if not is_number(item["score"]):
-            raise InputError(f"expected a finite score of each detection, got {_short(item)}")
-        shape, size = item[SHAPE[iou_type]], sizes[item["image_id"]]
+            raise InputError(f"expected a finite score of each detection, got {short(item)}")
+        shape, size = item[key], sizes[item["image_id"]]
         if iou_type == "bbox" and not is_box(shape):
-            raise InputError(f"expected x, y, width and height as bbox of a detection, got {_short(shape)}")
+            raise InputError(f"expected x, y, width and height as bbox of a detection, got {short(shape)}")
         is_rle = isinstance(shape, dict) and isinstance(shape.get("counts"), (str, bytes))
         if iou_type == "segm" and not (is_rle and shape.get("size") == size):
             raise InputError(
-                f"expected compressed RLE of the image's size {size} as segmentation of each detection, got "
-                f"{_short(shape)}"
+                f"expected compressed RLE of the image's size {size} as segmentation of a detection, got {short(shape)}"
             )
-
-
-def _short(item) -> str:
-    text = repr(item)
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -13,7 +13,6 @@ import operator
 import os
 import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -42,6 +41,7 @@ from .class_counts import training_image_counts
 from .config import add_disalign_config
 from .data_check import check_data, require_data
 from .datasets import CheckedMapper, register_from_config
+from .fast_rcnn import DisAlignOutputLayers
 from .freezing import build_model
 from .hooks import StageTwoHook
 from .lvis_evaluation import DisAlignLVISEvaluator
@@ -60,10 +60,6 @@ def ddp_without_device_ids() -> Iterator[None]:
         defaults.create_ddp_model = stock
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    return getattr(model, "module", model)
-
-
 class Trainer(DefaultTrainer):
     """Detectron2's trainer: stage one, or with ``MODEL.DISALIGN.CALIBRATE`` stage two."""
 
@@ -71,14 +67,11 @@ class Trainer(DefaultTrainer):
         with ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
             super().__init__(cfg)
         if cfg.MODEL.DISALIGN.CALIBRATE:
-            for predictor in _unwrapped(self.model).roi_heads.box_predictors():
-                predictor.resolve_class_counts()
+            for module in self.model.modules():
+                if isinstance(module, DisAlignOutputLayers):
+                    module.resolve_class_counts()
 
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = build_model(cfg)
-        logger.info(f"Model:\n{model}")
-        return model
+    build_model = staticmethod(build_model)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -145,7 +138,7 @@ class Trainer(DefaultTrainer):
         """Stage one's figures, from its one evaluation or, for these very weights and data, from an earlier one's."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", "stage_one")
         path = os.path.join(folder, "results.json")
-        key = comparison.stage_one_key(cfg, _unwrapped(model))
+        key = comparison.stage_one_key(cfg, model)
         # All ranks go the way of the first, whose files they may not see.
         stage_one = comm.all_gather(comparison.load_stage_one_results(path, key))[0]
         if stage_one is None:
@@ -160,17 +153,13 @@ class Trainer(DefaultTrainer):
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluate with test-time augmentation (``TEST.AUG``)."""
         logger.info("Evaluating with test-time augmentation")
-        model = GeneralizedRCNNWithTTA(cfg, _unwrapped(model))
-        results = cls.test(cfg, model, cls._evaluators(cfg, os.path.join(cfg.OUTPUT_DIR, "inference_TTA")))
-        return OrderedDict((f"{task}_TTA", figures) for task, figures in results.items())
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), cls._evaluators(cfg, folder))
+        return {f"{task}_TTA": figures for task, figures in results.items()}
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of the arguments, checked, with its datasets registered.
-
-    Raises:
-        InputError: a config that does not fit, to itself or to this machine.
-    """
+    """The config of the arguments, fit for itself and for this machine, with its datasets registered."""
     cfg = get_cfg()
     add_disalign_config(cfg)
     args.config_file = find_config(args.config_file)
@@ -197,17 +186,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise InputError(f"expected 1 or more as SOLVER.CHECKPOINT_PERIOD, got {cfg.SOLVER.CHECKPOINT_PERIOD}")
     if cfg.TEST.FIXED_AP and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE <= 300:
         raise InputError(
-            "expected TEST.DETECTIONS_PER_IMAGE above LVIS's 300 for TEST.FIXED_AP, which limits per class, "
-            f"got {cfg.TEST.DETECTIONS_PER_IMAGE}; set it to some thousands, or to -1 for all"
+            "expected TEST.DETECTIONS_PER_IMAGE above LVIS's 300 for TEST.FIXED_AP, got "
+            f"{cfg.TEST.DETECTIONS_PER_IMAGE}; set it to some thousands, or to -1 for all"
         )
-    if cfg.MODEL.DEVICE == "cpu":
-        if cfg.SOLVER.AMP.ENABLED:
-            raise InputError("expected a GPU for SOLVER.AMP.ENABLED, got MODEL.DEVICE cpu; switch it off")
-        if args.num_gpus > 1 and torch.cuda.is_available():
-            raise InputError(
-                "expected MODEL.DEVICE cuda for several processes where there are GPUs, got cpu; hide the GPUs with "
-                "CUDA_VISIBLE_DEVICES="
-            )
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise InputError("expected a GPU for SOLVER.AMP.ENABLED, got MODEL.DEVICE cpu; switch it off")
+    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1 and torch.cuda.is_available():
+        raise InputError("expected MODEL.DEVICE cuda for several processes, got cpu; or hide the GPUs from CUDA")
     register_from_config(cfg)
     cfg.freeze()
     return cfg
@@ -278,9 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = check_data(cfg, decode=True)
         if problems:
             print(*problems, sep="\n")
-            raise InputError(
-                f"expected complete data, got {len(problems)} problems (above); solve them and check again"
-            )
+            raise InputError(f"expected complete data, got {len(problems)} problems (above); solve them, check again")
         print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
         return
     try:

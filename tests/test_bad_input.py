@@ -598,7 +598,7 @@ BAD = {
     "detections swapped": (
         "d2.evaluate",
         ["{f.annotations}", "{f.detections}", "--out", "out.json"],
-        "expected a list of detections in '.*annotations.json', got dict; give the detections first",
+        "expected a list of detections, got dict; give the detections first",
     ),
     "annotations missing": ("d2.evaluate", ["{f.detections}", "gone.json"], "expected annotations at 'gone.json', but"),
     "annotations empty": ("d2.evaluate", ["{f.detections}", "{f.empty}"], "expected annotations as JSON in '.*empty"),
@@ -613,7 +613,7 @@ BAD = {
         ["{f.detections}", "{f.three_numbers}"],
         r"expected boxes \[x, y, width, height\], got \[1, 2, 3\] in annotation 3",
     ),
-    "annotations with text": ("d2.evaluate", ["{f.detections}", "{f.text_area}"], "a finite number as area .*'large'"),
+    "annotations with text": ("d2.evaluate", ["{f.detections}", "{f.text_area}"], "a finite area of .*'large'"),
     "annotations with a list": (
         "d2.evaluate",
         ["{f.detections}", "{f.list_id}"],
@@ -634,7 +634,7 @@ BAD = {
     "image counts too few": (
         "d2.evaluate",
         ["{f.detections}", "{f.without_letters}", "--image-counts", "{f.four_counts}"],
-        "expected image counts of the annotations' 5 categories, got 4 counts",
+        "expected image counts of the annotations' 5 categories, got 4",
     ),
     "image counts negative": (
         "d2.evaluate",

@@ -143,7 +143,7 @@ def test_the_hand_over_is_strict(models, tmp_path, name):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_file_without_a_state_dict_is_refused(models, tmp_path, stage, load, suffix, content):
     content = None if suffix == "pkl" and isinstance(content, torch.Tensor) else content
-    sentence = "^expected a (state dict of tensors|checkpoint at|stage-two checkpoint, got one without)"
+    sentence = "^expected a (state dict of tensors|checkpoint at|checkpoint of stage two)"
     refused(load, models[stage], save(content, tmp_path / f"one.{suffix}"), tmp_path, sentence)
 
 
@@ -305,9 +305,9 @@ def test_evaluation_refuses_the_other_stage(models, tmp_path):
     one, two = models
     first = save({"model": one.state_dict()}, tmp_path / "one.pth")
     second = save({"model": two.state_dict()}, tmp_path / "two.pth")
-    sentence = r"expected a stage-one checkpoint for this config, got a calibrated one in '.*two\.pth'; use the"
+    sentence = r"expected a checkpoint of stage one for this config, got one of stage two in '.*two\.pth'; evaluate"
     refused(evaluate, one, second, tmp_path, sentence)
-    sentence = r"expected a stage-two checkpoint, got one without a calibration in '.*one\.pth'; give stage one's as"
+    sentence = r"expected a checkpoint of stage two for this config, got one of stage one in '.*one\.pth'; evaluate"
     refused(evaluate, two, first, tmp_path, sentence)
 
 
@@ -316,7 +316,7 @@ def test_evaluation_refuses_the_other_stage(models, tmp_path):
 def test_evaluation_is_strict(models, tmp_path, stage, name):
     change, sentence = STRICT[name]
     path = save({"model": change(models[stage].state_dict())}, tmp_path / "a.pth")
-    sentence = sentence if name not in ("nothing", "text") else "expected a st"
+    sentence = sentence if name not in ("nothing", "text") else "expected a (state dict|checkpoint of stage two)"
     refused(evaluate, models[stage], path, tmp_path, sentence)
 
 
@@ -383,9 +383,7 @@ def test_resume_without_a_checkpoint_is_a_hand_over(models, tmp_path):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_resume_in_the_other_stages_folder_is_refused(models, tmp_path, stage):
     DisAlignCheckpointer(models[1 - stage], str(tmp_path)).save("model_final")
-    sentence = (
-        "expected a stage-two checkpoint, got one without" if stage else "expected a stage-one checkpoint for this"
-    )
+    sentence = f"expected a checkpoint of stage {'two' if stage else 'one'} for this config, got one of stage"
 
     def resume(model, path, folder):
         DisAlignCheckpointer(model, str(folder), training=True).resume_or_load(path, resume=True)
@@ -404,7 +402,7 @@ def test_one_checkpointer_hands_over_only_once(models, tmp_path):
     torch.nn.init.ones_(margin)
     checkpointer.load(str(tmp_path / "two.pth"))
     assert not margin.any()
-    with pytest.raises(InputError, match="expected a stage-two checkpoint"):
+    with pytest.raises(InputError, match="expected a checkpoint of stage two"):
         checkpointer.load(first)
 
 

@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from disalign import InputError
 from disalign_d2.evaluate import main
 from disalign_d2.lvis_evaluation import DisAlignLVISEvaluator
-from disalign_d2.lvis_metrics import evaluate_lvis, evaluation_report, fixed_ap, table
+from disalign_d2.lvis_metrics import evaluate_lvis, evaluation_reports, fixed_ap, table
 
 IDS = [2, 3, 5, 8, 13, 21, 22, 34, 55, 89, 144, 233]
 LETTERS = dict(zip(IDS, "rfcfrcffcrcr", strict=True))
@@ -156,6 +156,11 @@ def lvis_api(ground_truth, detections, iou_type, folder, max_dets=300):
     return figures, dict(zip(evaluation.params.cat_ids, precision, strict=True))
 
 
+def by_category(report):
+    """Category id -> AP."""
+    return dict(zip(report["per_class"]["id"], report["per_class"]["AP"], strict=True))
+
+
 def in_units(figures):
     """0..1, -1 where there is none, as lvis-api has it."""
     return {name: -1 if value is None else value / 100 for name, value in figures.items()}
@@ -168,10 +173,10 @@ def test_equals_lvis_api(generated, iou_type, tmp_path):
     ours = evaluate_lvis(ground_truth, detections, iou_type)
     assert json.dumps(generated) == before
     theirs, per_category = lvis_api(ground_truth, detections, iou_type, tmp_path)
-    assert list(ours.figures) == FIGURES
-    assert in_units(ours.figures) == pytest.approx(theirs, abs=1e-6)
-    assert in_units(ours.per_category) == pytest.approx(per_category, abs=1e-6)
-    assert ours.per_category[UNSEEN] is None
+    assert list(ours["figures"]) == FIGURES
+    assert in_units(ours["figures"]) == pytest.approx(theirs, abs=1e-6)
+    assert in_units(by_category(ours)) == pytest.approx(per_category, abs=1e-6)
+    assert by_category(ours)[UNSEEN] is None
     assert all(0.01 < theirs[name] < 0.99 for name in FIGURES)
     assert len({round(value, 6) for value in theirs.values()}) == len(FIGURES)
 
@@ -180,8 +185,8 @@ def test_equals_lvis_api(generated, iou_type, tmp_path):
 def test_limit_per_image(generated, max_dets, tmp_path):
     ours = evaluate_lvis(*generated, "bbox", max_dets=max_dets)
     theirs, _ = lvis_api(*generated, "bbox", tmp_path, max_dets)
-    assert in_units(ours.figures) == pytest.approx(theirs, abs=1e-6)
-    assert ours.figures["AP"] != pytest.approx(evaluate_lvis(*generated, "bbox").figures["AP"], abs=1e-4)
+    assert in_units(ours["figures"]) == pytest.approx(theirs, abs=1e-6)
+    assert ours["figures"]["AP"] != pytest.approx(evaluate_lvis(*generated, "bbox")["figures"]["AP"], abs=1e-4)
 
 
 def iou(a, b):
@@ -229,13 +234,14 @@ def test_fixed_ap_by_brute_force(generated):
     ground_truth, detections = generated
     fixed = fixed_ap(ground_truth, detections, "bbox", per_category=150)
     expected = {category: brute_force_ap(ground_truth, detections, category, 150) for category in IDS}
-    assert in_units(fixed.per_category) == pytest.approx({k: -1 if v is None else v for k, v in expected.items()})
+    of_categories = dict(zip(IDS, fixed["per_class"]["AP-fixed"], strict=True))
+    assert in_units(of_categories) == pytest.approx({k: -1 if v is None else v for k, v in expected.items()})
     assert max(expected[category] for category in IDS[:-1]) > min(expected[category] for category in IDS[:-1]) + 0.02
     for group in "rcf":
         members = [expected[category] for category in IDS if LETTERS[category] == group and category != UNSEEN]
-        assert fixed.figures[f"AP{group}-fixed"] / 100 == pytest.approx(sum(members) / len(members))
+        assert fixed["figures"][f"AP{group}-fixed"] / 100 == pytest.approx(sum(members) / len(members))
     everyone = [value for value in expected.values() if value is not None]
-    assert fixed.figures["AP-fixed"] / 100 == pytest.approx(sum(everyone) / len(everyone))
+    assert fixed["figures"]["AP-fixed"] / 100 == pytest.approx(sum(everyone) / len(everyone))
 
 
 @pytest.mark.parametrize("iou_type", IOU_TYPES)
@@ -250,7 +256,7 @@ def test_fixed_ap_is_lvis_api_without_a_limit_per_image(generated, iou_type, tmp
         kept += members[:200]
         assert len(members) > 200 or category == UNSEEN
     theirs, _ = lvis_api(ground_truth, kept, iou_type, tmp_path, max_dets=-1)
-    assert in_units(fixed.figures) == pytest.approx(
+    assert in_units(fixed["figures"]) == pytest.approx(
         {f"{name}-fixed": value for name, value in theirs.items() if name[:2] == "AP"}, abs=1e-6
     )
 
@@ -260,12 +266,13 @@ def test_fixed_ap_counts_what_one_image_has_beyond_300():
     ground_truth = tiny_set()
     detections = [detection(1, 2, [50, 50, 20, 20], 0.9) for _ in range(300)]
     detections += [detection(1, 4, [10, 10, 20, 20], 0.1), detection(2, 4, [10, 10, 20, 20], 0.05)]
-    assert evaluate_lvis(ground_truth, detections).per_category[4] == pytest.approx(100 * 51 / 101)
-    assert fixed_ap(ground_truth, detections).per_category[4] == pytest.approx(100)
+    assert by_category(evaluate_lvis(ground_truth, detections))[4] == pytest.approx(100 * 51 / 101)
+    assert fixed_ap(ground_truth, detections)["per_class"]["AP-fixed"] == [None, pytest.approx(100), None]
     # Exactly 10,000 of a category: one more, the worst, is cut.
     many = [detection(1, 4, [50, 50, 20, 20], 0.9) for _ in range(9_999)]
-    assert fixed_ap(ground_truth, [*many, detection(1, 4, [10, 10, 20, 20], 0.5)]).per_category[4] > 0
-    assert fixed_ap(ground_truth, [*many, many[0], detection(1, 4, [10, 10, 20, 20], 0.5)]).per_category[4] == 0
+    last = detection(1, 4, [10, 10, 20, 20], 0.5)
+    assert fixed_ap(ground_truth, [*many, last])["figures"]["AP-fixed"] > 0
+    assert fixed_ap(ground_truth, [*many, many[0], last])["figures"]["AP-fixed"] == 0
 
 
 def detection(image_id, category_id, box, score, size=(100, 120)):
@@ -306,22 +313,22 @@ def tiny_set(**image_options):
 def test_no_detections_are_zero_and_no_ground_truth_is_none(iou_type):
     evaluation = evaluate_lvis(tiny_set(), [], iou_type)
     missing = {"APm", "APl", "APr", "APf", "ARm", "ARl"}
-    assert evaluation.figures == {name: None if name in missing else 0 for name in FIGURES}
-    assert evaluation.per_category == {2: None, 4: 0, 9: None}
-    fixed = fixed_ap(tiny_set(), [], iou_type).figures
+    assert evaluation["figures"] == {name: None if name in missing else 0 for name in FIGURES}
+    assert by_category(evaluation) == {2: None, 4: 0, 9: None}
+    fixed = fixed_ap(tiny_set(), [], iou_type)["figures"]
     assert (fixed["AP-fixed"], fixed["APr-fixed"]) == (0, None)
 
 
 def test_no_annotations_at_all():
     empty = tiny_set() | {"annotations": []}
-    assert set(evaluate_lvis(empty, [detection(1, 2, [10, 10, 20, 20], 0.5)]).figures.values()) == {None}
+    assert set(evaluate_lvis(empty, [detection(1, 2, [10, 10, 20, 20], 0.5)])["figures"].values()) == {None}
 
 
 def test_only_ignored_objects_are_no_ground_truth():
     ground_truth = tiny_set()
     for annotation in ground_truth["annotations"]:
         annotation["ignore"] = 1
-    assert evaluate_lvis(ground_truth, [detection(1, 4, [10, 10, 20, 20], 0.5)]).figures["AP"] is None
+    assert evaluate_lvis(ground_truth, [detection(1, 4, [10, 10, 20, 20], 0.5)])["figures"]["AP"] is None
 
 
 def test_annotation_ids_do_not_matter():
@@ -330,7 +337,7 @@ def test_annotation_ids_do_not_matter():
     for annotation in ground_truth["annotations"]:
         annotation["id"] = 0
     found = [detection(key, 4, [10, 10, 20, 20], 0.5) for key in (1, 2)]
-    assert evaluate_lvis(ground_truth, found).figures["AP"] == pytest.approx(100)
+    assert evaluate_lvis(ground_truth, found)["figures"]["AP"] == pytest.approx(100)
 
 
 def coco_set(generated):
@@ -367,8 +374,8 @@ def test_coco_format_equals_pycocotools(generated, iou_type):
     precision, recall = theirs.eval["precision"][..., 0], theirs.eval["recall"][..., 0]
     for place, suffix in enumerate(("", "s", "m", "l")):
         for name, values in (("AP", precision[:, :, :, place]), ("AR", recall[:, :, place])):
-            assert ours.figures[name + suffix] / 100 == pytest.approx(values[values > -1].mean(), abs=1e-6)
-    assert [ours.figures[f"AP{group}"] for group in "rcf"] == [None] * 3
+            assert ours["figures"][name + suffix] / 100 == pytest.approx(values[values > -1].mean(), abs=1e-6)
+    assert [ours["figures"][f"AP{group}"] for group in "rcf"] == [None] * 3
 
 
 def test_coco_format_takes_its_groups_from_image_counts(generated):
@@ -376,34 +383,53 @@ def test_coco_format_takes_its_groups_from_image_counts(generated):
     counts = [{"r": 10, "c": 100, "f": 101}[LETTERS[category]] for category in IDS]
     evaluation = evaluate_lvis(ground_truth, detections, image_counts=counts)
     for group in "rcf":
-        members = [evaluation.per_category[key] for key in IDS if LETTERS[key] == group and key != UNSEEN]
-        assert evaluation.figures[f"AP{group}"] == pytest.approx(sum(members) / len(members))
+        members = [by_category(evaluation)[key] for key in IDS if LETTERS[key] == group and key != UNSEEN]
+        assert evaluation["figures"][f"AP{group}"] == pytest.approx(sum(members) / len(members))
     with pytest.raises(InputError, match="image counts of the annotations' 12 categories, got 11"):
         evaluate_lvis(ground_truth, detections, image_counts=counts[1:])
     # The file's own letters come first.
     own = evaluate_lvis(*generated)
-    assert evaluate_lvis(*generated, image_counts=[1] * len(IDS)).figures == own.figures
+    assert evaluate_lvis(*generated, image_counts=[1] * len(IDS))["figures"] == own["figures"]
 
 
-def test_report_and_table():
+def test_reports_and_table():
     found = [detection(1, 4, [10, 10, 20, 20], 0.5)]
-    report = evaluation_report(tiny_set(), found, ["bbox", "segm"], fixed=True)
-    half = pytest.approx(100 * 51 / 101)
-    assert report["groups"] == {
-        "r": {"categories": 1, "with_ground_truth": 0},
-        "c": {"categories": 1, "with_ground_truth": 1},
-        "f": {"categories": 1, "with_ground_truth": 0},
-    }
-    assert [category["id"] for category in report["categories"]] == [2, 4, 9]
-    both = {"AP": half, "AP-fixed": half}
-    assert report["categories"][1] == {"id": 4, "name": "four", "frequency": "c", "bbox": both, "segm": both}
-    assert list(report["figures"]["bbox"]) == FIGURES + [f"{name}-fixed" for name in FIGURES if name[:2] == "AP"]
-    rows = {line.split()[0]: line.split()[1:] for line in table(report["figures"]).splitlines()}
+    reports = evaluation_reports(tiny_set(), found, ["bbox", "segm"], fixed=True)
+    assert list(reports) == ["bbox", "segm"]
+    for report in reports.values():
+        half = pytest.approx(100 * 51 / 101)
+        assert {key: value for key, value in report.items() if key != "figures"} == {
+            "images": 2,
+            "groups": {
+                "split": "LVIS's, by training images: r at most 10, c at most 100, f more",
+                "classes": {"r": 1, "c": 1, "f": 1},
+                "evaluated": {"r": 0, "c": 1, "f": 0},
+            },
+            "classes": ["two", "four", "nine"],
+            "unit": "percent",
+            "per_class": {
+                "id": [2, 4, 9],
+                "group": ["r", "c", "f"],
+                "AP": [None, half, None],
+                "AP-fixed": [None, half, None],
+            },
+        }
+        assert list(report["figures"]) == FIGURES + [f"{name}-fixed" for name in FIGURES if name[:2] == "AP"]
+    rows = {line.split()[0]: line.split()[1:] for line in table(reports).splitlines()}
     assert rows["percent"] == ["bbox", "segm"]
     assert rows["AP"] == rows["APc-fixed"] == ["50.50", "50.50"]
     assert rows["AR"] == ["50.00", "50.00"]
     assert rows["APr"] == rows["APl-fixed"] == ["n/a", "n/a"]
-    json.dumps(report, allow_nan=False)
+    json.dumps(reports, allow_nan=False)
+
+
+def test_a_report_without_letters_and_names_has_null_for_them():
+    ground_truth = tiny_set()
+    ground_truth["categories"] = [{"id": category["id"]} for category in ground_truth["categories"]]
+    report = evaluation_reports(ground_truth, [], ["bbox"])["bbox"]
+    assert report["classes"] == report["per_class"]["group"] == [None, None, None]
+    assert report["per_class"]["AP"] == [None, 0, None]
+    assert report["groups"]["classes"] == report["groups"]["evaluated"] == {"r": 0, "c": 0, "f": 0}
 
 
 BAD = {
@@ -527,13 +553,13 @@ def test_evaluator(registered, tmp_path, with_masks, caplog):
     tasks = ["bbox", "segm"] if with_masks else ["bbox"]
     assert list(results) == tasks
     for task in tasks:
-        expected = evaluate_lvis(ground_truth, saved, task).figures | fixed_ap(ground_truth, saved, task).figures
+        expected = evaluate_lvis(ground_truth, saved, task)["figures"] | fixed_ap(ground_truth, saved, task)["figures"]
         assert results[task] == pytest.approx(
             {k: math.nan if v is None else v for k, v in expected.items()}, nan_ok=True
         )
         assert results[task]["AP"] > 5
-    report = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
-    assert report == json.loads(json.dumps(evaluation_report(ground_truth, saved, tasks, fixed=True)))
+    reports = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
+    assert reports == json.loads(json.dumps(evaluation_reports(ground_truth, saved, tasks, fixed=True)))
     again = evaluator.evaluate()
     for task in tasks:
         assert again[task] == pytest.approx(results[task], nan_ok=True)
@@ -549,8 +575,8 @@ def test_evaluator_without_instances(registered, tmp_path):
     for task in ("bbox", "segm"):
         assert results[task]["AP"] == results[task]["APc"] == results[task]["AR"] == 0
         assert math.isnan(results[task]["APr"])
-    report = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
-    assert report["figures"]["bbox"]["APr"] is None
+    reports = json.loads((tmp_path / "out" / "lvis_results.json").read_text())
+    assert reports["bbox"]["figures"]["APr"] is None
     assert json.loads((tmp_path / "out" / "lvis_instances_results.json").read_text()) == []
 
 
@@ -603,16 +629,16 @@ def saved(tmp_path, generated):
 def test_command(saved, generated, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main([*saved, "--fixed-ap", "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert report == json.loads(json.dumps(evaluation_report(*generated, IOU_TYPES, fixed=True)))
-    assert capsys.readouterr().out == table(report["figures"]) + "\n"
+    reports = json.loads(out.read_text())
+    assert reports == json.loads(json.dumps(evaluation_reports(*generated, IOU_TYPES, fixed=True)))
+    assert capsys.readouterr().out == table(reports) + "\n"
     again = [*saved, "--iou-type", "bbox", "--max-dets", "20", "--out", str(out)]
     assert main(again) == 2
     assert "exists; add --force to replace it" in capsys.readouterr().err
     assert main([*again, "--force"]) == 0
-    assert json.loads(out.read_text())["figures"] == {
-        "bbox": pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20).figures)
-    }
+    reports = json.loads(out.read_text())
+    assert list(reports) == ["bbox"]
+    assert reports["bbox"]["figures"] == pytest.approx(evaluate_lvis(*generated, "bbox", max_dets=20)["figures"])
 
 
 def test_command_takes_image_counts(tmp_path, capsys):
@@ -633,7 +659,7 @@ def test_command_takes_image_counts(tmp_path, capsys):
     [
         (None, "expected detections at .* there is no such file"),
         ("[{", "expected detections as JSON in"),
-        ("{}", "expected a list of detections in .* got dict; give the detections first"),
+        ("{}", "expected a list of detections, got dict; give the detections first"),
         ("[1]", "of each detection, got no"),
         (json.dumps([detection(77, 4, [1, 1, 5, 5], 0.5)]), "only images and categories that the annotations list"),
         (json.dumps([detection(1000, 4, [1, 1, 5, 5], 0.5)]), "only images and categories that the annotations list"),
