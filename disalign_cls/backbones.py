@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -41,16 +42,16 @@ def _features(layers: nn.Sequential, width: int) -> nn.Module:
 
 
 OWN: dict[str, Callable[..., nn.Module]] = {
-    "cifar_resnet20": lambda **options: _cifar_resnet(20, **options),
-    "cifar_resnet32": lambda **options: _cifar_resnet(32, **options),
+    "cifar_resnet20": partial(_cifar_resnet, 20),
+    "cifar_resnet32": partial(_cifar_resnet, 32),
     "small_cnn": _small_cnn,
-    "resnext152_32x4d": lambda **options: ResNet(
+    "resnext152_32x4d": partial(
+        ResNet,
         Bottleneck,  # type: ignore[arg-type]  # timm means the class
         (3, 8, 36, 3),
         num_classes=0,
         cardinality=32,
         base_width=4,
-        **options,
     ),
 }
 
@@ -66,10 +67,10 @@ def build_backbone(name: str, pretrained: bool = False, **options: Any) -> Any:
     Raises:
         InputError: an unknown name, or ``pretrained`` where there is none.
     """
-    if name in OWN and not pretrained:
-        return OWN[name](**options)
     if name in OWN:
-        raise InputError(f"expected pretrained=False for {name!r}, which has no public weights")
+        if pretrained:
+            raise InputError(f"expected pretrained=False for {name!r}, which has no public weights")
+        return OWN[name](**options)
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, [*OWN, *timm.list_models()])
         raise InputError(f"expected the name of a timm model or one of {some(OWN)}, got {name!r}; close: {some(close)}")

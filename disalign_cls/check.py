@@ -34,17 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(config: Config, name: str, list_all: bool, classes: Sequence[str] | None = None) -> Any:
-    """Print one line on a dataloader's dataset, or on what is wrong with it; return it if it is complete, else None.
-
-    ``classes`` are the training set's names.
-    """
+    """Print one line on a dataloader's dataset, or on what is wrong with it; return it if it is complete, else None."""
     try:
         with config_errors(config.filename):
             if config.get(name) is None:
                 raise InputError(f"expected {name} in the config, got none")
             dataset = DATASETS.build(config[name].dataset)
             require_same_classes(classes, dataset.metainfo["classes"], f"the {dataset.metainfo['split']} set")
-            _require_classes(config, dataset, name)
+            known, found = config.get("model", {}).get("num_classes", 0), dataset.num_classes
+            # An evaluated list may lack the last classes.
+            if found > known or (found < known and name.startswith("train")):
+                raise InputError(
+                    f"expected a dataset of as many classes as the model, whose num_classes is {known}, got {found}; "
+                    "correct the one or the other"
+                )
     except InputError as error:
         print(f"{name}: {error}")
         if list_all and isinstance(error, MissingFilesError):
@@ -60,16 +63,6 @@ def check(config: Config, name: str, list_all: bool, classes: Sequence[str] | No
         f"per class{groups}"
     )
     return dataset
-
-
-def _require_classes(config, dataset, name) -> None:
-    classes, found = config.get("model", {}).get("num_classes", 0), dataset.num_classes
-    # An evaluated list may lack the last classes.
-    if found > classes or (found < classes and name.startswith("train")):
-        raise InputError(
-            f"expected a dataset of as many classes as the model, whose num_classes is {classes}, got {found}; correct "
-            "the one or the other"
-        )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,7 @@ def without_pretrained(config: Config, args: argparse.Namespace | None = None) -
 
 
 def load_model(config: Config, path: str) -> tuple[nn.Module, dict]:
-    """The config's model with a checkpoint's tensors, all of them and no others, in eval mode; and the checkpoint.
-
-    Raises:
-        InputError: a config that can't be built, or no checkpoint of its model.
-    """
+    """The config's model with a checkpoint's tensors, all of them and no others, in eval mode; and the checkpoint."""
     checkpoint = load_file(path)
     model = build_model(config)
     load_whole(model, checkpoint, path)
@@ -31,11 +27,7 @@ def load_model(config: Config, path: str) -> tuple[nn.Module, dict]:
 
 
 def build_model(config: Config) -> nn.Module:
-    """The config's model, without any weights.
-
-    Raises:
-        InputError: a config that can't be built.
-    """
+    """The config's model, without any weights."""
     with config_errors(config.filename):
         without_pretrained(config)
         return MODELS.build(config.model)

@@ -3,16 +3,16 @@
 OUT ends in .pt (TorchScript: Python and C++) or .onnx (ONNX: onnxruntime and others); it then runs without this
 package. In go uint8 images (N, C, H, W) in 0..255, RGB or gray, resized and cropped as in evaluation (TorchScript takes
 floats too); out come scores (N, K), before the softmax. Class names, class counts and rho lie within as JSON: in
-TorchScript's extra file "disalign.json", in ONNX's metadata as "disalign". The file is read back and must give the
-model's own scores, for several batches and, where the backbone takes them, sizes of images.
+TorchScript's extra file "disalign.json", in ONNX's metadata as "disalign". Before it is written, it is loaded and must
+give the model's own scores, for several batches and, where the backbone takes them, sizes of images.
 """
 
 import io
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config_errors(config.filename):
         size = image_size(config) if args.size is None else args.size
         deployed = Deployed(model, config.model.get("data_preprocessor") or {}).eval().requires_grad_(False)
-        batches = example_batches(model, config.model.backbone.get("in_chans", 3), size)
+        batches, expected = examples(model, config.model.backbone.get("in_chans", 3), size)
     facts = {
         "disalign": disalign.__version__,
         "class_names": class_names(checkpoint),
@@ -62,44 +62,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "transforms": [dict(one) for one in config.test_dataloader.dataset.get("transforms", ())],
     }
     export, load = FORMATS[suffix]
-    with warnings.catch_warnings(), atomic_file(args.out, "w+b") as file:
-        warnings.simplefilter("ignore")  # the exporters' about themselves
-        with exporting(suffix):
-            content = export(deployed, batches, json.dumps(facts))
-        file.write(content)
-        file.seek(0)
-        with exporting(suffix):
-            run = load(file.read())
-            exported = [run(images) for images in batches] if run else None
-        if exported:
-            difference = largest_difference(exported, [scores(model, images) for images in batches])
-    sizes = "any size that the backbone takes" if takes_sizes(batches) else "no other size"
-    print(f"wrote {args.out} ({len(content) / 1e6:.1f} MB) for images of {size} x {size} and {sizes}")
-    if exported:
-        print(f"largest difference to the model's own scores: {difference:.1e} of the largest score")
-    else:
-        print("not compared with the model's own scores, for want of onnxruntime: pip install onnxruntime")
-
-
-@contextmanager
-def exporting(suffix: str) -> Iterator[None]:
-    """An exporter and its runtime fail as they like: in one sentence then."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters' about themselves
+            content = export(deployed, batches, json.dumps(facts))
+            run = load(content)
+            difference = largest_difference([run(images) for images in batches], expected) if run else None
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # an exporter and its runtime fail as they like
         raise InputError(
             f"expected a model that can be exported to {suffix}, but: {first_line(error)}; try the other format"
         ) from error
+    with atomic_file(args.out) as file:
+        file.write(content)
+    sizes = "any size that the backbone takes" if len(batches) > 2 else "no other size"
+    print(f"wrote {args.out} ({len(content) / 1e6:.1f} MB) for images of {size} x {size} and {sizes}")
+    if difference is None:
+        print("not compared with the model's own scores, for want of onnxruntime: pip install onnxruntime")
+    else:
+        print(f"largest difference to the model's own scores: {difference:.1e} of the largest score")
 
 
 def image_size(config: Config) -> int:
-    """Height and width that the config evaluates at.
-
-    Raises:
-        InputError: it resizes or crops to none.
-    """
+    """Height and width that the config evaluates at."""
     for transform in reversed(config.test_dataloader.dataset.get("transforms", ())):
         if isinstance(transform.get("size"), int):
             return transform["size"]
@@ -107,16 +93,9 @@ def image_size(config: Config) -> int:
 
 
 class Deployed(nn.Module):
-    """Pixels to scores: normalisation, backbone and classifier.
+    """Pixels (N, C, H, W) in 0..255 to scores (N, K): an ImageClassifier with its normalisation.
 
-    Args:
-        model: a :class:`disalign_cls.classifiers.ImageClassifier`.
-        preprocessor: the config of its data preprocessor.
-
-    Shapes: images (N, C, H, W) in 0..255; returns (N, K).
-
-    Raises:
-        InputError: a preprocessor that does more than normalise.
+    ``preprocessor`` is the config of its data preprocessor; one that does more than normalise is refused.
     """
 
     mean: Tensor
@@ -128,8 +107,7 @@ class Deployed(nn.Module):
         if more:
             raise InputError(f"expected mean and std in data_preprocessor, got {', '.join(sorted(more))}; leave it out")
         for name, default in (("mean", 0.0), ("std", 1.0)):
-            values = torch.tensor(preprocessor.get(name) or [default], dtype=torch.float32)
-            self.register_buffer(name, values.view(-1, 1, 1))
+            self.register_buffer(name, getattr(model.data_preprocessor, name, torch.tensor(default)))
         self.backbone = model.backbone
         self.classifier = model.classifier
 
@@ -138,53 +116,36 @@ class Deployed(nn.Module):
 
 
 @torch.no_grad()
-def scores(model: BaseModel, images: Tensor) -> Tensor:
-    """The model's own, by its own data preprocessor."""
-    return model(model.data_preprocessor({"inputs": images, "data_samples": None})["inputs"])
-
-
-def example_batches(model: BaseModel, channels: int, size: int) -> list[Tensor]:
-    """Random uint8 images: batches of 5 and 1, and one of another size if the model takes it.
-
-    Raises:
-        InputError: it does not take the size itself.
-    """
+def examples(model: BaseModel, channels: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Random uint8 images and the model's own scores of them: 5 and 1, and 2 of another size if the model takes it."""
     if size < 1:
         raise InputError(f"expected a size of at least 1 pixel, got {size}")
     random = torch.Generator().manual_seed(0)
+    batches, scores = [], []
 
-    def images(number, height, width):
-        return torch.randint(0, 256, (number, channels, height, width), dtype=torch.uint8, generator=random)
+    def add(number, height, width):
+        images = torch.randint(0, 256, (number, channels, height, width), dtype=torch.uint8, generator=random)
+        scores.append(model(model.data_preprocessor({"inputs": images, "data_samples": None})["inputs"]))
+        batches.append(images)
 
     try:
-        batches, other = [images(5, size, size), images(1, size, size)], images(2, size + 32, size + 64)
-        expected = scores(model, batches[0])
+        add(5, size, size)
+        add(1, size, size)
     except Exception as error:  # a backbone fails as it likes
         raise InputError(
             f"expected a backbone that takes images of {size} x {size}, but: {first_line(error)}; give their --size"
         ) from error
-    if not expected.isfinite().all():
+    if not scores[0].isfinite().all():
         raise InputError(
             "expected finite scores from the model itself, got NaN or infinity; look at the std, the weights"
         )
-    try:
-        scores(model, other)
-    except Exception:
-        return batches
-    return [*batches, other]
-
-
-def takes_sizes(batches: list[Tensor]) -> bool:
-    """Whether the model takes images of several sizes."""
-    return len({images.shape[2:] for images in batches}) > 1
+    with suppress(Exception):
+        add(2, size + 32, size + 64)
+    return batches, scores
 
 
 def largest_difference(exported: list[Tensor], expected: list[Tensor]) -> float:
-    """Between an exported model's scores and its own, batch by batch, relative to the largest of its own.
-
-    Raises:
-        InputError: it is too large.
-    """
+    """Between an exported model's scores and its own, batch by batch, relative to the largest of its own."""
     # The maximum of tensors lets a NaN through.
     pairs = zip(exported, expected, strict=True)
     worst = float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
@@ -212,7 +173,7 @@ def to_onnx(deployed: nn.Module, batches: list[Tensor], facts: str) -> bytes:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise InputError(f"expected {' and '.join(missing)} to write ONNX, got none; pip install {' '.join(missing)}")
-    axes = {0: "N", 2: "H", 3: "W"} if takes_sizes(batches) else {0: "N"}
+    axes = {0: "N", 2: "H", 3: "W"} if len(batches) > 2 else {0: "N"}
     program: Any = torch.onnx.export(
         deployed,
         (batches[0],),

@@ -36,16 +36,12 @@ class ClassCountsHook(Hook):
         model.set_class_counts(counts)
         self._classes = dataset.metainfo["classes"]
         if runner.val_loop is not None:
-            self._tell(runner, runner.val_loop)
+            self._before_epoch(runner, "val")
 
-    def before_val(self, runner: Runner) -> None:
-        self._tell(runner, runner.val_loop)
-
-    def before_test(self, runner: Runner) -> None:
-        self._tell(runner, runner.test_loop)
-
-    def _tell(self, runner, loop) -> None:
-        model = unwrapped(runner.model)
+    def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
+        if mode == "train":
+            return
+        loop, model = getattr(runner, f"{mode}_loop"), unwrapped(runner.model)
         dataset = loop.dataloader.dataset
         require_same_classes(self._classes, dataset.metainfo["classes"], f"the {dataset.metainfo['split']} set")
         for metric in loop.evaluator.metrics:
@@ -87,15 +83,11 @@ class BroadcastBuffersHook(Hook):
 class ResultsHook(Hook):
     """Writes the last evaluation in full, per class, to ``results_{split}.json`` in the work folder."""
 
-    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        self._write(runner, runner.val_evaluator)
-
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        self._write(runner, runner.test_evaluator)
-
     @master_only
-    def _write(self, runner, evaluator) -> None:
-        for metric in evaluator.metrics:
+    def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
+        if mode == "train":
+            return
+        for metric in getattr(runner, f"{mode}_evaluator").metrics:
             report = getattr(metric, "report", None)
             if report:
                 write_json(os.path.join(runner.work_dir, f"results_{report['split']}.json"), report)

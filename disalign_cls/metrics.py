@@ -65,11 +65,11 @@ class LongTailAccuracy(BaseMetric):
         self.results.extend({name: value.numpy() for name, value in sample.items()} for sample in data_samples)
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
-        labels = np.stack([result["label"] for result in results])
-        figures, per_class = self._figures(labels, np.stack([result["top"] for result in results]))
+        found = {name: np.stack([result[name] for result in results]) for name in results[0]}
+        figures, per_class = self._figures(found["label"], found["top"])
         before = before_per_class = None
-        if self.stage_one and "stage_one" in results[0]:
-            before, before_per_class = self._figures(labels, np.stack([result["stage_one"] for result in results]))
+        if self.stage_one and "stage_one" in found:
+            before, before_per_class = self._figures(found["label"], found["stage_one"])
         meta = self.dataset_meta or {}
         self.report = report(
             figures,

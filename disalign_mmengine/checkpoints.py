@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import barrier, is_main_process
-from torch import Tensor, nn
+from torch import nn
 
 from disalign import InputError, load_file
 from disalign.errors import first_line
@@ -26,11 +26,7 @@ RECORDS: dict[str, type | tuple[type, ...]] = {
 def load_checkpoint(source: str | os.PathLike) -> dict:
     """Read a checkpoint of MMEngine's, on the CPU, log buffers left out (``weights_only`` stays on).
 
-    Args:
-        source: a file, or an http(s) address, whose file torch keeps in its hub folder.
-
-    Raises:
-        InputError: see :func:`disalign.load_file`; or a download that fails.
+    ``source`` is a file, or an http(s) address, whose file torch keeps in its hub folder.
     """
     source = os.fspath(source)
     if not source.startswith(("http://", "https://")):
@@ -56,15 +52,8 @@ def load_checkpoint(source: str | os.PathLike) -> dict:
 
 
 def load_whole(model: nn.Module, checkpoint: dict, name: str) -> None:
-    """Load a checkpoint that holds exactly the model's tensors, or nothing.
-
-    Args:
-        name: of the file, for the message.
-
-    Raises:
-        InputError: a tensor is missing, mis-shaped, not finite or unknown.
-    """
-    tensors: dict[str, Tensor] = state_dict_of(checkpoint)
+    """Load a checkpoint (``name`` is its file's) that holds exactly the model's tensors, or nothing."""
+    tensors = state_dict_of(checkpoint)
     try:
         require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {name!r}")
     except InputError as error:

@@ -49,12 +49,7 @@ Adapt = Callable[[Config, argparse.Namespace], None]
 
 
 def command_to_train(doc: str, adapt: Adapt = lambda config, args: None) -> Callable:
-    """The ``main`` of a command that trains.
-
-    Args:
-        doc: its help.
-        adapt: called with the config and the parsed arguments before the Runner is built.
-    """
+    """The ``main`` of a command that trains; ``adapt`` may change the config before the Runner is built."""
 
     @command
     def main(argv=None):
@@ -99,11 +94,7 @@ def _runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def load_config(path: str, options: dict) -> Config:
-    """Read a config and set ``options`` in it.
-
-    Raises:
-        InputError: no such file, a file that is no config, or an option whose first word the config does not know.
-    """
+    """Read a config and set ``options`` in it, whose first words must be keys of the config or of the Runner."""
     path = find_config(path)
     with config_errors(path, (Exception,)):  # a config is Python: anything may come
         config = Config.fromfile(path)
@@ -116,56 +107,39 @@ def load_config(path: str, options: dict) -> Config:
     return config
 
 
-def prepare(config: Config, args: argparse.Namespace) -> None:
-    """Write the parsed arguments into the config; on CPUs the processes will speak gloo.
-
-    Raises:
-        InputError: a work folder that nothing can be written to, nothing to resume, or a launcher that can't be used.
-    """
+def build_runner(config: Config, args: argparse.Namespace) -> Runner:
+    """The config's Runner for the parsed arguments; whatever it can't start from is said before it opens its logs."""
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
-    if os.path.isfile(config.work_dir):
-        raise InputError(f"expected a folder as --work-dir, but {config.work_dir!r} is a file; give another")
     require_folder(config.work_dir)
+    path = to_resume(config.work_dir) if config.get("resume") else stage_one_of(config)
     if config.get("resume"):
-        # Its own latest checkpoint, whatever load_from says: mmengine would resume that.
-        config.load_from = to_resume(config.work_dir)
-    if args.launcher == "pytorch" and "RANK" not in os.environ:
+        config.load_from = path  # mmengine would resume what load_from says
+    _launch(config)
+    if path and "://" not in path:
+        load_checkpoint(path)
+    with config_errors(config.filename):
+        return RUNNERS.build(config)
+
+
+def _launch(config) -> None:
+    if config.launcher == "pytorch" and "RANK" not in os.environ:
         raise InputError(
             "expected a process of torchrun for --launcher pytorch, got one of its own; start it with torchrun "
             "--nproc_per_node N -m, or leave out --launcher"
         )
-    if args.launcher != "none" and not torch.cuda.is_available():
-        # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
-        if args.launcher == "slurm":
-            raise InputError(
-                "expected a GPU for --launcher slurm, got none; on CPUs use torchrun and --launcher pytorch"
-            )
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-
-
-def build_runner(config: Config, args: argparse.Namespace) -> Runner:
-    """The config's Runner for the parsed arguments; what it starts from is read once beforehand.
-
-    Raises:
-        InputError: see :func:`prepare`; a checkpoint that can't be read; or a config that can't be built.
-    """
-    prepare(config, args)
-    path = config.get("load_from") if config.get("resume") else stage_one_of(config)
-    if path and "://" not in path:
-        load_checkpoint(path)  # said before the Runner opens its log folder
-    with config_errors(config.filename):
-        return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    if config.launcher == "none" or torch.cuda.is_available():
+        return
+    if config.launcher == "slurm":
+        raise InputError("expected a GPU for --launcher slurm, got none; on CPUs use torchrun and --launcher pytorch")
+    # mmengine would pick a CUDA device for the rank; joining the group first leaves it nothing to do.
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
 
 
 def train(runner: Runner, config: Config) -> None:
-    """Train, with everything built first, data and all: whatever does not fit is said before the first step.
-
-    Raises:
-        InputError: a config that can't be built, or a disk that has become full.
-    """
+    """Train, with everything built first, data and all: whatever does not fit is said before the first step."""
     if config.get("val_dataloader") is not None and config.train_cfg.get("val_interval") == 0:
         raise InputError("expected 1 or more as train_cfg.val_interval, got 0; for no evaluation, name a large one")
     with config_errors(config.filename):

@@ -119,11 +119,7 @@ class StageTwoHook(Hook):
 
 
 def stage_one_of(config: Config) -> str | None:
-    """The stage-one checkpoint of a training config: ``stage_one``, or ``load_from``, which is another name for it.
-
-    Raises:
-        InputError: both are given and differ.
-    """
+    """The stage-one checkpoint of a training config: ``stage_one``, or ``load_from``, which is another name for it."""
     stage_one, load_from = config.get("stage_one"), config.get("load_from")
     if stage_one and load_from and stage_one != load_from:
         raise InputError(
@@ -134,11 +130,7 @@ def stage_one_of(config: Config) -> str | None:
 
 
 def hand_over(runner: Runner, model: nn.Module) -> None:
-    """Load the config's stage one into stage two's model, strictly (:func:`disalign.load_stage_one`).
-
-    Raises:
-        InputError: there is none, it does not fit, or it was trained on other classes.
-    """
+    """Load the config's stage one, trained on the same classes, strictly into stage two's model."""
     path = stage_one_of(runner.cfg)
     if not path:
         raise InputError("expected the stage-one checkpoint, got none; give it: --cfg-options stage_one=FILE")

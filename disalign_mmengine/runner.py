@@ -81,11 +81,7 @@ class DisAlignRunner(Runner):
 
 
 def to_resume(work_dir: str) -> str:
-    """The checkpoint to resume in a work folder, see :func:`.saving.latest_checkpoint`.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The checkpoint to resume in a work folder; one without any is refused."""
     path = latest_checkpoint(work_dir)
     if path is None:
         raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")

@@ -117,9 +117,6 @@ def latest_checkpoint(work_dir: str) -> str | None:
         named = folder / (folder / LAST).read_text().partition("\0")[0].strip()
     except (OSError, UnicodeDecodeError):
         named = folder
-    found = [named, folder / named.name, *sorted(_numbered(folder), key=os.path.getmtime, reverse=True)]
+    numbered = [*folder.glob("epoch_*.pth"), *folder.glob("iter_*.pth")]
+    found = [named, folder / named.name, *sorted(numbered, key=os.path.getmtime, reverse=True)]
     return next((str(path) for path in found if zipfile.is_zipfile(path)), None)
-
-
-def _numbered(folder):
-    return (path for pattern in ("epoch_*.pth", "iter_*.pth") for path in folder.glob(pattern))

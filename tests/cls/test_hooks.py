@@ -131,7 +131,7 @@ def test_an_option_that_is_no_key_and_value_exits_with_status_2(option, capsys):
 def test_a_work_folder_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "taken").write_text("mine")
     assert train.main([BASELINE["linear"], "--work-dir", str(tmp_path / "taken"), "--cfg-options", PLAIN]) == 2
-    assert "error: expected a folder as --work-dir, but" in capsys.readouterr().err
+    assert "error: expected a place to write" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
 
 
