@@ -41,7 +41,6 @@ from .class_counts import training_image_counts
 from .config import add_disalign_config
 from .data_check import check_data, require_data
 from .datasets import CheckedMapper, register_from_config
-from .fast_rcnn import DisAlignOutputLayers
 from .freezing import build_model
 from .hooks import StageTwoHook
 from .lvis_evaluation import DisAlignLVISEvaluator
@@ -66,10 +65,6 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         with ddp_without_device_ids() if cfg.MODEL.DEVICE == "cpu" else nullcontext():
             super().__init__(cfg)
-        if cfg.MODEL.DISALIGN.CALIBRATE:
-            for module in self.model.modules():
-                if isinstance(module, DisAlignOutputLayers):
-                    module.resolve_class_counts()
 
     build_model = staticmethod(build_model)
 

@@ -179,6 +179,8 @@ def test_a_stage_two_file_is_no_stage_one(models, tmp_path):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_no_weights_are_refused_where_they_are_needed(models, tmp_path, stage):
     refused(evaluate, models[stage], "", tmp_path, r"expected a checkpoint to evaluate as MODEL\.WEIGHTS, got an empty")
+    with pytest.raises(InputError, match="expected a checkpoint to evaluate"):
+        DisAlignCheckpointer(models[stage]).load("")
     if stage:
         sentence = r"expected the stage-one checkpoint as MODEL\.WEIGHTS, got an empty one; add MODEL\.WEIGHTS FILE"
         refused(start, models[stage], "", tmp_path, sentence)

@@ -95,6 +95,12 @@ def test_the_key_is_stage_ones_alone(dataset, tmp_path):
     assert key(two, name) == first
 
 
+def test_the_key_is_the_same_within_ddp(dataset):
+    two, wrapper = stages()[1], torch.nn.Module()
+    wrapper.module = two
+    assert key(wrapper, dataset[0]) == key(two, dataset[0])
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -56,8 +56,11 @@ def moved(state):
 
 def own_figures(folder, sub="inference"):
     """What an evaluation left in its folder, as results.json has it."""
-    reports = json.loads((folder / sub / "lvis_results.json").read_text())
-    return {task: report["figures"] for task, report in reports.items()}
+    return figures_of(folder / sub / "lvis_results.json")
+
+
+def figures_of(path):
+    return {task: report["figures"] for task, report in json.loads(path.read_text()).items()}
 
 
 class StoppedError(Exception):
@@ -345,8 +348,7 @@ def test_saved_detections_evaluate_to_the_same_figures(tiny, tmp_path):
     detections = tiny.two / "inference" / "lvis_instances_results.json"
     out = tmp_path / "report.json"
     assert evaluate.main([str(detections), tiny.data["val"][1], "--out", str(out)]) == 0
-    found = {task: report["figures"] for task, report in json.loads(out.read_text()).items()}
-    assert found == figures(tiny.two)[tiny.data["val"][0]]["disalign"]
+    assert figures_of(out) == figures(tiny.two)[tiny.data["val"][0]]["disalign"]
 
 
 @pytest.mark.parametrize("shift", [0, 5])
