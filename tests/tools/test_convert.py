@@ -154,7 +154,7 @@ def test_safetensors(tmp_path, capsys):
     path.write_bytes(b"nothing")
     out = tmp_path / "new.pth"
     assert "whole .safetensors" in refused(capsys, tmp_path, path, out, "--to", "timm")
-    assert "no such file" in refused(capsys, tmp_path, tmp_path / "none.safetensors", out, "--to", "timm")
+    assert "No such file" in refused(capsys, tmp_path, tmp_path / "none.safetensors", out, "--to", "timm")
 
 
 class Unknown:
@@ -168,7 +168,7 @@ def test_more_than_tensors_needs_trust(tmp_path, capsys):
     assert "Unknown" in sentence
     assert "--trust-checkpoint" in sentence
     assert same(converted(path, tmp_path, "--trust-checkpoint"), state)
-    assert "was unpickled in full" in capsys.readouterr().out
+    assert "is unpickled in full" in capsys.readouterr().out
     pickled = tmp_path / "source.pkl"
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
     pickled.write_bytes(pickle.dumps({"model": arrays, "hook": Unknown()}))
@@ -278,8 +278,11 @@ def test_the_stand_ins_keep_nothing_and_call_nothing(tmp_path):
         ({"epoch": 3}, "expected tensors in '{path}', got epoch;"),
         ({"something.weight": torch.ones(2)}, "are of none"),
         ({"a": tiny(), "b": tiny()}, "got several: a, b"),
-        ({"state_dict": 3, "state_dict_ema": tiny()}, "averaged ones alone (state_dict_ema); add --ema"),
-        ({"ema_state_dict": tiny()}, "averaged ones alone (ema_state_dict); add --ema"),
+        (
+            {"state_dict": 3, "state_dict_ema": tiny()},
+            "got averaged ones; add --ema for the averaged ones (state_dict_ema)",
+        ),
+        ({"ema_state_dict": tiny()}, "got averaged ones; add --ema for the averaged ones (ema_state_dict)"),
         ({"fc.weight": torch.ones(5, 4), "fc.bias": torch.ones(5)}, "expected a trunk beside the classifier"),
     ],
     ids=[
