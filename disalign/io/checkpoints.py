@@ -67,9 +67,7 @@ def _verify(path: str) -> None:
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(
-                    f"{record.filename} is compressed: convert TorchScript with --trust-checkpoint"
-                )
+                raise zipfile.BadZipFile(f"{record.filename} is compressed; convert TorchScript by --trust-checkpoint")
             if record.CRC:  # torch can be told to leave them out
                 with archive.open(record) as file:
                     while file.read(1 << 20):

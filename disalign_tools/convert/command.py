@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tensors, computed = split(tensors, COMPUTED)
         dropped += computed
     content = source.parse(tensors, args.scale, args.classifier)
-    layers = content.classifiers
+    layers, where = content.classifiers, f" in {args.source!r}"
     for layer in layers:
-        layer.require_shapes()
+        layer.require_fit(where)
     targets.require_fit(source.task, content.heading, args.to)
     _require_use(content, source.task, args)
     _require_places(content, tensors)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(fit)
     print(f"{args.dest}: {len(result)} tensors for --to {args.to}; read back, {compared}")
     for layer in layers:
-        if layer.in_sequence:
+        if layer.stock_line:
             print(f"before loading it: {layer.stock_line}")
 
 

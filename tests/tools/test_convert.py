@@ -16,9 +16,9 @@ import pytest
 import torch
 from core.malicious import Malicious
 
-from disalign import CosineClassifier, calibrate_classifier
+from disalign import CosineClassifier, calibrate_classifier, folding
 from disalign.cli import find_config
-from disalign_tools.convert import classifier, command, formulas, main, resnet, targets
+from disalign_tools.convert import command, formulas, main, resnet, targets
 from disalign_tools.convert.sources import SOURCES
 from disalign_tools.convert.sources.frame import linear
 
@@ -633,13 +633,13 @@ def test_one_class_wrong_and_errors_that_cancel_are_refused(wrong, fault, tmp_pa
         state |= {f"{base}.weight": weight, f"{base}.bias": torch.zeros(5)}
         state |= {f"{base}.calibration.magnitude": torch.ones(4), f"{base}.calibration.margin": torch.zeros(4)}
     path, out = saved(tmp_path, {"model": state}), tmp_path / "out.pth"
-    stages, stock = iter(range(3)), classifier.fold_tensors
+    stages, stock = iter(range(3)), folding.fold_tensors
 
     def faulty(*arguments, **options):
         weight, bias = stock(*arguments, **options)
         return weight, bias + torch.tensor(FAULTS[fault]) * (next(stages) in wrong)
 
-    monkeypatch.setattr(classifier, "fold_tensors", faulty)
+    monkeypatch.setattr(folding, "fold_tensors", faulty)
     assert "they differ by" in refused(capsys, tmp_path, path, out, "--to", "d2", "--fold")
     monkeypatch.undo()
     assert run(path, out, "--to", "d2", "--fold") == 0
@@ -743,7 +743,7 @@ def test_a_cosine_classifier_that_is_not_calibrated_folds_too(tmp_path, capsys):
     path = saved(tmp_path, {"state_dict": {"backbone.conv1.weight": torch.ones(4, 3, 1, 1)} | state})
     converted(path, tmp_path, "--fold", "--classifier", "fc")
     x = torch.randn(6, 4, dtype=torch.float64)
-    stock = classifier.stock_cosine(4, 5)
+    stock = torch.nn.Sequential(torch.nn.RMSNorm(4, eps=1e-20, elementwise_affine=False), torch.nn.Linear(4, 5))
     tensors = torch.load(tmp_path / "out.pth", weights_only=True)
     stock.load_state_dict({name.removeprefix("fc."): t for name, t in tensors.items() if name.startswith("fc.")})
     assert_scores(stock, x, cosine_by_hand(x, layer.weight, 7.0))
@@ -759,7 +759,7 @@ def test_half_a_calibration_is_refused(tmp_path, capsys):
         assert "a whole calibration" in sentence
     state["classifier.calibration.margin"] = torch.zeros(6)
     path = saved(tmp_path, {"state_dict": state})
-    assert "expected 5 numbers in classifier.calibration.margin" in refused(capsys, tmp_path, path, out, "--to", "cls")
+    assert "classifier.calibration.margin ([6], not [5])" in refused(capsys, tmp_path, path, out, "--to", "cls")
 
 
 @pytest.mark.parametrize("scale", ["0", "-3", "nan", "inf"])
