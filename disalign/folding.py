@@ -107,7 +107,7 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
         )
     width, outputs = sizes(classifier)
     scale = classifier.scale.detach().double() / width**0.5 if isinstance(classifier, CosineClassifier) else None
-    bias = cast(nn.Linear, classifier).bias if scale is None else None
+    bias: Tensor | None = cast(nn.Linear, classifier).bias if scale is None else None
     magnitude, margin, passthrough = calibration.magnitude, calibration.margin, calibration.passthrough
     weight, bias = fold_tensors(classifier.weight, bias, magnitude, margin, passthrough, scale)
     layer = nn.Conv2d(width, outputs, 1) if weight.dim() == 4 else nn.Linear(width, outputs)
