@@ -283,8 +283,10 @@ def test_a_classifier_named_by_hand(tmp_path, capsys):
     state = {name.replace("fc.", "top."): tensor for name, tensor in tiny().items()}
     path, out = saved(tmp_path, state), tmp_path / "out.pth"
     assert "--classifier" in refused(capsys, tmp_path, path, out, "--to", "cls")
-    assert "no none.weight" in refused(capsys, tmp_path, path, out, "--to", "cls", "--classifier", "none")
-    assert "shape (4, 3, 1, 1)" in refused(capsys, tmp_path, path, out, "--to", "cls", "--classifier", "conv1")
+    for name in ("bottom", "conv1"):
+        sentence = refused(capsys, tmp_path, path, out, "--to", "cls", "--classifier", name)
+        assert f"one linear layer named {name}, got none" in sentence
+        assert "top.weight, top.bias" in sentence
     assert run(path, out, "--to", "cls", "--classifier", "top") == 0
     assert run(out, tmp_path / "back.pth", "--to", "timm", "--classifier", "top") == 0
     assert torch.load(tmp_path / "back.pth", weights_only=True).keys() == state.keys()
