@@ -106,30 +106,16 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
             "stock layer does; export the model instead (TorchScript, ONNX)"
         )
     width, outputs = sizes(classifier)
-    cosine = isinstance(classifier, CosineClassifier)
-    weight, bias = fold_tensors(
-        classifier.weight,
-        None if cosine else cast(nn.Linear, classifier).bias,
-        calibration.magnitude,
-        calibration.margin,
-        calibration.passthrough,
-        scale=classifier.scale.detach().double() / width**0.5 if isinstance(classifier, CosineClassifier) else None,
-    )
-    stock: nn.Module = nn.Conv2d(width, outputs, 1) if weight.dim() == 4 else nn.Linear(width, outputs)
-    if cosine:
-        stock = stock_cosine(width, outputs)
-    linear = stock[1] if isinstance(stock, nn.Sequential) else stock
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    scale = classifier.scale.detach().double() / width**0.5 if isinstance(classifier, CosineClassifier) else None
+    bias: Tensor | None = cast(nn.Linear, classifier).bias if scale is None else None
+    magnitude, margin, passthrough = calibration.magnitude, calibration.margin, calibration.passthrough
+    weight, bias = fold_tensors(classifier.weight, bias, magnitude, margin, passthrough, scale)
+    layer = nn.Conv2d(width, outputs, 1) if weight.dim() == 4 else nn.Linear(width, outputs)
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    # Nothing beside the square of a norm that a cosine classifier divides by; zero stays zero.
+    norm = nn.RMSNorm(width, eps=1e-20, elementwise_affine=False)
+    stock = layer if scale is None else nn.Sequential(norm, layer)
     return stock.train(classifier.training)
-
-
-#: Of the RMSNorm below: nothing beside the square of a norm that a cosine classifier divides by; zero stays zero.
-EPS = 1e-20
-
-
-def stock_cosine(width: int, outputs: int) -> nn.Sequential:
-    """Where a folded cosine classifier's weight and bias belong: stock torch, features (N, d) -> scores (N, K)."""
-    return nn.Sequential(nn.RMSNorm(width, eps=EPS, elementwise_affine=False), nn.Linear(width, outputs))
 
 
 def fold_model(model: nn.Module) -> nn.Module:

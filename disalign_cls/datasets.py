@@ -107,10 +107,13 @@ class LongTailDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict:
+    def open(self, index: int) -> Image.Image:
+        """The image as the transforms get it."""
         image = self.images[index]
-        opened = open_image(image) if isinstance(image, str) else Image.fromarray(image)
-        return {"inputs": self.transforms(opened), "data_samples": self.labels[index]}
+        return open_image(image) if isinstance(image, str) else Image.fromarray(image)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"inputs": self.transforms(self.open(index)), "data_samples": self.labels[index]}
 
 
 @DATASETS.register_module()

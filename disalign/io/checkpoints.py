@@ -15,7 +15,7 @@ from ..errors import InputError, first_line, some
 from .files import refuse_special
 from .unpickling import load_arrays, records_left_out
 
-_REFUSED = "re-save it with torch.save(model.state_dict(), ...), or convert it, if you trust its source"
+_REFUSED = "re-save it with torch.save(model.state_dict(), ...), or convert it with --trust-checkpoint, if you trust it"
 
 
 def load_file(path: str | os.PathLike[str], left_out: Iterable[str] = ()) -> Any:
@@ -67,7 +67,7 @@ def _verify(path: str) -> None:
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{record.filename} is compressed, as torch never does")
+                raise zipfile.BadZipFile(f"{record.filename} is compressed; convert TorchScript by --trust-checkpoint")
             if record.CRC:  # torch can be told to leave them out
                 with archive.open(record) as file:
                     while file.read(1 << 20):

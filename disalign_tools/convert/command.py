@@ -23,7 +23,7 @@ from disalign.io import atomic_file, require_place
 from . import resnet, targets
 from .classifier import Classifier, Part
 from .config_check import check_fit, timm_classifier
-from .open_file import COUNTERS, open_checkpoint
+from .open_file import open_checkpoint
 from .sources import SOURCES, detect
 from .sources.frame import IMAGES, Content, Task
 from .table import table
@@ -31,7 +31,7 @@ from .table import table
 #: Tensors that no target has a use for; the official ImageNet-LT's loss keeps its class weights beside the network.
 USELESS = (
     *("pixel_mean", "pixel_std", "*anchor_generator*", "*cell_anchors*", "data_preprocessor.*"),
-    *("loss_evaluator.weight", *COUNTERS),
+    "loss_evaluator.weight",
 )
 #: Of image classifiers: tables that timm now computes.
 COMPUTED = ("*.relative_position_index", "*.attn_mask")
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tensors, computed = split(tensors, COMPUTED)
         dropped += computed
     content = source.parse(tensors, args.scale, args.classifier)
-    layers = content.classifiers
+    layers, where = content.classifiers, f" in {args.source!r}"
     for layer in layers:
-        layer.require_shapes()
+        layer.require_fit(where)
     targets.require_fit(source.task, content.heading, args.to)
     _require_use(content, source.task, args)
     _require_places(content, tensors)
@@ -74,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"left out: {', '.join(left_out)}")
     if meta:
         print(f"kept beside the weights: {', '.join(meta)}")
-    for note in checkpoint.notes + content.notes:
+    for note in content.notes:
         print(f"note: {note}")
     if fit:
         print(fit)
     print(f"{args.dest}: {len(result)} tensors for --to {args.to}; read back, {compared}")
     for layer in layers:
-        if layer.in_sequence:
+        if layer.stock_line:
             print(f"before loading it: {layer.stock_line}")
 
 

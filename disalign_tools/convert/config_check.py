@@ -1,6 +1,5 @@
 """Does a converted checkpoint fit a config? Builds the config's model with its package, imported only here."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,24 +21,20 @@ PACKAGES = {"cls": "disalign_cls", "d2": "disalign_d2", "mmseg": "disalign_mmseg
 def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
     """Load the tensors into the model of a config (for timm a model's name), strictly, and say in words what fits."""
     with _built(to, config):
-        model = BUILDERS[to](config, tensors)
-    target, surplus = model.state_dict(), _not_needed() if to == "d2" else ()
+        model = _build(to, config, tensors)
+    target = model.state_dict()
     if to == "d2" and all(name.startswith("backbone.") for name in tensors):
         backbone = {name: tensor for name, tensor in target.items() if name.startswith("backbone.bottom_up.")}
-        require_tensors(tensors, backbone, "tensors of the config's backbone", surplus)
+        require_tensors(tensors, backbone, "tensors of the config's backbone", (COUNTERS,))
         fits = f"fits {config}: all {len(backbone)} tensors of its backbone; the rest starts as Detectron2 starts it"
-        wrong = _unlike_the_backbone(config)
+        cfg = _d2_config(config)
+        said = {key: attrgetter(key)(cfg) for key in BACKBONE_CONFIG}
+        wrong = [f"{key} {said[key]}, not {right}" for key, right in BACKBONE_CONFIG.items() if said[key] != right]
         return f"{fits}; but the config differs from how it was trained: {', '.join(wrong)}" if wrong else fits
     if calibrations(model) and not is_calibrated(tensors):
         return f"fits {config}: {load_stage_one(model, tensors)}"
-    require_tensors(tensors, target, "tensors of the config's model", surplus)
+    require_tensors(tensors, target, "tensors of the config's model", (COUNTERS,))
     return f"fits {config}: all {len(target)} tensors of its model"
-
-
-def timm_classifier(name: str) -> str:
-    """The name of the classifier of a timm model."""
-    with _built("timm", name):
-        return _timm_model(name)[1]
 
 
 @contextmanager
@@ -56,85 +51,55 @@ def _built(to: str, config: str) -> Iterator[None]:
         yield
 
 
-def _cls(config: str, tensors: dict[str, Tensor]) -> nn.Module:
-    from disalign_cls.cli import build_model
+def _build(to: str, config: str, tensors: dict[str, Tensor]) -> nn.Module:
+    if to == "timm":
+        import timm
+
+        return timm.create_model(config, num_classes=len(tensors.get(f"{_timm_classifier(config)}.weight", ())))
+    if to == "d2":
+        from disalign_d2 import build_model
+
+        return build_model(_d2_config(config))
+    from mmengine.registry import MODELS, DefaultScope
+
     from disalign_mmengine.cli import load_config
 
-    return build_model(load_config(config, {}))
-
-
-def _mmseg(path: str, tensors: dict[str, Tensor]) -> nn.Module:
-    from mmengine.registry import DefaultScope
-    from mmseg.registry import MODELS
-    from mmseg.utils import register_all_modules
-
-    from disalign_mmengine.cli import load_config
-
-    register_all_modules(init_default_scope=False)
-    model = load_config(path, {}).model
-    if model.get("pretrained"):
-        model.pretrained = None
-    with DefaultScope.overwrite_default_scope("mmseg"):
+    model = load_config(config, {}).model
+    for part in (model, model.backbone):  # nothing to download
+        part.pop("pretrained", None)
+    with DefaultScope.overwrite_default_scope("mmseg" if to == "mmseg" else "mmengine"):
         return MODELS.build(model)
 
 
-def _d2(config: str, tensors: dict[str, Tensor]) -> nn.Module:
-    from disalign_d2 import build_model
-
-    return build_model(_d2_config(config))
-
-
-def _not_needed() -> tuple[str, ...]:
-    from disalign_d2.freezing import NOT_NEEDED
-
-    return (COUNTERS, *NOT_NEEDED)
-
-
-def _d2_config(config):
+def _d2_config(path):
     from detectron2.config import get_cfg
 
     from disalign_d2 import add_disalign_config
 
-    if config.endswith(".py"):
-        raise InputError(
-            f"expected a config in YAML as --config for --to d2, got the LazyConfig {config!r}; leave it out"
-        )
+    if path.endswith(".py"):
+        raise InputError(f"expected a config in YAML for --to d2, got {path!r}; leave out --config")
     cfg = get_cfg()
     add_disalign_config(cfg)
-    cfg.merge_from_file(find_config(config), allow_unsafe=False)  # else YAML may call any function
+    cfg.merge_from_file(find_config(path), allow_unsafe=False)  # else YAML may call any function
     cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def _unlike_the_backbone(config):
-    cfg = _d2_config(config)
-    said = {key: attrgetter(key)(cfg) for key in BACKBONE_CONFIG}
-    return [f"{key} {said[key]}, not {right}" for key, right in BACKBONE_CONFIG.items() if said[key] != right]
+def timm_classifier(name: str) -> str:
+    """The name of the classifier of a timm model."""
+    with _built("timm", name):
+        return _timm_classifier(name)
 
 
-def _timm(name: str, tensors: dict[str, Tensor]) -> nn.Module:
-    model, classifier = _timm_model(name)
-    if f"{classifier}.weight" not in tensors:
-        raise InputError(
-            f"expected a stock classifier named {classifier!r} for timm's {name}, got none; name it with --classifier"
-        )
-    model.reset_classifier(len(tensors[f"{classifier}.weight"]))
-    return model
-
-
-def _timm_model(name):
+def _timm_classifier(name):
     import timm
 
-    if os.path.isfile(name) or not timm.is_model(name.split(".")[0]):
+    if not timm.is_model(name.split(".")[0]):
         raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
-    model = timm.create_model(name)
-    classifier = model.default_cfg["classifier"]
+    classifier = timm.get_pretrained_cfg(name).classifier
     if not isinstance(classifier, str):
         raise InputError(
             f"expected a timm model of one classifier as --config, but {name!r} has {some(classifier)}; their scores "
             "are averaged, take a model of one"
         )
-    return model, classifier
-
-
-BUILDERS = {"cls": _cls, "d2": _d2, "mmseg": _mmseg, "timm": _timm}
+    return classifier

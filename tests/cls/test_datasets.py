@@ -387,7 +387,7 @@ def test_inaturalists_json(tmp_path):
     assert dataset.metainfo["classes"] == ["bat", "6", "owl"]
     assert dataset.labels.tolist() == [2, 2, 0]
     assert dataset.class_counts.tolist() == [1, 0, 2]
-    assert [os.path.relpath(name, tmp_path) for name in dataset.paths] == ["b/3.png", "a/1.png", "b/2.png"]
+    assert [os.path.relpath(name, tmp_path) for name in dataset.images] == ["b/3.png", "a/1.png", "b/2.png"]
     assert dataset[2]["data_samples"] == 0
 
 

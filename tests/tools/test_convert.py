@@ -16,9 +16,9 @@ import pytest
 import torch
 from core.malicious import Malicious
 
-from disalign import CosineClassifier, calibrate_classifier
+from disalign import CosineClassifier, calibrate_classifier, folding
 from disalign.cli import find_config
-from disalign_tools.convert import classifier, command, formulas, main, resnet, targets
+from disalign_tools.convert import command, formulas, main, resnet, targets
 from disalign_tools.convert.sources import SOURCES
 from disalign_tools.convert.sources.frame import linear
 
@@ -154,7 +154,7 @@ def test_safetensors(tmp_path, capsys):
     path.write_bytes(b"nothing")
     out = tmp_path / "new.pth"
     assert "whole .safetensors" in refused(capsys, tmp_path, path, out, "--to", "timm")
-    assert "no such file" in refused(capsys, tmp_path, tmp_path / "none.safetensors", out, "--to", "timm")
+    assert "No such file" in refused(capsys, tmp_path, tmp_path / "none.safetensors", out, "--to", "timm")
 
 
 class Unknown:
@@ -168,7 +168,7 @@ def test_more_than_tensors_needs_trust(tmp_path, capsys):
     assert "Unknown" in sentence
     assert "--trust-checkpoint" in sentence
     assert same(converted(path, tmp_path, "--trust-checkpoint"), state)
-    assert "was unpickled in full" in capsys.readouterr().out
+    assert "is unpickled in full" in capsys.readouterr().out
     pickled = tmp_path / "source.pkl"
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
     pickled.write_bytes(pickle.dumps({"model": arrays, "hook": Unknown()}))
@@ -278,8 +278,11 @@ def test_the_stand_ins_keep_nothing_and_call_nothing(tmp_path):
         ({"epoch": 3}, "expected tensors in '{path}', got epoch;"),
         ({"something.weight": torch.ones(2)}, "are of none"),
         ({"a": tiny(), "b": tiny()}, "got several: a, b"),
-        ({"state_dict": 3, "state_dict_ema": tiny()}, "averaged ones alone (state_dict_ema); add --ema"),
-        ({"ema_state_dict": tiny()}, "averaged ones alone (ema_state_dict); add --ema"),
+        (
+            {"state_dict": 3, "state_dict_ema": tiny()},
+            "got averaged ones; add --ema for the averaged ones (state_dict_ema)",
+        ),
+        ({"ema_state_dict": tiny()}, "got averaged ones; add --ema for the averaged ones (ema_state_dict)"),
         ({"fc.weight": torch.ones(5, 4), "fc.bias": torch.ones(5)}, "expected a trunk beside the classifier"),
     ],
     ids=[
@@ -315,7 +318,7 @@ def test_from_overrides_and_a_wrong_one_is_refused(tmp_path, capsys):
     assert same(converted(path, tmp_path, "--from", "timm"), tiny_of(path))
     sentence = refused(capsys, tmp_path, path, out, "--to", "cls", "--from", "cvpods")
     assert "network.linear.weight" in sentence
-    assert "it looks like timm" in sentence
+    assert "are of timm; correct --from" in sentence
 
 
 def tiny_of(path):
@@ -630,13 +633,13 @@ def test_one_class_wrong_and_errors_that_cancel_are_refused(wrong, fault, tmp_pa
         state |= {f"{base}.weight": weight, f"{base}.bias": torch.zeros(5)}
         state |= {f"{base}.calibration.magnitude": torch.ones(4), f"{base}.calibration.margin": torch.zeros(4)}
     path, out = saved(tmp_path, {"model": state}), tmp_path / "out.pth"
-    stages, stock = iter(range(3)), classifier.fold_tensors
+    stages, stock = iter(range(3)), folding.fold_tensors
 
     def faulty(*arguments, **options):
         weight, bias = stock(*arguments, **options)
         return weight, bias + torch.tensor(FAULTS[fault]) * (next(stages) in wrong)
 
-    monkeypatch.setattr(classifier, "fold_tensors", faulty)
+    monkeypatch.setattr(folding, "fold_tensors", faulty)
     assert "they differ by" in refused(capsys, tmp_path, path, out, "--to", "d2", "--fold")
     monkeypatch.undo()
     assert run(path, out, "--to", "d2", "--fold") == 0
@@ -740,7 +743,7 @@ def test_a_cosine_classifier_that_is_not_calibrated_folds_too(tmp_path, capsys):
     path = saved(tmp_path, {"state_dict": {"backbone.conv1.weight": torch.ones(4, 3, 1, 1)} | state})
     converted(path, tmp_path, "--fold", "--classifier", "fc")
     x = torch.randn(6, 4, dtype=torch.float64)
-    stock = classifier.stock_cosine(4, 5)
+    stock = torch.nn.Sequential(torch.nn.RMSNorm(4, eps=1e-20, elementwise_affine=False), torch.nn.Linear(4, 5))
     tensors = torch.load(tmp_path / "out.pth", weights_only=True)
     stock.load_state_dict({name.removeprefix("fc."): t for name, t in tensors.items() if name.startswith("fc.")})
     assert_scores(stock, x, cosine_by_hand(x, layer.weight, 7.0))
@@ -756,7 +759,7 @@ def test_half_a_calibration_is_refused(tmp_path, capsys):
         assert "a whole calibration" in sentence
     state["classifier.calibration.margin"] = torch.zeros(6)
     path = saved(tmp_path, {"state_dict": state})
-    assert "expected 5 numbers in classifier.calibration.margin" in refused(capsys, tmp_path, path, out, "--to", "cls")
+    assert "classifier.calibration.margin ([6], not [5])" in refused(capsys, tmp_path, path, out, "--to", "cls")
 
 
 @pytest.mark.parametrize("scale", ["0", "-3", "nan", "inf"])
@@ -777,7 +780,7 @@ def test_tensors_that_do_not_belong_together(tmp_path, capsys):
         path = saved(tmp_path, {key: tensor for key, tensor in state.items() if key != f"network.linear.{name}"})
         refused(capsys, tmp_path, path, out, "--to", "cls")
     path = saved(tmp_path, {"network.linear.weight": torch.ones(5, 4), "network.linear.scale": torch.ones(2)})
-    assert "one number" in refused(capsys, tmp_path, path, out, "--to", "cls")
+    assert "network.linear.scale ([2], not [])" in refused(capsys, tmp_path, path, out, "--to", "cls")
     path = saved(tmp_path, {"decode_head.conv_seg.weight": torch.ones(5, 4, 3, 3)})
     assert "(5, 4, 3, 3)" in refused(capsys, tmp_path, path, out, "--to", "mmseg")
 

@@ -214,5 +214,5 @@ def test_what_does_not_fit_is_said(tmp_path, capsys):
     assert "can be built" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", other)
     lazy = tmp_path / "lazy.py"
     lazy.write_text("model = dict()\n")
-    assert "the LazyConfig" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", lazy)
+    assert "a config in YAML" in refused(capsys, tmp_path, path, out, "--to", "d2", "--config", lazy)
     assert "--to d2" in refused(capsys, tmp_path, path, out, "--to", "cls")

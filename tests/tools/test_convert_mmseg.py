@@ -129,7 +129,7 @@ def test_a_folded_stage_two_runs_in_stock_mmseg(tmp_path):
 def test_a_learnt_confidence_is_not_folded(tmp_path, capsys):
     model = lively(toy_models.stage_two())
     path, out = saved(tmp_path, {"state_dict": model.state_dict()}), tmp_path / "out.pth"
-    assert "blends the scores by the input" in refused(capsys, tmp_path, path, out, "--to", "mmseg", "--fold")
+    assert "blends by the input" in refused(capsys, tmp_path, path, out, "--to", "mmseg", "--fold")
     # What it would have had to be:
     head, x = model.decode_head, pixels(4, WIDTH)
     confidence = confidence_by_hand(x, head.calibration.confidence.weight, head.calibration.confidence.bias)

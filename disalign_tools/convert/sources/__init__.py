@@ -20,14 +20,10 @@ def detect(tensors: dict[str, Tensor], given: str | None, path: str, classifier:
     fitting = [name for name, source in SOURCES.items() if source.known(tensors)]
     if classifier and "timm" not in fitting:
         fitting.append("timm")
-    if given and given not in fitting:
-        hint = f"it looks like {fitting[0]}" if fitting else "it looks like none that is known"
+    if not fitting or (given and given not in fitting):
+        what = SOURCES[given].what if given else f"a checkpoint of {', '.join(SOURCES)}"
         raise InputError(
-            f"expected {SOURCES[given].what} in {path!r}, got none; {hint}, leave out --from or give another"
-        )
-    if not fitting:
-        raise InputError(
-            f"expected a checkpoint of {some(SOURCES, len(SOURCES))} in {path!r}, but its tensors' names are of none "
-            f"({some(tensors, 3)}); an image classifier's last linear layer can be named with --classifier"
+            f"expected {what} in {path!r}, but its tensors' names ({some(tensors, 3)}) are of "
+            f"{some(fitting) or 'none'}; correct --from, or name an image classifier's last layer by --classifier"
         )
     return SOURCES[given or fitting[0]]

@@ -6,7 +6,7 @@ from disalign import InputError
 from disalign.errors import some
 
 from .. import formulas
-from .frame import IMAGES, Content, Source, add_calibration, below, linear, require_resnet, trunk
+from .frame import IMAGES, Content, Source, add_calibration, below, linear, trunk
 
 
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
@@ -21,13 +21,11 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
             "expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got "
             f"{some(own) or 'no tensors'}; its nearest-mean and meta-embedding classifiers have no counterpart here"
         )
-    others = trunk(tensors, "feat_model")
-    require_resnet(others, "classifier-balancing")
     layer = linear(tensors, "classifier.fc")
     # Eq. 4's magnitude, with confidence one.
     add_calibration(layer, tensors, "classifier", {"magnitude": "scales"}, formulas.weight_scaling)
     heading = "classifier-balancing" + ", learnable weight scaling" * layer.calibrated
-    return Content(heading, others, [layer])
+    return Content(heading, trunk(tensors, "feat_model"), [layer])
 
 
 def known(tensors: dict[str, Tensor]) -> bool:

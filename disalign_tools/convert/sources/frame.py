@@ -10,7 +10,7 @@ from torch import Tensor
 from disalign import InputError
 from disalign.errors import some
 
-from .. import formulas, resnet
+from .. import formulas
 from ..classifier import CALIBRATION, Classifier, Part
 
 #: Our name of a calibration's tensor -> ours again; the official code's, below the classifier or its predictor.
@@ -79,15 +79,6 @@ def holds_matrix(tensors: dict[str, Tensor], place: str) -> bool:
     return f"{place}.weight" in tensors and tensors[f"{place}.weight"].dim() == 2
 
 
-def require_resnet(others: dict[str, str], source: str) -> None:
-    """Refuse the trunk of another architecture."""
-    if foreign := resnet.foreign(others):
-        raise InputError(
-            f"expected a plain ResNet or ResNeXt of {source}'s, whose names timm shares, but it also holds "
-            f"{some(foreign, 3)}; other architectures of {source}'s can't be converted"
-        )
-
-
 def linear(tensors: dict[str, Tensor], name: str, **options: Any) -> Classifier:
     """A linear classifier; ``options`` are further ones of :class:`Classifier`."""
     own = below(tensors, name)
@@ -101,27 +92,15 @@ def linear_or_cosine(tensors: dict[str, Tensor], name: str, scale: float | None,
     learnt = own.get("scale")
     if learnt is None and "bias" in own:
         return layer
-    layer.parts = {"weight": layer.parts["weight"], "scale": _scale(learnt, name, scale)}
+    if (learnt is None) == (scale is None):
+        got = "neither; give it: --scale 20 in the official configs" if learnt is None else "both; give no --scale"
+        raise InputError(f"expected the scale of the cosine classifier {name!r} in the file or by --scale, got {got}")
+    part = Part(torch.tensor(scale), None, "--scale") if learnt is None else Part(learnt.squeeze(), f"{name}.scale")
+    layer.parts = {"weight": layer.parts["weight"], "scale": part}
     # Ours, known by a scale without dimensions, counts norms below 1e-3 as it; cvpods as torch does.
     eps = 1e-3 if learnt is not None and learnt.dim() == 0 else 1e-12
-    value = float(layer.parts["scale"].tensor)
-    layer.formula = lambda x: formulas.cosine(x, own["weight"], value, eps)
+    layer.formula = lambda x: formulas.cosine(x, own["weight"], float(part.tensor), eps)
     return layer
-
-
-def _scale(learnt, name, given):
-    if learnt is None and given is None:
-        raise InputError(
-            f"expected the scale of the cosine classifier {name!r} (it has no bias) in the file, got none, since it "
-            "was constant; give it: --scale 20 in the official configs"
-        )
-    if learnt is None:
-        return Part(torch.tensor(float(given)), None, "--scale")
-    if learnt.numel() != 1:
-        raise InputError(f"expected one number as {name}.scale, got {tuple(learnt.shape)}; is the file whole?")
-    if given is not None:
-        raise InputError(f"expected no --scale, since the file has one ({float(learnt):g}); leave it out")
-    return Part(learnt.reshape(()), f"{name}.scale")
 
 
 def add_calibration(

@@ -2,13 +2,11 @@
 
 from torch import Tensor
 
-from .frame import IMAGES, Content, Source, below, holds_matrix, linear, require_resnet, trunk
+from .frame import IMAGES, Content, Source, below, holds_matrix, linear, trunk
 
 
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
-    others = trunk(tensors, "backbone")
-    require_resnet(others, "mmpretrain")
-    return Content("mmpretrain or mmcls", others, [linear(tensors, "head.fc")])
+    return Content("mmpretrain or mmcls", trunk(tensors, "backbone"), [linear(tensors, "head.fc")])
 
 
 def known(tensors: dict[str, Tensor]) -> bool:

@@ -23,14 +23,14 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
             f"expected timm's names, got torchvision's of an architecture that timm names otherwise ({some(foreign, 2)}"
             "); ResNet, ResNeXt, Wide ResNet and DenseNet share theirs, take timm's own weights for others"
         )
-    layer = classifier or _last_linear(tensors)
-    if not holds_matrix(tensors, layer):
-        weight = tensors.get(f"{layer}.weight")
-        found = f"no {layer}.weight" if weight is None else f"{layer}.weight of shape {tuple(weight.shape)}"
+    candidates = (classifier,) if classifier else LAST_LINEAR
+    found = [name for name in candidates if holds_matrix(tensors, name)]
+    if len(found) != 1:
         raise InputError(
-            f"expected the name of a linear layer as --classifier, but the file has {found}; its last names are "
-            f"{some(list(tensors)[-3:])}"
+            f"expected one linear layer named {' or '.join(candidates)}, got {some(found) or 'none'}; name the last "
+            f"with --classifier (the file's last names: {some(list(tensors)[-3:])})"
         )
+    (layer,) = found
     others = {name: name for name in tensors if not name.startswith(f"{layer}.")}
     if second := [name for name in others if SECOND.match(name)]:
         raise InputError(
@@ -39,16 +39,6 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
         )
     heading = f"torchvision or timm, classifier {layer!r}"
     return Content(heading, others, [linear(tensors, layer)], timm_name=layer)
-
-
-def _last_linear(tensors):
-    found = [name for name in LAST_LINEAR if holds_matrix(tensors, name)]
-    if len(found) != 1:
-        raise InputError(
-            f"expected one linear classifier among {some(LAST_LINEAR)}, got {some(found) or 'none'}; name it with "
-            "--classifier"
-        )
-    return found[0]
 
 
 def known(tensors: dict[str, Tensor]) -> bool:
