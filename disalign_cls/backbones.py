@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
+from timm.models.resnet import BasicBlock, make_blocks
 from torch import nn
 
 from disalign.errors import InputError, some
@@ -45,14 +45,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet20": partial(_cifar_resnet, 20),
     "cifar_resnet32": partial(_cifar_resnet, 32),
     "small_cnn": _small_cnn,
-    "resnext152_32x4d": partial(
-        ResNet,
-        Bottleneck,  # type: ignore[arg-type]  # timm means the class
-        (3, 8, 36, 3),
-        num_classes=0,
-        cardinality=32,
-        base_width=4,
-    ),
+    "resnext152_32x4d": partial(timm.create_model, "resnet152", num_classes=0, cardinality=32, base_width=4),
 }
 
 

@@ -127,10 +127,8 @@ def pictures(runs: list[dict], out: Path) -> None:
         """Title -> per run the picked values of its classes, from many training images to few."""
         result = {f"long-tailed digits, {classifier} classifier": [] for classifier in METHODS}
         for one in runs:
-            counts = one["report"]["class_counts"]
-            order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
-            values = pick(one)
-            result[f"long-tailed digits, {one['classifier']} classifier"].append([values[label] for label in order])
+            classes = sorted(zip(one["report"]["class_counts"], pick(one), strict=True), key=lambda pair: -pair[0])
+            result[f"long-tailed digits, {one['classifier']} classifier"].append([value for _, value in classes])
         return result
 
     before = panels(lambda one: one["report"]["stage_one"]["per_class"]["accuracy"])

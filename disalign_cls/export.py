@@ -164,10 +164,6 @@ def to_torchscript(deployed: nn.Module, batches: list[Tensor], facts: str) -> by
     return buffer.getvalue()
 
 
-def load_torchscript(content: bytes) -> Any:
-    return torch.jit.load(io.BytesIO(content))
-
-
 def to_onnx(deployed: nn.Module, batches: list[Tensor], facts: str) -> bytes:
     """By torch's exporter of today (``dynamo=True``), with weights and metadata in the one file."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -198,7 +194,7 @@ def load_onnx(content: bytes) -> Any:
 
 
 #: Ending -> how to write it, and how to run what was written.
-FORMATS = {".pt": (to_torchscript, load_torchscript), ".onnx": (to_onnx, load_onnx)}
+FORMATS = {".pt": (to_torchscript, lambda content: torch.jit.load(io.BytesIO(content))), ".onnx": (to_onnx, load_onnx)}
 
 
 if __name__ == "__main__":

@@ -53,24 +53,17 @@ class LongTailAccuracy(BaseMetric):
         #: The last evaluation in full, ready for JSON.
         self.report: dict | None = None
 
-    @property
-    def prefix(self) -> str:
-        return (self.dataset_meta or {}).get("split", "val")
-
-    @prefix.setter
-    def prefix(self, _value: Any) -> None:
-        """The split names the metrics."""
-
     def process(self, data_batch: Any, data_samples: Any) -> None:
         self.results.extend({name: value.numpy() for name, value in sample.items()} for sample in data_samples)
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
+        meta = self.dataset_meta or {}
+        self.prefix = meta.get("split", "val")
         found = {name: np.stack([result[name] for result in results]) for name in results[0]}
         figures, per_class = self._figures(found["label"], found["top"])
         before = before_per_class = None
         if self.stage_one and "stage_one" in found:
             before, before_per_class = self._figures(found["label"], found["stage_one"])
-        meta = self.dataset_meta or {}
         self.report = report(
             figures,
             before,
@@ -92,15 +85,14 @@ class LongTailAccuracy(BaseMetric):
         num_classes = len(self.class_counts) if self.class_counts is not None else int(max(labels.max(), top.max())) + 1
         best = top[:, 0]
         hits, seen, predicted = (
-            np.bincount(chosen, minlength=num_classes).astype(np.float64)
-            for chosen in (labels[best == labels], labels, best)
+            np.bincount(chosen, minlength=num_classes) for chosen in (labels[best == labels], labels, best)
         )
-        accuracy = np.divide(100 * hits, seen, out=np.full(num_classes, np.nan), where=seen > 0)
-        # F1 of the classes that were evaluated: 2 TP / (images + predictions).
-        f1 = np.divide(200 * hits, seen + predicted, out=np.full(num_classes, np.nan), where=seen > 0)
+        seen = np.where(seen > 0, seen, np.nan)  # only the classes that were evaluated count
+        accuracy = 100 * hits / seen
+        f1 = 200 * hits / (seen + predicted)  # 2 TP / (images + predictions)
         groups = dict.fromkeys(("many", "medium", "few"))
         if self.class_counts is not None:
-            groups = group_means(accuracy, many_medium_few(self.class_counts, self.many, self.few))
+            groups = group_means(accuracy.tolist(), many_medium_few(self.class_counts, self.many, self.few))
         figures = {
             "top1": 100 * float(hits.sum() / len(labels)),
             "top5": 100 * float((top == labels[:, None]).any(1).mean()),

@@ -48,12 +48,9 @@ def find_images(given: list[str]) -> list[str]:
     """The files named, and the images below the folders named (:func:`disalign.io.images.image_files`)."""
     paths = []
     for path in map(Path, given):
-        if path.is_dir():
-            paths += image_files(str(path))
-        elif path.is_file():
-            paths.append(str(path))
-        else:
+        if not path.exists():
             raise InputError(f"expected image files or folders, but there is no {str(path)!r}")
+        paths += image_files(str(path)) if path.is_dir() else [str(path)]
     if not paths:
         raise InputError(f"expected images in {', '.join(given)}, got none")
     return paths

@@ -49,9 +49,7 @@ class PlainCheckpointHook(Hook):
                 if type(hook) is CheckpointHook:
                     hook.__class__ = WholeCheckpointHook
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         # The logs take the number anyway: no further wait for a GPU.
         if outputs and "loss" in outputs:
             require_finite_loss(outputs["loss"].item(), runner.iter + 1)
@@ -107,9 +105,7 @@ class StageTwoHook(Hook):
         advice = "keep optim_wrapper.clip_grad=dict(max_norm=1.0), or lower the learning rate or rho"
         self._run = StageTwoRun(model, runner.optim_wrapper.optimizer, advice, self.threshold)
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if self._run and (warning := self._run.warning(runner.iter + 1)):
             runner.logger.warning(warning)
 
