@@ -3,6 +3,7 @@
 import glob
 import os
 import zipfile
+from collections import deque
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class WholeCheckpointHook(CheckpointHook):
     even if it was killed before any other told of it.
     """
 
-    last_ckpt: str
+    keep_ckpt_ids: deque
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
@@ -58,12 +59,32 @@ class WholeCheckpointHook(CheckpointHook):
         self._resumed = os.path.getmtime(resumed) if resumed else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        super()._save_checkpoint_with_step(runner, step, meta)  # the backend only notes what is outdated
-        # MMEngine's own Runner, which reads it by itself, knows no path relative to the folder.
-        if is_main_process() and type(runner) is not Runner:
+        # Not MMEngine's, which removes first and writes last_checkpoint in place.
+        name, outdated = self.filename_tmpl.format(step), []
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        if self.max_keep_ckpts > 0:
+            steps = [*(kept for kept in self.keep_ckpt_ids if kept != step), step]
+            outdated, kept = steps[: -self.max_keep_ckpts], steps[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids = deque(kept)
+            runner.message_hub.update_info("keep_ckpt_ids", kept)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            # MMEngine's own Runner, which reads it by itself, knows no path relative to the folder.
+            last = self.last_ckpt if type(runner) is Runner else os.path.relpath(self.last_ckpt, runner.work_dir)
             with atomic_file(os.path.join(runner.work_dir, LAST), "w") as file:
-                file.write(os.path.relpath(self.last_ckpt, runner.work_dir))
-        self.file_backend.clear(runner.message_hub.runtime_info.values())
+                file.write(last)
+            for old in outdated:
+                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if self._resumed and self.save_best:
