@@ -48,7 +48,7 @@ def parser(doc: str, **names: str) -> argparse.ArgumentParser:
 Adapt = Callable[[Config, argparse.Namespace], None]
 
 
-def command_to_train(doc: str, adapt: Adapt = lambda config, args: None) -> Callable:
+def command_to_train(doc: str, adapt: Adapt) -> Callable:
     """The ``main`` of a command that trains; ``adapt`` may change the config before the Runner is built."""
 
     @command
@@ -67,7 +67,7 @@ def command_to_train(doc: str, adapt: Adapt = lambda config, args: None) -> Call
     return main
 
 
-def command_to_test(doc: str, adapt: Adapt = lambda config, args: None, **switches: str) -> Callable:
+def command_to_test(doc: str, adapt: Adapt, **switches: str) -> Callable:
     """The ``main`` of a command that evaluates a checkpoint; ``switches`` are further options with their help."""
 
     @command

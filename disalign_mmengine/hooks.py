@@ -140,8 +140,7 @@ def hand_over(runner: Runner, model: nn.Module) -> None:
             f"stage one saw another training set ({int(seen.sum())} images, here {int(ours.sum())}); make sure that "
             "none of its images is evaluated"
         )
-    report = load_stage_one(model, checkpoint, name=path)
-    runner.logger.info(f"{os.path.basename(path)}: {report}")
+    runner.logger.info(f"{os.path.basename(path)}: {load_stage_one(model, checkpoint, name=path)}")
 
 
 def _require_own_folder(runner, calibrated: bool) -> None:
