@@ -1,8 +1,6 @@
 """What is missing or wrong in a config's data, said before training rather than after hours of it."""
 
 import logging
-import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -63,8 +61,7 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
         checked(_require_images, name, records)
         if name == reference and len(classes) not in (0, num_classes):
             problems.append(
-                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the number of classes of {name!r}, got "
-                f"{num_classes}"
+                f"expected MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}, the classes of {name!r}, got {num_classes}"
             )
         checked(require_same_classes, _classes(reference), classes, repr(name), repr(reference))
         own = checked(count_annotations, records, len(classes) or num_classes, where=where)
@@ -99,13 +96,10 @@ def _classes(name) -> list[str]:
 
 
 def _require_images(name, records) -> None:
-    absent = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
-    if absent:
-        folders = Counter(map(os.path.dirname, absent))
+    gone = missing_files([record["file_name"] for record in records if "://" not in record["file_name"]])
+    if gone:
         raise InputError(
-            f"expected {len(records)} images of {name!r}, but {len(absent)} are missing "
-            f"({some((f'{number} in {folder!r}' for folder, number in folders.items()), 3)}): {some(absent, 3)}; "
-            f"{CHECK_PATH}"
+            f"expected {len(records)} images of {name!r}, but {len(gone)} are missing: {some(gone, 3)}; {CHECK_PATH}"
         )
 
 

@@ -110,8 +110,7 @@ def load_records(name: str) -> list[dict]:
             raise
         json_file = MetadataCatalog.get(name).get("json_file")
         raise InputError(
-            f"expected annotations that Detectron2 can read for {name!r} in {json_file!r}, but: {first_line(error)}; "
-            f"{CHECK_PATH}"
+            f"expected annotations of {name!r} in {json_file!r}, but: {first_line(error)}; {CHECK_PATH}"
         ) from error
 
 

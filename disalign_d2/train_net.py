@@ -100,8 +100,7 @@ class Trainer(DefaultTrainer):
         if kind == "coco":
             return COCOEvaluator(dataset_name, output_dir=output_folder)
         raise InputError(
-            f"expected a dataset in LVIS or COCO format in DATASETS.TEST, got {dataset_name!r} of type {kind!r}; "
-            "register it through DATASETS.OWN"
+            f"expected LVIS or COCO format in DATASETS.TEST, got {dataset_name!r} of type {kind!r}; use DATASETS.OWN"
         )
 
     @classmethod

@@ -274,7 +274,7 @@ def test_detectron2s_own_datasets_stay_and_say_where_they_are_expected(tmp_path,
     assert records[0]["file_name"] == "datasets/coco/train2017/000000000001.jpg"
     assert len(MetadataCatalog.get("lvis_v1_val").thing_classes) == 1203
     write(tmp_path / "datasets/lvis", '{"images": ', "lvis_v1_val.json")
-    with pytest.raises(InputError, match=r"can read for 'lvis_v1_val' in 'datasets/lvis/lvis_v1_val.json', but"):
+    with pytest.raises(InputError, match=r"annotations of 'lvis_v1_val' in 'datasets/lvis/lvis_v1_val.json', but"):
         load_records("lvis_v1_val")
 
 

@@ -437,7 +437,7 @@ def test_a_set_of_another_kind_is_refused(tiny, tmp_path, capsys):
     MetadataCatalog.get(name).set(evaluator_type="cityscapes_instance")
     options = ["MODEL.WEIGHTS", tiny.weights_two, "DATASETS.TEST", (name,)]
     assert main(tiny.config_two, tmp_path / "out", *options, flags=["--eval-only"]) == 2
-    assert f"got '{name}' of type 'cityscapes_instance'; register it through DATASETS.OWN" in capsys.readouterr().err
+    assert f"got '{name}' of type 'cityscapes_instance'; use DATASETS.OWN" in capsys.readouterr().err
 
 
 def test_data_check_says_what_is_there(tiny, tmp_path, capsys):
