@@ -216,8 +216,8 @@ def test_wrong_labels_and_counts_are_refused(batch, how):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(reduction="sum"), "'weighted_mean' or 'mean', got 'sum'"),
-        (dict(avg_non_ignore=False), "reduction 'mean' with avg_non_ignore=False"),
+        (dict(reduction="sum"), "'weighted_mean', or 'mean', alone with avg_non_ignore=False, got 'sum'"),
+        (dict(avg_non_ignore=False), "'mean', alone with avg_non_ignore=False, got 'weighted_mean'"),
         (dict(upsample="fast"), "'fused' or 'plain', got 'fast'"),
         (dict(sampled_pixels=0), "whole number > 0 or None, got 0"),
         (dict(sampled_pixels=0.5), "whole number > 0 or None, got 0.5"),
