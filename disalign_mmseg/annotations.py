@@ -46,7 +46,22 @@ class Guarded:
 
     def __call__(self, results: dict) -> Any:
         is_annotation = isinstance(self.loader, LoadAnnotations)
-        loaded = _load(self.loader, results, is_annotation)
+        what, key = ("annotation", "seg_map_path") if is_annotation else ("image", "img_path")
+        path = results.get(key)
+        if path is None:
+            raise InputError(f"expected an {what} for {results.get('img_path')!r}, but the dataset names none")
+        refuse_special(path, f"an {what}")
+        try:
+            loaded = self.loader(results)
+        except FileNotFoundError:
+            raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
+        except Exception as error:  # a broken file can break a reader anywhere
+            if in_user_code(error):
+                error.add_note(f"while loading {path!r}")
+                raise
+            raise InputError(
+                f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"
+            ) from error
         if is_annotation and "gt_seg_map" in results:
             self._check(results["gt_seg_map"], results)
         return loaded
@@ -65,34 +80,13 @@ class Guarded:
         require_labels(labels, self.num_classes, self.ignore_index, path, shifted)
 
 
-def _load(loader, results, is_annotation):
-    what, path = ("annotation", results.get("seg_map_path")) if is_annotation else ("image", results.get("img_path"))
-    if path is None:
-        raise InputError(f"expected an {what} for {results.get('img_path')!r}, but the dataset names none")
-    refuse_special(path, f"an {what}")
-    try:
-        return loader(results)
-    except FileNotFoundError:
-        raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
-    except Exception as error:  # a broken file can break a reader anywhere
-        if in_user_code(error):
-            error.add_note(f"while loading {path!r}")
-            raise
-        raise InputError(
-            f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"
-        ) from error
-
-
 def guard(dataset: Any, num_classes: int, ignore_index: int = 255) -> None:
     """Put :class:`Guarded` around a dataset's loading transforms, in place, before a data loader starts its workers."""
     for plain in plain_datasets(dataset):
         for transforms in _steps(plain.pipeline):
-            transforms[:] = [
-                Guarded(one, num_classes, ignore_index)
-                if isinstance(one, (LoadAnnotations, LoadImageFromFile))
-                else one
-                for one in transforms
-            ]
+            for place, transform in enumerate(transforms):
+                if isinstance(transform, (LoadAnnotations, LoadImageFromFile)):
+                    transforms[place] = Guarded(transform, num_classes, ignore_index)
 
 
 def loader_of(dataset: Any, kind: type) -> Any:

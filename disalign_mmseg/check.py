@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmseg.utils import register_all_modules
 
 from disalign import InputError, head_body_tail
-from disalign.cli import command
+from disalign.cli import command, config_errors
 from disalign.errors import some
 from disalign.io import require_place, write_json
 from disalign_mmengine.cli import load_config, parser
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_place(args.counts, option="--counts", force=args.force)
     register_all_modules(init_default_scope=True)
     config = load_config(args.config, args.cfg_options)
-    num_classes, ignore_index = labels_of(config)
+    with config_errors(config.filename):
+        heads = config.model.decode_head
+        head = heads[-1] if isinstance(heads, list | tuple) else heads
+        num_classes, ignore_index = head.num_classes, head.get("ignore_index", 255)
     names = [f"{split}_dataloader" for split in ("train", "val", "test")]
     whole = [check(config, name, num_classes, ignore_index, args) for name in names]
     if not all(whole):
@@ -52,17 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.counts}: {summary(record, config.get('val_evaluator'))}")
 
 
-def labels_of(config: Config) -> tuple[int, int]:
-    """The number of classes and the ignored label of a config's decode head, a cascade's last."""
-    head = (config.get("model") or {}).get("decode_head") or {}
-    head = head[-1] if isinstance(head, list | tuple) else head
-    if "num_classes" not in head:
-        raise InputError(
-            f"expected model.decode_head with num_classes in {config.filename!r}, got none; is it MMSegmentation's?"
-        )
-    return head["num_classes"], head.get("ignore_index", 255)
-
-
 def check(config: Config, name: str, num_classes: int, ignore_index: int, args: argparse.Namespace) -> bool:
     """Print one line on a dataloader's dataset, or on what is wrong with it; return whether it is whole."""
     if config.get(name) is None:
@@ -70,8 +62,7 @@ def check(config: Config, name: str, num_classes: int, ignore_index: int, args: 
         return name != "train_dataloader"
     try:
         dataset = build_dataset(config[name].dataset)
-        labels = SAMPLE if args.quick else None
-        problems = dataset_problems(dataset, num_classes, ignore_index, labels, args.workers)
+        problems = dataset_problems(dataset, num_classes, ignore_index, SAMPLE if args.quick else None, args.workers)
     except InputError as error:
         problems = [str(error)]
     shown = problems if args.all else problems[:SHOWN]

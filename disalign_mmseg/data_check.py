@@ -13,7 +13,8 @@ from mmseg.registry import DATASETS
 from PIL import Image
 from tqdm import tqdm
 
-from disalign.errors import InputError, first_line, in_user_code, some
+from disalign.cli import config_errors
+from disalign.errors import InputError, some
 from disalign.io import missing_files
 from disalign.io.images import read_mask, require_labels
 
@@ -28,17 +29,13 @@ ORIENTATION = 0x0112  # EXIF's tag; from 5 on height and width change places
 
 def build_dataset(config: dict) -> Any:
     """Build a dataset from its config; what keeps it from being built is one sentence."""
-    try:
-        return DATASETS.build(config)
-    except InputError:
-        raise
-    except Exception as error:
-        reason = _unbuildable(config)
-        if reason is None and in_user_code(error):
+    with config_errors(str(config.get("type")), (Exception,)):
+        try:
+            return DATASETS.build(config)
+        except Exception as error:
+            if reason := _unbuildable(config):
+                raise InputError(reason) from error
             raise
-        raise InputError(
-            reason or f"expected a dataset that can be built from {config.get('type')!r}, but: {first_line(error)}"
-        ) from error
 
 
 def _unbuildable(config) -> str | None:
@@ -75,21 +72,11 @@ def check_dataset(dataset: Any, num_classes: int, ignore_index: int = 255) -> No
 def dataset_problems(
     dataset: Any, num_classes: int, ignore_index: int = 255, labels: int | None = SAMPLE, workers: int | None = None
 ) -> list[str]:
-    """Check the number of classes, that all files are there, all images' and annotations' sizes, and some labels.
+    """A sentence for each problem with the number of classes, missing files, sizes of annotations, and labels.
 
     Sizes come from the files' headers; only what looks wrong there is loaded, by the dataset's own transforms, which
-    decide.
-
-    Args:
-        dataset: mmsegmentation's, perhaps wrapped.
-        num_classes: of the model.
-        ignore_index: the label that is left out.
-        labels: how many masks to read for their labels, spread over the dataset, and how many of those that look wrong
-            to load at most; ``None``: all.
-        workers: processes that read them, see :func:`~disalign_mmseg.pixel_counts.read`.
-
-    Returns:
-        A sentence for each problem; empty if all is well.
+    decide. So many ``labels`` are read, spread over the dataset, and as many of the files that look wrong are loaded;
+    ``None``: all. ``workers`` read them, see :func:`~disalign_mmseg.pixel_counts.read`.
     """
     problems: list[str] = []
     plains = plain_datasets(dataset)
@@ -105,25 +92,19 @@ def dataset_problems(
         problems += missing or _broken(plain, records, num_classes, ignore_index, labels)
     if problems or not any(loader_of(plain, LoadAnnotations) for plain in plains):
         return problems
-    progress = "reading labels" if labels is None else ""
-    counted, problems = read(dataset, num_classes, ignore_index, labels, workers, progress)
+    counted, problems = read(dataset, num_classes, ignore_index, labels, workers)
     if counted and not problems:
-        problems += _too_few_classes(counted, num_classes, ignore_index, len(counted) == sum(map(len, plains)))
+        pixels = np.sum([counts for counts, _ in counted], axis=0)
+        # Of a part of the masks only the lack of any class tells.
+        needed = min(2, num_classes) if len(counted) == sum(map(len, plains)) else 1
+        if np.count_nonzero(pixels) < needed:
+            ignored = sum(size for _, size in counted) - pixels.sum()
+            problems.append(
+                f"expected pixels of {needed} or more of {num_classes} classes in {len(counted)} annotations, got "
+                f"{some(np.flatnonzero(pixels)) or 'none'} and {ignored} pixels of {ignore_index}, which is ignored; "
+                "if that is the foreground, save it as 1"
+            )
     return problems
-
-
-def _too_few_classes(counted, num_classes, ignore_index, whole: bool) -> Iterator[str]:
-    """Labels from which nothing is learnt; of a part of the masks only the lack of any tells."""
-    pixels = sum(counts for counts, _ in counted)
-    present = np.flatnonzero(pixels).tolist()
-    if not present:
-        yield f"expected labelled pixels, but all of {len(counted)} annotations are {ignore_index}, which is ignored"
-    elif whole and len(present) == 1 and num_classes > 1:
-        ignored = sum(size for _, size in counted) - pixels.sum()
-        yield (
-            f"expected pixels of several of the {num_classes} classes, got class {present[0]} alone and {ignored} "
-            f"ignored pixels; if {ignore_index} is the foreground, save it as 1, since {ignore_index} is ignored"
-        )
 
 
 def _missing(dataset, records) -> Iterator[str]:

@@ -23,8 +23,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
             of a JSON file, a list); or ``"dataset"``, given later through :meth:`set_class_counts`.
         rho: scale of eq. 11 (official: 0.2 on ADE20K).
         reduction: ``"weighted_mean"``, sum(w * ce) / sum(w); ``"mean"``, sum(w * ce) / N_valid (eq. 9).
-        normalize, zero_count: see :func:`disalign.generalized_reweight`.
-        sync: see :class:`disalign.GRWCrossEntropyLoss`.
+        normalize, zero_count, sync: see :class:`disalign.GRWCrossEntropyLoss`.
         ignore_index: label of pixels that do not count; the head's must be the same.
         loss_weight: factor of the loss.
         avg_non_ignore: ``False`` divides by the number of all pixels, ignored ones too, as the official code does on
@@ -150,7 +149,4 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
 
     def _same_ignore_index(self, ignore_index: int | None) -> None:
         if ignore_index not in (None, self.ignore_index):
-            raise InputError(
-                f"expected the head's ignore_index in its loss too, got {ignore_index} and {self.ignore_index}; set "
-                "loss_decode.ignore_index"
-            )
+            raise InputError(f"expected loss_decode.ignore_index={ignore_index}, the head's, got {self.ignore_index}")

@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -220,10 +221,9 @@ class LongTailIoUMetric(IoUMetric):
 
 def _are_thresholds(groups: Any) -> bool:
     """Whether they are those of head and tail, as shares of all pixels."""
-    if not isinstance(groups, Mapping) or groups.keys() != THRESHOLDS.keys():
-        return False
-    head, tail = groups["head"], groups["tail"]
-    return all(isinstance(share, (int, float)) for share in (head, tail)) and 0 <= tail <= head < 1
+    with suppress(TypeError):  # no numbers
+        return set(groups) == set(THRESHOLDS) and 0 <= groups["tail"] <= groups["head"] < 1
+    return False
 
 
 def _recorded_total(class_counts) -> int | None:

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 from disalign.cli import usable_cpus
-from disalign.errors import InputError, some
+from disalign.errors import InputError
 from disalign.io import read_json, write_json
 from disalign.io.images import count_labels
 
@@ -59,11 +59,7 @@ def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, worker
     A wrapper's repetitions (``RepeatDataset``, ``ClassBalancedDataset``) do not count: each annotation of each dataset
     listed does, once.
 
-    Args:
-        dataset: mmsegmentation's, perhaps wrapped.
-        num_classes: K.
-        ignore_index: the label that is left out; it wins over a class of the same number.
-        workers: see :func:`read`.
+    The label ``ignore_index`` is left out, and wins over a class of the same number.
 
     Returns:
         A record for JSON, readable by :func:`disalign.load_class_counts`: ``train_counts`` (pixels) and
@@ -71,7 +67,7 @@ def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, worker
         ``dataset``, ``class_names``, ``unit``, ``source``, and :func:`checksum`.
     """
     before = checksum(dataset, num_classes, ignore_index)  # of what is about to be read
-    counted, problems = read(dataset, num_classes, ignore_index, workers=workers, progress="counting pixels")
+    counted, problems = read(dataset, num_classes, ignore_index, workers=workers)
     if problems:
         raise InputError(problems[0] + (f" (and {len(problems) - 1} more annotations)" if problems[1:] else ""))
     pixels = np.array([counts for counts, _ in counted], dtype=np.int64).reshape(-1, num_classes)
@@ -117,10 +113,7 @@ class Annotations(Dataset):
     def __init__(self, plain: Any, num_classes: int, ignore_index: int) -> None:
         loader = loader_of(plain, LoadAnnotations)
         if loader is None:
-            steps = [type(getattr(one, "loader", one)).__name__ for one in plain.pipeline.transforms]
-            raise InputError(
-                f"expected LoadAnnotations in the pipeline of {type(plain).__name__}, got {some(steps) or 'none'}"
-            )
+            raise InputError(f"expected LoadAnnotations in the pipeline of {type(plain).__name__}, got none; add it")
         self.plain = plain
         self.loader = Guarded(loader, num_classes, ignore_index)
 
@@ -138,20 +131,12 @@ class Annotations(Dataset):
 
 
 def read(
-    dataset: Any,
-    num_classes: int,
-    ignore_index: int,
-    most: int | None = None,
-    workers: int | None = None,
-    progress: str = "",
+    dataset: Any, num_classes: int, ignore_index: int, most: int | None = None, workers: int | None = None
 ) -> tuple[list[tuple[np.ndarray, int]], list[str]]:
     """The :class:`Annotations` of all datasets within wrappers that can be counted, and what is wrong with the others.
 
-    Args:
-        dataset, num_classes, ignore_index: :func:`count_pixels`'s.
-        most: read so many of them, spread over the dataset; ``None``: all.
-        workers: processes that read; default: one per CPU that this process may use, 8 at most. 0: none of its own.
-        progress: the name of a progress bar, if there is to be one.
+    So many at ``most``, spread over the dataset, are read by ``workers``: default: a process per CPU that this one may
+    use, 8 at most; 0: none of its own.
     """
     parts = [Annotations(plain, num_classes, ignore_index) for plain in plain_datasets(dataset)]
     samples: ConcatDataset = ConcatDataset(parts)
@@ -166,6 +151,6 @@ def read(
         # Of its own: a run draws the same random numbers whether its counts were kept or counted.
         generator=torch.Generator(),
     )
-    bar = tqdm(loader, progress, unit="file", unit_scale=8, disable=not progress, mininterval=1)
+    bar = tqdm(loader, "reading annotations", unit="file", unit_scale=8, mininterval=1, delay=5)
     outcomes = [outcome for batch in bar for outcome in batch]
     return [one for one in outcomes if not isinstance(one, str)], [one for one in outcomes if isinstance(one, str)]

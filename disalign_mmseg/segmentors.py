@@ -34,12 +34,9 @@ class DisAlignEncoderDecoder(EncoderDecoder):
 
     def __init__(self, *args: Any, auxiliary_head: Any = None, pretrained: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        kind = type(self.calibrated_head)
-        if not issubclass(kind, DisAlignHead):
-            raise InputError(
-                f"expected a decode head with a calibration, got {kind.__name__}; set its type to "
-                f"DisAlign{kind.__name__}"
-            )
+        kind = type(self.calibrated_head).__name__
+        if not isinstance(self.calibrated_head, DisAlignHead):
+            raise InputError(f"expected a decode head with a calibration, got {kind}; set its type to DisAlign{kind}")
         self.freeze_report = freeze(self)
 
     @property
@@ -57,10 +54,7 @@ class DisAlignCascadeEncoderDecoder(DisAlignEncoderDecoder, CascadeEncoderDecode
 
     def __init__(self, *args: Any, decode_head: Any, **options: Any) -> None:
         if not isinstance(decode_head, (list, tuple)):
-            raise InputError(
-                "expected decode_head as the list of all heads, got one; restate the list in the config, with DisAlign "
-                "before the type of its last"
-            )
+            raise InputError("expected decode_head as the list of all heads, got one; restate the list in the config")
         super().__init__(*args, decode_head=decode_head, **options)
 
     @property

@@ -58,8 +58,8 @@ def spoil_size(folder):
     put(folder, "b.png", np.zeros((7, 8), dtype=np.uint8))
     path, image = str(folder / "masks/b.png"), str(folder / "images/b.jpg")
     return (
-        f"expected one label per pixel, an array of shape (8, 7), in {path!r}, got (7, 8); is it a grey-scale image, and "
-        f"that of {image!r}?"
+        f"expected one label per pixel, an array of shape (8, 7), in {path!r}, got (7, 8); is it a grey-scale image, "
+        f"and that of {image!r}?"
     )
 
 
@@ -222,7 +222,7 @@ def test_images_in_a_linked_folder_are_no_reason_that_a_dataset_can_not_be_built
     (folder / "images").mkdir()
     (folder / "images/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert len(dataset(folder)) == 3
-    with pytest.raises(InputError, match=r"^expected a dataset that can be built .*NoSuchStep"):
+    with pytest.raises(InputError, match=r"^expected a config that can be built .*NoSuchStep"):
         build_dataset(config(folder, pipeline=[dict(type="NoSuchStep")]))
     (tmp_path / "elsewhere/._x.jpg").write_text("what a Mac leaves behind")
     for name in "abc":
@@ -250,17 +250,13 @@ def test_images_whose_annotations_the_dataset_does_not_name(folder):
 
 
 def test_configs_that_cannot_be_built(folder):
-    with pytest.raises(
-        InputError, match=r"^expected a dataset that can be built from 'BaseSegDataset', but: .*unknown"
-    ):
+    with pytest.raises(InputError, match=r"^expected a config that can be built in 'BaseSegDataset', but: .*unknown"):
         build_dataset(config(folder, unknown=1))
     with pytest.raises(
-        InputError, match=r"^expected a dataset that can be built from 'NoSuchDataset', but: NoSuchDataset is"
+        InputError, match=r"^expected a config that can be built in 'NoSuchDataset', but: NoSuchDataset is"
     ):
         build_dataset(config(folder, type="NoSuchDataset"))
-    with pytest.raises(
-        InputError, match=r"expected a dataset that can be built from 'BaseSegDataset', but: .*NoSuchStep"
-    ):
+    with pytest.raises(InputError, match=r"expected a config that can be built in 'BaseSegDataset', but: .*NoSuchStep"):
         build_dataset(config(folder, pipeline=[dict(type="NoSuchStep")]))
 
 
@@ -473,7 +469,7 @@ def test_other_sets_than_the_training_set_may_be_missing(written, capsys):
         (["--workers", "-1"], "expected 0 or more as --workers, got -1"),
         (["--counts", "counts.txt"], "expected the name of a .json file as --counts, got 'counts.txt'"),
         (["--cfg-options", "nonsense.key=1"], "expected --cfg-options of keys that the config has, got nonsense"),
-        (["--cfg-options", "model.decode_head=None"], "expected model.decode_head with num_classes in"),
+        (["--cfg-options", "model.decode_head=None"], "expected a config that can be built"),
         (["--cfg-options", "train_dataloader=None"], "expected whole data, but 1 of its sets"),
     ],
 )
@@ -485,8 +481,8 @@ def test_refused_arguments(written, capsys, options, sentence):
 def test_a_foreground_saved_as_the_ignored_label_is_said(tmp_path):
     write(tmp_path, [0, 255])
     sentence = only(dataset_problems(dataset(tmp_path), 4, labels=None))
-    assert sentence.startswith("expected pixels of several of the 4 classes, got class 0 alone and ")
-    assert sentence.endswith("if 255 is the foreground, save it as 1, since 255 is ignored")
+    assert sentence.startswith("expected pixels of 2 or more of 4 classes in 3 annotations, got 0 and ")
+    assert sentence.endswith(" pixels of 255, which is ignored; if that is the foreground, save it as 1")
     assert dataset_problems(dataset(tmp_path), 4, labels=2) == []  # the foreground may be in the others
 
 
@@ -494,8 +490,8 @@ def test_masks_of_nothing_but_ignored_pixels_are_said(tmp_path):
     write(tmp_path, [255])
     for labels in (None, 2):
         sentence = only(dataset_problems(dataset(tmp_path), 4, labels=labels))
-        assert sentence.startswith("expected labelled pixels, but all of ")
-    with pytest.raises(InputError, match="all of 3 annotations are 255, which is ignored"):
+        assert re.search(r"pixels of \d or more of 4 classes in \d annotations, got none and", sentence)
+    with pytest.raises(InputError, match="in 3 annotations, got none and 264 pixels of 255, which is ignored"):
         check_dataset(dataset(tmp_path), 4)
 
 

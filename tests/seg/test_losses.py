@@ -176,7 +176,7 @@ def test_a_pixel_sampler_is_refused(batch, thresh):
 def test_another_ignore_index_than_the_heads_is_refused(batch):
     logits, label = batch
     for call in (lambda: build()(logits, label, ignore_index=0), lambda: build().upsampled(logits, label, False, 0)):
-        with pytest.raises(InputError, match=r"got 0 and 255; set loss_decode\.ignore_index"):
+        with pytest.raises(InputError, match=r"expected loss_decode\.ignore_index=0, the head's, got 255"):
             call()
     label[label == 255] = 9
     value = build(ignore_index=9).upsampled(logits, label, False, 9).item()

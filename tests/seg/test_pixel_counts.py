@@ -347,9 +347,6 @@ def test_missing_and_broken_annotations(masks, tmp_path):
 
 def test_pipelines_and_datasets_that_cannot_be_counted(masks, tmp_path):
     sentence = refused(tmp_path, pipeline=[dict(type="LoadImageFromFile"), dict(type="PackSegInputs")])
-    assert (
-        sentence == "expected LoadAnnotations in the pipeline of BaseSegDataset, got LoadImageFromFile, PackSegInputs"
-    )
-    assert refused(tmp_path, pipeline=[]).endswith("got none")
+    assert sentence == "expected LoadAnnotations in the pipeline of BaseSegDataset, got none; add it"
     with pytest.raises(InputError, match=r"got TensorDataset; give class counts as a JSON file"):
         count_pixels(torch.utils.data.TensorDataset(torch.zeros(1)), K)
