@@ -13,11 +13,7 @@ from disalign.io.images import require_labels
 
 
 def plain_datasets(dataset: Any) -> list:
-    """The datasets within wrappers, each as often as it is listed; how often a wrapper repeats it does not matter.
-
-    Raises:
-        InputError: a dataset whose records and transforms can't be asked for, as mmengine's datasets can.
-    """
+    """The datasets within wrappers, each as often as it is listed; how often a wrapper repeats it does not matter."""
     if isinstance(dataset, ConcatDataset):
         return [plain for part in dataset.datasets for plain in plain_datasets(part)]
     if isinstance(dataset, (RepeatDataset, ClassBalancedDataset, MultiImageMixDataset)):
@@ -38,12 +34,9 @@ def class_names(dataset: Any) -> list[str]:
 class Guarded:
     """A loading transform whose errors are one sentence with the file's name, as are labels that don't belong there.
 
-    Without it a label outside [0, K) is an index error in the loss, or passes silently through the evaluation.
-
-    Args:
-        loader: a transform that loads an image or an annotation.
-        num_classes: K.
-        ignore_index: the label that is left out.
+    Refused are a missing or broken file, anything but one label per pixel, an annotation of another size than its image
+    (if that is loaded), and labels outside [0, K) that are not to be ignored: these are an index error in the loss, or
+    pass silently through the evaluation.
     """
 
     def __init__(self, loader: Any, num_classes: int, ignore_index: int) -> None:
@@ -52,14 +45,23 @@ class Guarded:
         self.ignore_index = ignore_index
 
     def __call__(self, results: dict) -> Any:
-        """The loaded results.
-
-        Raises:
-            InputError: a missing or broken file, anything but one label per pixel, an annotation of another size than
-                its image (if that is loaded), or labels outside [0, K) that are not to be ignored.
-        """
         is_annotation = isinstance(self.loader, LoadAnnotations)
-        loaded = _load(self.loader, results, is_annotation)
+        what, key = ("annotation", "seg_map_path") if is_annotation else ("image", "img_path")
+        path = results.get(key)
+        if path is None:
+            raise InputError(f"expected an {what} for {results.get('img_path')!r}, but the dataset names none")
+        refuse_special(path, f"an {what}")
+        try:
+            loaded = self.loader(results)
+        except FileNotFoundError:
+            raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
+        except Exception as error:  # a broken file can break a reader anywhere
+            if in_user_code(error):
+                error.add_note(f"while loading {path!r}")
+                raise
+            raise InputError(
+                f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"
+            ) from error
         if is_annotation and "gt_seg_map" in results:
             self._check(results["gt_seg_map"], results)
         return loaded
@@ -68,58 +70,23 @@ class Guarded:
         return repr(self.loader)
 
     def _check(self, labels, results):
-        path = results["seg_map_path"]
-        if labels.ndim != 2:
+        path, size = results["seg_map_path"], tuple(results.get("ori_shape", labels.shape)[:2])
+        if labels.shape != size:
             raise InputError(
-                f"expected one label per pixel (height, width) in {path!r}, got an array of shape {labels.shape}; save "
-                "the labels as a grey-scale image"
-            )
-        image = results.get("ori_shape")
-        if image is not None and tuple(image[:2]) != labels.shape:
-            raise InputError(
-                f"expected an annotation of its image's size, got {labels.shape[1]} x {labels.shape[0]} in {path!r} "
-                f"and {image[1]} x {image[0]} in {results['img_path']!r}; is it another image's?"
+                f"expected one label per pixel, an array of shape {size}, in {path!r}, got {labels.shape}; is it a "
+                f"grey-scale image, and that of {results.get('img_path')!r}?"
             )
         shifted = " (as loaded: reduce_zero_label takes 1 off)" if results.get("reduce_zero_label") else ""
         require_labels(labels, self.num_classes, self.ignore_index, path, shifted)
 
 
-def _load(loader, results, is_annotation):
-    what, path = ("annotation", results.get("seg_map_path")) if is_annotation else ("image", results.get("img_path"))
-    if path is None:
-        raise InputError(f"expected an {what} for {results.get('img_path')!r}, but the dataset names none")
-    refuse_special(path, f"an {what}")
-    try:
-        return loader(results)
-    except FileNotFoundError:
-        raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
-    except Exception as error:  # a broken file can break a reader anywhere
-        if in_user_code(error):
-            error.add_note(f"while loading {path!r}")
-            raise
-        raise InputError(
-            f"expected an {what} that can be read at {path!r}, but: {first_line(error)}; is it whole?"
-        ) from error
-
-
 def guard(dataset: Any, num_classes: int, ignore_index: int = 255) -> None:
-    """Put :class:`Guarded` around the transforms of a dataset that load images and annotations, in place.
-
-    To be called before the data loader starts its workers.
-
-    Args:
-        dataset: perhaps wrapped.
-        num_classes: K.
-        ignore_index: the label that is left out.
-    """
+    """Put :class:`Guarded` around a dataset's loading transforms, in place, before a data loader starts its workers."""
     for plain in plain_datasets(dataset):
         for transforms in _steps(plain.pipeline):
-            transforms[:] = [
-                Guarded(one, num_classes, ignore_index)
-                if isinstance(one, (LoadAnnotations, LoadImageFromFile))
-                else one
-                for one in transforms
-            ]
+            for place, transform in enumerate(transforms):
+                if isinstance(transform, (LoadAnnotations, LoadImageFromFile)):
+                    transforms[place] = Guarded(transform, num_classes, ignore_index)
 
 
 def loader_of(dataset: Any, kind: type) -> Any:

@@ -22,15 +22,7 @@ def mmseg_config(name: str) -> str:
         InputError: MMSegmentation was installed without its configs, or has none of that name.
     """
     folder = Path(mmseg.__path__[0], ".mim", "configs")
-    if not folder.is_dir():
-        raise InputError(
-            f"expected MMSegmentation's configs in {str(folder)!r}, but there is no such folder; install "
-            "MMSegmentation by pip or mim, which bring them"
-        )
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"expected {name!r} among MMSegmentation's configs, but there is no file {str(path)!r}")
-    return str(path)
+    return _config(folder, name, "MMSegmentation's configs, which pip and mim install")
 
 
 def disalign_config(name: str) -> str:
@@ -42,9 +34,13 @@ def disalign_config(name: str) -> str:
     Raises:
         InputError: there is none of that name.
     """
-    path = shipped_configs() / "mmseg" / name
+    return _config(shipped_configs() / "mmseg", name, "the shipped configs")
+
+
+def _config(folder: Path, name: str, whose: str) -> str:
+    path = folder / name
     if not path.is_file():
-        raise InputError(f"expected {name!r} among the shipped configs, but {str(path)!r} is no file")
+        raise InputError(f"expected {name!r} among {whose}, but there is no file {str(path)!r}")
     return str(path)
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,28 +11,13 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner, TestLoop, autocast
 from mmseg.models import SegTTAModel
 from mmseg.registry import HOOKS
-from torch import nn
 
 from disalign import at_identity
 from disalign.io import write_json
 from disalign.report import table
 from disalign.stage_two import calibrations
 
-from .metrics import GROUPS, LongTailIoUMetric
-
-COLUMNS = ("mIoU", "mAcc", "aAcc", *(f"{mean}.{group}" for mean in ("mIoU", "mAcc") for group in GROUPS))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it every module is in eval mode; afterwards each is in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
+from .metrics import LongTailIoUMetric
 
 
 def reporting_metric(loop: Any) -> Any:
@@ -44,14 +27,9 @@ def reporting_metric(loop: Any) -> Any:
 
 
 def evaluate(runner: Runner, loop: Any) -> dict | None:
-    """Evaluate the model on a loop's images once more: no hooks, no files, the loop's own metrics untouched.
+    """The report of the model on a validation or test loop's images once more, on the main process.
 
-    Args:
-        runner: mmengine's Runner.
-        loop: its validation or test loop, with a metric that keeps a report.
-
-    Returns:
-        The report; None on all processes but the main one.
+    No hooks are called, no predictions written, and the loop's own metrics are untouched.
     """
     metric = copy.copy(reporting_metric(loop))
     metric.results, metric.report = [], None
@@ -59,14 +37,14 @@ def evaluate(runner: Runner, loop: Any) -> dict | None:
     evaluator = Evaluator(metric)
     # Only test_step knows test-time augmentation.
     step = runner.model.test_step if isinstance(loop, TestLoop) else runner.model.val_step
-    batches = len(loop.dataloader)
-    with evaluating(runner.model), torch.no_grad():
+    runner.model.eval()
+    with torch.no_grad():
         for number, batch in enumerate(loop.dataloader, 1):
             with autocast(enabled=loop.fp16):
                 samples = step(batch)
             evaluator.process(data_samples=samples, data_batch=batch)
             if number % 50 == 0:
-                runner.logger.info(f"evaluated {number} of {batches} batches")
+                runner.logger.info(f"evaluated {number} of {len(loop.dataloader)} batches")
         evaluator.evaluate(len(loop.dataloader.dataset))
     return metric.report
 
@@ -124,9 +102,7 @@ class ComparisonHook(Hook):
         }
         if before is not None:
             results["stage_one"] = {name: before[name] for name in ("figures", "per_class")}
-            columns = [name for name in COLUMNS if name in after["figures"]]
-            title = f"{split}, {after['images']} images, before and after"
-            runner.logger.info(f"{title}\n{table(results, columns)}")
+            runner.logger.info(f"{split}, {after['images']} images, before and after\n{table(results)}")
         path = os.path.join(runner.work_dir, f"results_{split}{'_tta' if augmented else ''}.json")
         write_json(path, results)
         runner.logger.info(f"all figures, per class too, are in {path}")

@@ -1,7 +1,7 @@
 """The calibration on MMSegmentation's decode heads."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
 from mmseg.models import decode_heads
@@ -30,13 +30,8 @@ REFUSED = {
 }
 _COMPILED = ("CCHead", "PSAHead")
 
-if TYPE_CHECKING:  # what the mixin is put before
-    from mmseg.models.decode_heads.decode_head import BaseDecodeHead as _Host
-else:
-    _Host = object
 
-
-class DisAlignHead(_Host):
+class DisAlignHead(BaseDecodeHead):
     """Mixin before a decode head that classifies by ``cls_seg``: its stage two (Sec. 3.2).
 
     For a head of your own: ``DisAlignMyHead = disalign_mmseg.calibrated(MyHead)``. Parameters keep their names; new are
@@ -52,7 +47,7 @@ class DisAlignHead(_Host):
         InputError: a head that can't be calibrated.
     """
 
-    loss_decode: nn.Module
+    loss_decode: Any
 
     def __init__(self, *args: Any, calibration: dict | None = None, **options: Any) -> None:
         name = type(self).__name__.removeprefix("DisAlign")
@@ -64,7 +59,14 @@ class DisAlignHead(_Host):
                 f"expected one output of {name} for each of {self.num_classes} classes, got {self.out_channels}; a "
                 "single sigmoid output has no margin between classes"
             )
-        self.loss_decode = _single(self.loss_decode)
+        losses = self.loss_decode if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
+        if len(losses) == 1:
+            (self.loss_decode,) = losses
+        elif any(isinstance(loss, GRWCrossEntropyLoss) for loss in losses):
+            raise InputError(
+                f"expected GRWCrossEntropyLoss alone in loss_decode, got {some(type(loss).__name__ for loss in losses)}"
+                "; other losses do not know the class weights"
+            )
         self.calibration = AdaptiveCalibration(
             self.num_classes, self.conv_seg.in_channels, spatial=True, **(calibration or {})
         )
@@ -87,18 +89,6 @@ class DisAlignHead(_Host):
         return {self.loss_decode.loss_name: loss} | self.calibration.statistics()
 
 
-def _single(loss: nn.Module) -> nn.Module:
-    """The loss itself, if a list holds one; a list of several is mmseg's to add up, unless ours is among them."""
-    if not isinstance(loss, nn.ModuleList):
-        return loss
-    if len(loss) > 1 and any(isinstance(one, GRWCrossEntropyLoss) for one in loss):
-        raise InputError(
-            f"expected GRWCrossEntropyLoss alone in loss_decode, got {some(type(one).__name__ for one in loss)}; "
-            "other losses do not know the class weights"
-        )
-    return loss[0] if len(loss) == 1 else loss
-
-
 def calibrated(head: type, module: str | None = None) -> type:
     """Register ``DisAlign<head>``, the head's stage two, and return it.
 
@@ -110,36 +100,24 @@ def calibrated(head: type, module: str | None = None) -> type:
         InputError: no decode head, or one whose scores can't be calibrated.
     """
     if head.__name__ in REFUSED:
-        raise InputError(f"expected a head that classifies pixels, got {head.__name__}: {REFUSED[head.__name__]}")
+        _refuse(head.__name__)
     if not issubclass(head, BaseDecodeHead):
         raise InputError(f"expected a decode head of mmseg's, got {head.__name__}")
-    members = {
-        "__doc__": f"{head.__name__} with a calibration on its scores; see :class:`DisAlignHead`.",
-        "__module__": module or head.__module__,
-    }
+    doc = f"{head.__name__} with a calibration on its scores; see :class:`DisAlignHead`."
+    members = {"__doc__": doc, "__module__": module or head.__module__}
     return MODELS.register_module(module=type(f"DisAlign{head.__name__}", (DisAlignHead, head), members))
 
 
-def _refusing(name: str) -> type:
-    """``DisAlign<name>`` for a head that has none: building it says why."""
-
-    class Refused:
-        def __init__(self, *_, **__) -> None:
-            raise InputError(
-                f"expected a head that classifies pixels, got {name}: {REFUSED[name]}; DisAlign needs one score per "
-                "class and pixel"
-            )
-
-    Refused.__name__ = Refused.__qualname__ = f"DisAlign{name}"
-    return MODELS.register_module(module=Refused)
+def _refuse(name: str) -> NoReturn:
+    raise InputError(f"expected a head that classifies pixels, got {name}: {REFUSED[name]}; calibrate another head")
 
 
 # DisAlignFCNHead, DisAlignUPerHead and so on.
 HEADS = {}
 for _name in sorted(set(decode_heads.__all__)):
     _head = getattr(decode_heads, _name)
-    if _name in REFUSED:
-        _refusing(_name)
+    if _name in REFUSED:  # to be said when a config names it
+        MODELS.register_module(f"DisAlign{_name}", module=lambda head=_name, **_: _refuse(head))
     elif issubclass(_head, BaseDecodeHead):
         HEADS[f"DisAlign{_name}"] = calibrated(_head, __name__)
 globals().update(HEADS)

@@ -23,8 +23,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
             of a JSON file, a list); or ``"dataset"``, given later through :meth:`set_class_counts`.
         rho: scale of eq. 11 (official: 0.2 on ADE20K).
         reduction: ``"weighted_mean"``, sum(w * ce) / sum(w); ``"mean"``, sum(w * ce) / N_valid (eq. 9).
-        normalize, zero_count: see :func:`disalign.generalized_reweight`.
-        sync: see :class:`disalign.GRWCrossEntropyLoss`.
+        normalize, zero_count, sync: see :class:`disalign.GRWCrossEntropyLoss`.
         ignore_index: label of pixels that do not count; the head's must be the same.
         loss_weight: factor of the loss.
         avg_non_ignore: ``False`` divides by the number of all pixels, ignored ones too, as the official code does on
@@ -55,12 +54,9 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         sampled_pixels: int | None = None,
         loss_name: str = "loss_grw",
     ) -> None:
-        if reduction not in ("weighted_mean", "mean"):
-            raise InputError(f"expected reduction 'weighted_mean' or 'mean', got {reduction!r}")
-        if not (avg_non_ignore or reduction == "mean"):
+        if reduction not in (("weighted_mean", "mean") if avg_non_ignore else ("mean",)):
             raise InputError(
-                "expected reduction 'mean' with avg_non_ignore=False, which divides by the number of all pixels, got "
-                f"{reduction!r}"
+                f"expected reduction 'weighted_mean', or 'mean', alone with avg_non_ignore=False, got {reduction!r}"
             )
         if upsample not in ("fused", "plain"):
             raise InputError(f"expected upsample 'fused' or 'plain', got {upsample!r}")
@@ -70,9 +66,8 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
             raise InputError("expected sampled_pixels without upsample='plain', since they are all that is upsampled")
         if not loss_name.startswith("loss_"):
             raise InputError(f"expected a loss_name that begins with 'loss_', or it is not trained, got {loss_name!r}")
-        known = None if isinstance(class_counts, str) and class_counts == "dataset" else class_counts
         super().__init__(
-            known,
+            None if isinstance(class_counts, str) and class_counts == "dataset" else class_counts,
             rho,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -107,9 +102,6 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
             weight, avg_factor, reduction_override: a pixel sampler's (OHEM), which is refused.
             ignore_index: the head's.
 
-        Returns:
-            A scalar.
-
         Raises:
             InputError: no counts yet, a pixel sampler, another ignore index, wrong labels or number of classes.
         """
@@ -119,9 +111,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
                 "decode_head.sampler=None"
             )
         self._same_ignore_index(ignore_index)
-        self._move_weight(cls_score.device)
-        total = disalign.grw_cross_entropy(cls_score, label, self.weight, "sum", self.ignore_index)
-        return self._averaged(total, label)
+        return self.loss_weight * super().forward(cls_score, label)
 
     def upsampled(
         self, seg_logits: Tensor, seg_label: Tensor, align_corners: bool, ignore_index: int | None = None
@@ -132,9 +122,6 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
             seg_logits: (N, K, h, w).
             seg_label: (N, H, W) or (N, 1, H, W) int64.
             align_corners, ignore_index: the head's.
-
-        Returns:
-            A scalar.
 
         Raises:
             InputError: as :meth:`forward`.
@@ -151,26 +138,15 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         else:
             resized = F.interpolate(seg_logits, label.shape[1:], mode="bilinear", align_corners=align_corners)
             return self(resized, label)
-        return self._averaged(total, label)
-
-    def _averaged(self, total: Tensor, label: Tensor) -> Tensor:
-        denominator = self._global_denominator(label)
-        if denominator is None:
-            denominator = self._denominator(label)
-        return self.loss_weight * grw_mean(total, denominator)
+        return self.loss_weight * grw_mean(total, self._global_denominator(label))
 
     def _denominator(self, target: Tensor) -> Tensor:
-        if self.avg_non_ignore:
-            return super()._denominator(target)
-        return self.weight.new_tensor(target.numel())
+        return super()._denominator(target) if self.avg_non_ignore else self.weight.new_tensor(target.numel())
+
+    def _global_denominator(self, target: Tensor) -> Tensor:
+        denominator = super()._global_denominator(target)
+        return self._denominator(target) if denominator is None else denominator
 
     def _same_ignore_index(self, ignore_index: int | None) -> None:
         if ignore_index not in (None, self.ignore_index):
-            raise InputError(
-                f"expected the head's ignore_index in its loss too, got {ignore_index} and {self.ignore_index}; set "
-                "loss_decode.ignore_index"
-            )
-
-    def extra_repr(self) -> str:
-        how = f"sampled_pixels={self.sampled_pixels}" if self.sampled_pixels else f"upsample={self.upsample!r}"
-        return f"{super().extra_repr()}, avg_non_ignore={self.avg_non_ignore}, {how}"
+            raise InputError(f"expected loss_decode.ignore_index={ignore_index}, the head's, got {self.ignore_index}")

@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from torch import Tensor
 from disalign import InputError, group_means, head_body_tail, load_class_counts
 from disalign.counts import ClassCounts, bundled
 from disalign.errors import some
-from disalign.functional import check_labels
 from disalign.io import read_json
-from disalign.report import report, shown, text_table
+from disalign.report import report, table
 
 #: The paper's groups (Sec. 4.2): head above 1 % of all pixels, tail at most 0.1 %.
 THRESHOLDS = {"head": 0.01, "tail": 0.001}
@@ -64,20 +64,24 @@ class LongTailIoUMetric(IoUMetric):
         collect_dir: str | None = None,
         **stock: Any,
     ) -> None:
-        known = inspect.signature(IoUMetric).parameters.keys() - {"kwargs"}
-        if stock.keys() - known:  # IoUMetric would swallow them
-            ours = ("class_counts", "groups", "total_pixels", "keep_results", "collect_dir", *known)
-            raise InputError(
-                f"expected arguments of LongTailIoUMetric among {some(sorted(ours), len(ours))}, got "
-                f"{some(stock.keys() - known)}"
-            )
+        if unknown := stock.keys() - (inspect.signature(IoUMetric).parameters.keys() - {"kwargs"}):
+            # IoUMetric would swallow them.
+            raise InputError(f"expected arguments of LongTailIoUMetric or mmseg's IoUMetric, got {some(unknown)}")
         if stock.get("format_only") and not stock.get("output_dir"):
             raise InputError("expected an output_dir with format_only, got none; give the folder for the predictions")
-        super().__init__(iou_metrics=_checked_figures(iou_metrics), **stock)
+        figures = [iou_metrics] if isinstance(iou_metrics, str) else list(iou_metrics)
+        if not figures or not set(figures) <= {"mIoU", "mDice", "mFscore"}:
+            raise InputError(f"expected iou_metrics among mIoU, mDice, mFscore, got {some(figures) or 'none'}")
+        super().__init__(iou_metrics=figures, **stock)
         self.collect_dir = collect_dir
         if groups is None:
             groups = "ade20k" if isinstance(class_counts, str) and class_counts == "ade20k" else THRESHOLDS
-        self.groups = _checked_groups(groups)
+        if groups != "ade20k" and not _are_thresholds(groups):
+            raise InputError(
+                "expected groups 'ade20k', or dict(head=0.01, tail=0.001) with shares of all pixels, 0 <= tail <= head "
+                f"< 1, got {groups!r}"
+            )
+        self.groups: Any = groups
         #: All pixels of the training set, or None: the labelled ones.
         self.total_pixels = _recorded_total(class_counts) if total_pixels is None else total_pixels
         self.class_counts = class_counts
@@ -85,52 +89,36 @@ class LongTailIoUMetric(IoUMetric):
         self.report: dict | None = None
 
     @property
-    def class_counts(self) -> torch.Tensor | None:
+    def class_counts(self) -> Tensor | None:
         """(K,) int64 training pixels per class, or None until they are set."""
         return self._class_counts
 
     @class_counts.setter
     def class_counts(self, class_counts: ClassCounts | None) -> None:
         self._class_counts = None if class_counts is None else load_class_counts(class_counts)
-        self._refuse_other_classes()
-        self.members()  # refuses a total that is too small
+        self.members()  # refuses what does not fit
 
-    @property
-    def dataset_meta(self) -> dict | None:
-        """Of the evaluated dataset; its ``"classes"`` must be as many as the counts."""
-        return self._dataset_meta
-
-    @dataset_meta.setter
+    @IoUMetric.dataset_meta.setter
     def dataset_meta(self, dataset_meta: dict | None) -> None:
         self._dataset_meta = dataset_meta
-        self._refuse_other_classes()
+        self.members()
 
-    def _class_names(self) -> list[str]:
-        return list((self._dataset_meta or {})["classes"])
-
-    def _refuse_other_classes(self) -> None:
-        classes = (self._dataset_meta or {}).get("classes")
-        if classes is None:
-            return
-        if self.class_counts is not None and len(self.class_counts) != len(classes):
-            raise InputError(
-                f"expected one of the metric's class_counts for each of the dataset's {len(classes)} classes, got "
-                f"{len(self.class_counts)}; do the counts belong to this dataset?"
-            )
-        if self.groups == "ade20k" and len(classes) != len(_ade20k_ratios()):
-            raise InputError(
-                f"expected ADE20K's {len(_ade20k_ratios())} classes for groups='ade20k', got a dataset of "
-                f"{len(classes)}; give thresholds, groups=dict(head=0.01, tail=0.001)"
-            )
-
-    def members(self) -> dict[str, torch.Tensor] | None:
+    def members(self) -> dict[str, Tensor] | None:
         """``{"head", "body", "tail"}`` -> (K,) bool, or None without class counts.
 
         Raises:
-            InputError: fewer pixels in all than labelled ones.
+            InputError: another number of classes than the dataset's, or fewer pixels in all than labelled ones.
         """
-        if self.groups == "ade20k":
-            return head_body_tail(_ade20k_ratios())
+        official = bundled("ade20k")["pixel_ratio"] if self.groups == "ade20k" else None
+        classes = (self._dataset_meta or {}).get("classes")
+        for what, values in (("class_counts", self.class_counts), ("groups='ade20k'", official)):
+            if classes and values is not None and len(values) != len(classes):
+                raise InputError(
+                    f"expected the dataset's {len(classes)} classes in the metric's {what}, got {len(values)}; do they "
+                    "belong to this dataset?"
+                )
+        if official:
+            return head_body_tail(official)
         if self.class_counts is None:
             return None
         labelled = int(self.class_counts.sum())
@@ -142,14 +130,12 @@ class LongTailIoUMetric(IoUMetric):
         return head_body_tail(self.class_counts, **self.groups, total=self.total_pixels)
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
-        if not self.format_only:
-            for sample in data_samples:
-                self._refuse_other_labels(sample)
+        for sample in () if self.format_only else data_samples:
+            self._refuse_other_classes(sample, len(self.dataset_meta["classes"]))
         super().process(data_batch, data_samples)
 
-    def _refuse_other_labels(self, sample: Mapping) -> None:
-        num_classes = len(self._class_names())
-        name = sample.get("seg_map_path") or sample.get("img_path") or "an image"
+    def _refuse_other_classes(self, sample: Mapping, num_classes: int) -> None:
+        name = sample.get("seg_map_path") or sample.get("img_path")
         if "gt_sem_seg" not in sample:
             raise InputError(f"expected ground truth for {name}, got none; for a set without it, set format_only=True")
         predicted, label = (sample[key]["data"].squeeze() for key in ("pred_sem_seg", "gt_sem_seg"))
@@ -158,15 +144,13 @@ class LongTailIoUMetric(IoUMetric):
                 f"expected an annotation as large as its image, got {list(label.shape)} and {list(predicted.shape)} "
                 f"for {name}; check that the two belong together"
             )
-        try:
-            check_labels(label.cpu(), num_classes, self.ignore_index)
-        except InputError as error:
-            raise InputError(f"{error} ({name})") from None
-        if predicted.numel() and not 0 <= predicted.min() <= predicted.max() < num_classes:
-            raise InputError(
-                f"expected predictions of the dataset's {num_classes} classes, got class {int(predicted.max())} for "
-                f"{name}; is the model built for another number of classes?"
-            )
+        for what, classes in (("labels", label[label != self.ignore_index]), ("predictions", predicted)):
+            wrong = classes[(classes < 0) | (classes >= num_classes)]
+            if len(wrong):
+                raise InputError(
+                    f"expected {what} of the dataset's {num_classes} classes, got class {int(wrong[0])} for {name}; is "
+                    "the annotation, or the model, one of other classes?"
+                )
 
     @staticmethod
     def intersect_and_union(
@@ -184,7 +168,7 @@ class LongTailIoUMetric(IoUMetric):
     def compute_metrics(self, results: list) -> dict[str, float]:
         if self.format_only:
             return super().compute_metrics(results)
-        num_classes = len(self._class_names())
+        num_classes = len(self.dataset_meta["classes"])
         summed = [torch.stack(area).to(torch.float64).sum(0) for area in zip(*results, strict=True)]
         intersection, union, predicted, labelled = summed or torch.zeros(4, num_classes, dtype=torch.float64)
         # x / NaN: a class that is not in the ground truth has no figures.
@@ -201,12 +185,11 @@ class LongTailIoUMetric(IoUMetric):
         stock = self.total_area_to_metrics(*areas, self.metrics, self.nan_to_num, self.beta)
         overall = 100 * float(stock.pop("aAcc"))
         values = {name: 100 * torch.from_numpy(fractions) for name, fractions in stock.items()}
-        pixels = areas[-1].long()
-        members = self.members() or {}
-        figures: dict[str, float | None] = {"aAcc": overall}
-        for name, of_classes in values.items():
-            figures |= group_means(of_classes, {f"m{name}": torch.ones(len(pixels), dtype=torch.bool)})
-            means = group_means(of_classes, members)
+        pixels, members = areas[-1].long(), self.members() or {}
+        figures: dict[str, float | None] = {f"m{name}": float(column.nanmean()) for name, column in values.items()}
+        figures["aAcc"] = overall
+        for name, column in values.items():
+            means = group_means(column, members)
             figures |= {f"m{name}.{group}": means.get(group) for group in GROUPS}
         return report(
             figures,
@@ -221,7 +204,7 @@ class LongTailIoUMetric(IoUMetric):
                 "classes": {group: int(chosen.sum()) for group, chosen in members.items()},
                 "evaluated": {group: int((chosen & (pixels > 0)).sum()) for group, chosen in members.items()},
             },
-            classes=self._class_names(),
+            classes=list(self.dataset_meta["classes"]),
             class_counts=None if self.class_counts is None else self.class_counts.tolist(),
             total_pixels=self.total_pixels,
         )
@@ -236,50 +219,16 @@ class LongTailIoUMetric(IoUMetric):
         return f"head: more than {head} of {pixels} training pixels, tail: at most {tail}, body: between them"
 
 
-def table(content: dict) -> str:
-    """A report's means, in percent: a row for all classes and one for each group."""
-    figures, groups = content["figures"], content["groups"]
-    means = [name for name in figures if name.startswith("m") and "." not in name]
-    evaluated = sum(pixels > 0 for pixels in content["per_class"]["pixels"])
-    rows = [["percent", "classes", "evaluated", *means, "aAcc"]]
-    rows.append(["all", len(content["classes"]), evaluated, *(shown(figures[name]) for name in (*means, "aAcc"))])
-    for group in groups["classes"]:
-        sizes = groups["classes"][group], groups["evaluated"][group]
-        rows.append([group, *sizes, *(shown(figures[f"{name}.{group}"]) for name in means), ""])
-    return text_table(rows)
-
-
-def _ade20k_ratios() -> list[float]:
-    return bundled("ade20k")["pixel_ratio"]
-
-
-def _checked_figures(names) -> list[str]:
-    names = [names] if isinstance(names, str) else list(names)
-    known = ("mIoU", "mDice", "mFscore")
-    if not names or not set(names) <= set(known):
-        raise InputError(f"expected iou_metrics among {some(known)}, got {some(names) or 'none'}")
-    return names
-
-
-def _checked_groups(groups):
-    if isinstance(groups, str) and groups == "ade20k":
-        return groups
-    if not isinstance(groups, Mapping) or set(groups) != set(THRESHOLDS):
-        raise InputError(f"expected groups 'ade20k' or dict(head=0.01, tail=0.001), got {groups!r}")
-    head, tail = groups["head"], groups["tail"]
-    if not all(isinstance(share, (int, float)) for share in (head, tail)) or not 0 <= tail <= head < 1:
-        raise InputError(
-            f"expected the thresholds of head and tail as shares of all pixels, 0 <= tail <= head < 1, got "
-            f"head={head!r} and tail={tail!r}"
-        )
-    return {"head": head, "tail": tail}
+def _are_thresholds(groups: Any) -> bool:
+    """Whether they are those of head and tail, as shares of all pixels."""
+    with suppress(TypeError):  # no numbers
+        return set(groups) == set(THRESHOLDS) and 0 <= groups["tail"] <= groups["head"] < 1
+    return False
 
 
 def _recorded_total(class_counts) -> int | None:
     """All pixels of the set that a file counts, if it says."""
-    if not isinstance(class_counts, (str, os.PathLike)):
-        return None
-    path = os.fspath(class_counts)
+    path = os.fspath(class_counts) if isinstance(class_counts, (str, os.PathLike)) else ""
     if path.endswith(".txt"):
         return 10_000  # objectInfo150.txt prints shares of all pixels, with four decimals
     record = read_json(path, "class counts") if path.endswith(".json") else None

@@ -2,18 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from mmcv.transforms import LoadAnnotations
 from mmengine.dist import broadcast_object_list, is_main_process
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 from disalign.cli import usable_cpus
-from disalign.errors import InputError, some
+from disalign.errors import InputError
 from disalign.io import read_json, write_json
 from disalign.io.images import count_labels
 
@@ -23,68 +24,32 @@ from .annotations import Guarded, class_names, loader_of, plain_datasets
 CACHE = "class_counts.json"
 
 
-def class_counts_of(
-    dataset: Any,
-    num_classes: int,
-    ignore_index: int = 255,
-    folder: str | os.PathLike[str] | None = None,
-    workers: int | None = None,
-    accept: Callable[[list[int]], None] | None = None,
-) -> dict:
-    """:func:`count_pixels` for a run: the main process counts, all get the result, and ``folder`` keeps it.
-
-    All processes must call it.
-
-    Args:
-        dataset, num_classes, ignore_index, workers: :func:`count_pixels`'s.
-        folder: where ``class_counts.json`` lies or is written; it is used again only for the same data.
-        accept: called with the K counts; what it refuses is not kept.
-
-    Returns:
-        :func:`count_pixels`'s record.
-
-    Raises:
-        InputError: :func:`count_pixels`'s or ``accept``'s, in all processes.
-    """
-    return on_main_process(_kept_or_counted, dataset, num_classes, ignore_index, folder, workers, accept)
-
-
-def on_main_process(function: Any, *args: Any) -> Any:
+def on_main_process(function: Callable, *args: Any) -> Any:
     """Call a function in the main process alone; all get its result, or raise its :class:`InputError`."""
-    outcome: list = [None, None]
+    outcome: list = [None]
     if is_main_process():
         try:
-            outcome[0] = function(*args)
+            outcome = [function(*args)]
         except InputError as error:
-            outcome[1] = str(error)
+            outcome = [error]
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise InputError(outcome[1])
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
     return outcome[0]
 
 
-def _kept_or_counted(dataset, num_classes, ignore_index, folder, workers, accept):
-    record = _kept(dataset, num_classes, ignore_index, folder)
-    if record is None:
-        record = count_pixels(dataset, num_classes, ignore_index, workers)
-        if accept is not None:
-            accept(record["train_counts"])
-        if folder is not None:
-            write_json(os.path.join(folder, CACHE), record)
-    return record
-
-
-def _kept(dataset, num_classes, ignore_index, folder):
-    path = os.path.join(folder, CACHE) if folder is not None else ""
-    if not os.path.isfile(path):
-        return None
-    try:
+def class_counts_of(dataset: Any, num_classes: int, ignore_index: int, folder: str | os.PathLike[str]) -> dict:
+    """:func:`count_pixels` for a run, whose folder keeps the record as long as the data is the same."""
+    path = os.path.join(folder, CACHE)
+    with suppress(InputError):  # no such file, or a broken one
         record = read_json(path, "class counts")
-    except InputError:
-        return None
-    # The checksum knows the data and K; the length is for a file that someone changed.
-    same = isinstance(record, dict) and record.get("checksum") == checksum(dataset, num_classes, ignore_index)
-    return record if same and len(record.get("train_counts", ())) == num_classes else None
+        # The checksum knows the data and K; the length is for a file that someone changed.
+        same = isinstance(record, dict) and record.get("checksum") == checksum(dataset, num_classes, ignore_index)
+        if same and len(record.get("train_counts", ())) == num_classes:
+            return record
+    record = count_pixels(dataset, num_classes, ignore_index)
+    write_json(path, record)
+    return record
 
 
 def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, workers: int | None = None) -> dict:
@@ -94,48 +59,29 @@ def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, worker
     A wrapper's repetitions (``RepeatDataset``, ``ClassBalancedDataset``) do not count: each annotation of each dataset
     listed does, once.
 
-    Args:
-        dataset: mmsegmentation's, perhaps wrapped.
-        num_classes: K.
-        ignore_index: the label that is left out; it wins over a class of the same number.
-        workers: processes that read; default: one per CPU that this process may use, 8 at most. 0: none of its own.
+    The label ``ignore_index`` is left out, and wins over a class of the same number.
 
     Returns:
         A record for JSON, readable by :func:`disalign.load_class_counts`: ``train_counts`` (pixels) and
         ``image_counts`` of the K classes, ``total_pixels`` (ignored ones too) for shares of all pixels, ``files``,
         ``dataset``, ``class_names``, ``unit``, ``source``, and :func:`checksum`.
-
-    Raises:
-        InputError: no ``LoadAnnotations`` in the pipeline, an annotation that is missing or can't be read, or labels
-            outside [0, K) that are not ``ignore_index``: the first problem, and how many there are.
     """
     before = checksum(dataset, num_classes, ignore_index)  # of what is about to be read
-    samples = Annotations(dataset, num_classes, ignore_index)
-    pixels = np.zeros(num_classes, dtype=np.int64)
-    images = np.zeros(num_classes, dtype=np.int64)
-    total, problems = 0, []
-    for outcome in read(samples, workers=workers, progress="counting pixels"):
-        if isinstance(outcome, str):
-            problems.append(outcome)
-        else:
-            counts, size = outcome
-            pixels += counts
-            images += counts > 0
-            total += size
+    counted, problems = read(dataset, num_classes, ignore_index, workers=workers)
     if problems:
         raise InputError(problems[0] + (f" (and {len(problems) - 1} more annotations)" if problems[1:] else ""))
-    names = class_names(dataset)
-    dataset_name = " + ".join(dict.fromkeys(type(plain).__name__ for plain in plain_datasets(dataset)))
+    pixels = np.array([counts for counts, _ in counted], dtype=np.int64).reshape(-1, num_classes)
+    name = " + ".join(dict.fromkeys(type(plain).__name__ for plain in plain_datasets(dataset)))
     return {
-        "dataset": dataset_name,
+        "dataset": name,
         "unit": "pixels",
-        "source": f"counted in {len(samples)} annotations as {dataset_name} loads them",
-        "files": len(samples),
-        "total_pixels": total,
+        "source": f"counted in {len(counted)} annotations as {name} loads them",
+        "files": len(counted),
+        "total_pixels": sum(size for _, size in counted),
         "checksum": before,
-        "class_names": names,
-        "train_counts": pixels.tolist(),
-        "image_counts": images.tolist(),
+        "class_names": class_names(dataset),
+        "train_counts": pixels.sum(0).tolist(),
+        "image_counts": (pixels > 0).sum(0).tolist(),
     }
 
 
@@ -159,58 +105,52 @@ def checksum(dataset: Any, num_classes: int, ignore_index: int = 255) -> str:
 
 
 class Annotations(Dataset):
-    """The annotations of a dataset, each as its counts or as the sentence about what is wrong with it.
+    """The annotations of a plain dataset: each as ((K,) int64 pixels per class, number of all pixels).
 
-    An item is ``((K,) int64 pixels per class, number of all pixels)``, or a sentence.
-
-    Raises:
-        InputError: no ``LoadAnnotations`` in a pipeline.
+    One with something wrong is the sentence about it instead.
     """
 
-    def __init__(self, dataset: Any, num_classes: int, ignore_index: int) -> None:
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self.parts = []
-        for plain in plain_datasets(dataset):
-            loader = loader_of(plain, LoadAnnotations)
-            if loader is None:
-                raise InputError(
-                    f"expected LoadAnnotations in the pipeline of {type(plain).__name__}, got "
-                    f"{some(type(getattr(one, 'loader', one)).__name__ for one in plain.pipeline.transforms) or 'none'}"
-                )
-            self.parts.append((plain, Guarded(loader, num_classes, ignore_index)))
-        self.places = [(part, index) for part, (plain, _) in enumerate(self.parts) for index in range(len(plain))]
+    def __init__(self, plain: Any, num_classes: int, ignore_index: int) -> None:
+        loader = loader_of(plain, LoadAnnotations)
+        if loader is None:
+            raise InputError(f"expected LoadAnnotations in the pipeline of {type(plain).__name__}, got none; add it")
+        self.plain = plain
+        self.loader = Guarded(loader, num_classes, ignore_index)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.plain)
 
-    def __getitem__(self, place: int):
-        part, index = self.places[place]
-        plain, loader = self.parts[part]
-        results = plain.get_data_info(index)
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int] | str:
+        results = self.plain.get_data_info(index)
         try:
-            loader(results)
+            self.loader(results)
         except InputError as error:
             return str(error)
         labels = results["gt_seg_map"]
-        return count_labels(labels, self.ignore_index, self.num_classes), labels.size
+        return count_labels(labels, self.loader.ignore_index, self.loader.num_classes), labels.size
 
 
 def read(
-    samples: Annotations, chosen: Iterable[int] | None = None, workers: int | None = None, progress: str = ""
-) -> Iterator:
-    """The items of ``samples`` in order, read by ``workers`` processes, with a progress bar of this name."""
-    chosen = range(len(samples)) if chosen is None else list(chosen)
-    if workers is None:
-        workers = min(8, usable_cpus())
-    if len(chosen) < 50:
-        workers = 0  # not worth their start
-    # A generator of its own: a run draws the same random numbers whether its counts were kept or counted.
-    generator = torch.Generator()
+    dataset: Any, num_classes: int, ignore_index: int, most: int | None = None, workers: int | None = None
+) -> tuple[list[tuple[np.ndarray, int]], list[str]]:
+    """The :class:`Annotations` of all datasets within wrappers that can be counted, and what is wrong with the others.
+
+    So many at ``most``, spread over the dataset, are read by ``workers``: default: a process per CPU that this one may
+    use, 8 at most; 0: none of its own.
+    """
+    parts = [Annotations(plain, num_classes, ignore_index) for plain in plain_datasets(dataset)]
+    samples: ConcatDataset = ConcatDataset(parts)
+    number = len(samples) if most is None else min(most, len(samples))
+    workers = min(8, usable_cpus()) if workers is None else workers
     loader = DataLoader(
-        samples, batch_size=8, sampler=chosen, num_workers=workers, collate_fn=list, generator=generator
+        samples,
+        batch_size=8,
+        sampler=np.linspace(0, len(samples) - 1, number).astype(int).tolist(),
+        num_workers=0 if number < 50 else workers,  # a few are not worth their start
+        collate_fn=list,
+        # Of its own: a run draws the same random numbers whether its counts were kept or counted.
+        generator=torch.Generator(),
     )
-    with tqdm(total=len(chosen), desc=progress, unit="file", disable=not progress, mininterval=1) as bar:
-        for batch in loader:
-            yield from batch
-            bar.update(len(batch))
+    bar = tqdm(loader, "reading annotations", unit="file", unit_scale=8, mininterval=1, delay=5)
+    outcomes = [outcome for batch in bar for outcome in batch]
+    return [one for one in outcomes if not isinstance(one, str)], [one for one in outcomes if isinstance(one, str)]

@@ -414,12 +414,12 @@ def test_mmsegmentations_configs_are_found():
 
 
 def test_a_config_that_mmsegmentation_does_not_have_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"^expected 'fcn/none\.py' among MMSegmentation's configs, but there is no"):
+    with pytest.raises(InputError, match=r"^expected 'fcn/none\.py' among MMSegmentation's configs, which pip and mim"):
         mmseg_config("fcn/none.py")
     with pytest.raises(InputError, match="expected 'fcn' among MMSegmentation's configs"):
         mmseg_config("fcn")  # a folder
     monkeypatch.setattr(mmseg, "__path__", [str(tmp_path)])
-    with pytest.raises(InputError, match=r"^expected MMSegmentation's configs in .*\.mim.*; install"):
+    with pytest.raises(InputError, match=r"which pip and mim install, but there is no file '.*\.mim.*'"):
         mmseg_config("fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py")
 
 

@@ -56,16 +56,17 @@ def spoil_label(folder):
 
 def spoil_size(folder):
     put(folder, "b.png", np.zeros((7, 8), dtype=np.uint8))
+    path, image = str(folder / "masks/b.png"), str(folder / "images/b.jpg")
     return (
-        f"expected an annotation of its image's size, got 8 x 7 in {str(folder / 'masks/b.png')!r} and 7 x 8 in "
-        f"{str(folder / 'images/b.jpg')!r}; is it another image's?"
+        f"expected one label per pixel, an array of shape (8, 7), in {path!r}, got (7, 8); is it a grey-scale image, "
+        f"and that of {image!r}?"
     )
 
 
 def spoil_colour(folder):
     put(folder, "b.png", np.zeros((8, 7, 3), dtype=np.uint8))
     path = str(folder / "masks/b.png")
-    return f"expected one label per pixel (height, width) in {path!r}, got an array of shape (8, 7, 3); save"
+    return f"expected one label per pixel, an array of shape (8, 7), in {path!r}, got (8, 7, 3); is it a grey-scale"
 
 
 def spoil_annotation(folder):
@@ -174,7 +175,7 @@ def test_a_photograph_turned_by_its_tag_is_no_other_size(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((8, 7, 3), dtype=np.uint8)).save(folder / "images/b.jpg", exif=exif)
-    assert "got 7 x 8 in" in only(dataset_problems(dataset(folder), K))
+    assert "shape (7, 8), in" in only(dataset_problems(dataset(folder), K))
     put(folder, "b.png", np.zeros((7, 8), dtype=np.uint8))
     assert dataset_problems(dataset(folder), K) == []
 
@@ -198,20 +199,21 @@ def test_a_dataset_is_built(folder):
 )
 def test_missing_folders_and_empty_ones(folder, wrap):
     with pytest.raises(
-        InputError, match=r"^expected the images of BaseSegDataset in '.*no/images', but there is no such"
+        InputError,
+        match=r"^expected images \(\*\.jpg\) of BaseSegDataset in '.*no/images', but there is no such folder",
     ):
         build_dataset(wrap(config(folder / "no")))
     with pytest.raises(
         InputError, match=r"^expected images \(\*\.tif\) of BaseSegDataset in '.*/images', got none; check"
     ):
         build_dataset(wrap(config(folder, img_suffix=".tif", serialize_data=True)))
-    with pytest.raises(InputError, match=r"^expected the list of images of BaseSegDataset at '.*/no\.txt', but there"):
-        build_dataset(wrap(config(folder, ann_file="no.txt")))
     (folder / "empty.txt").write_text("")
-    with pytest.raises(
-        InputError, match=r"^expected the names of the images of BaseSegDataset in '.*/empty\.txt', but it"
-    ):
-        build_dataset(wrap(config(folder, ann_file="empty.txt", serialize_data=True)))
+    for name in ("no.txt", "empty.txt"):
+        with pytest.raises(
+            InputError,
+            match=rf"^expected the list of images of BaseSegDataset in '.*/{name}', but it is missing or empty",
+        ):
+            build_dataset(wrap(config(folder, ann_file=name, serialize_data=True)))
 
 
 def test_images_in_a_linked_folder_are_no_reason_that_a_dataset_can_not_be_built(folder, tmp_path):
@@ -220,7 +222,7 @@ def test_images_in_a_linked_folder_are_no_reason_that_a_dataset_can_not_be_built
     (folder / "images").mkdir()
     (folder / "images/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert len(dataset(folder)) == 3
-    with pytest.raises(InputError, match=r"^expected a dataset that can be built .*NoSuchStep"):
+    with pytest.raises(InputError, match=r"^expected a config that can be built .*NoSuchStep"):
         build_dataset(config(folder, pipeline=[dict(type="NoSuchStep")]))
     (tmp_path / "elsewhere/._x.jpg").write_text("what a Mac leaves behind")
     for name in "abc":
@@ -230,24 +232,31 @@ def test_images_in_a_linked_folder_are_no_reason_that_a_dataset_can_not_be_built
 
 
 def test_no_images_in_a_dataset_that_lets_itself_be_built(folder):
-    assert (
-        only(dataset_problems(dataset(folder, img_suffix=".tif"), K))
-        == "expected images of BaseSegDataset, got none; check data_root"
-    )
+    expected = f"expected images (*.tif) of BaseSegDataset in {str(folder / 'images')!r}, got none; check data_root"
+    assert expected in only(dataset_problems(dataset(folder, img_suffix=".tif"), K))
+    (folder / "empty.txt").write_text("")
+    expected = f"expected the list of images of BaseSegDataset in {str(folder / 'empty.txt')!r}, but it is missing or"
+    assert expected in only(dataset_problems(dataset(folder, ann_file="empty.txt"), K))
+
+
+class WithoutAnnotations(BaseSegDataset):
+    def load_data_list(self):
+        return [{"img_path": one["img_path"]} for one in super().load_data_list()]
+
+
+def test_images_whose_annotations_the_dataset_does_not_name(folder):
+    problem = only(dataset_problems(dataset(folder, type=WithoutAnnotations), K))
+    assert problem.startswith("expected 3 annotations of WithoutAnnotations, but 3 are missing: (no seg_map_path)")
 
 
 def test_configs_that_cannot_be_built(folder):
-    with pytest.raises(
-        InputError, match=r"^expected a dataset that can be built from 'BaseSegDataset', but: .*unknown"
-    ):
+    with pytest.raises(InputError, match=r"^expected a config that can be built in 'BaseSegDataset', but: .*unknown"):
         build_dataset(config(folder, unknown=1))
     with pytest.raises(
-        InputError, match=r"^expected a dataset that can be built from 'NoSuchDataset', but: NoSuchDataset is"
+        InputError, match=r"^expected a config that can be built in 'NoSuchDataset', but: NoSuchDataset is"
     ):
         build_dataset(config(folder, type="NoSuchDataset"))
-    with pytest.raises(
-        InputError, match=r"expected a dataset that can be built from 'BaseSegDataset', but: .*NoSuchStep"
-    ):
+    with pytest.raises(InputError, match=r"expected a config that can be built in 'BaseSegDataset', but: .*NoSuchStep"):
         build_dataset(config(folder, pipeline=[dict(type="NoSuchStep")]))
 
 
@@ -351,7 +360,7 @@ def test_errors_in_classes_of_ones_own_keep_their_traceback(folder):
         build_dataset(config(folder, type="FaultyDataset"))
     assert not isinstance(caught.value, InputError)
     # A fault of the data is one sentence even so.
-    with pytest.raises(InputError, match=r"^expected the images of FaultyDataset in '.*no/images', but there is no"):
+    with pytest.raises(InputError, match=r"^expected images .* of FaultyDataset in '.*no/images', but there is no"):
         build_dataset(config(folder / "no", type="FaultyDataset"))
 
 
@@ -472,8 +481,8 @@ def test_refused_arguments(written, capsys, options, sentence):
 def test_a_foreground_saved_as_the_ignored_label_is_said(tmp_path):
     write(tmp_path, [0, 255])
     sentence = only(dataset_problems(dataset(tmp_path), 4, labels=None))
-    assert sentence.startswith("expected pixels of several of the 4 classes, got class 0 alone and ")
-    assert sentence.endswith("if 255 is the foreground, save it as 1, since 255 is ignored")
+    assert sentence.startswith("expected pixels of 2 or more of 4 classes in 3 annotations, got 0 and ")
+    assert sentence.endswith(" pixels of 255, which is ignored; if that is the foreground, save it as 1")
     assert dataset_problems(dataset(tmp_path), 4, labels=2) == []  # the foreground may be in the others
 
 
@@ -481,18 +490,18 @@ def test_masks_of_nothing_but_ignored_pixels_are_said(tmp_path):
     write(tmp_path, [255])
     for labels in (None, 2):
         sentence = only(dataset_problems(dataset(tmp_path), 4, labels=labels))
-        assert sentence.startswith("expected labelled pixels, but all of ")
-    with pytest.raises(InputError, match="all of 3 annotations are 255, which is ignored"):
+        assert re.search(r"pixels of \d or more of 4 classes in \d annotations, got none and", sentence)
+    with pytest.raises(InputError, match="in 3 annotations, got none and 264 pixels of 255, which is ignored"):
         check_dataset(dataset(tmp_path), 4)
 
 
-def test_a_pipe_is_not_waited_for(folder):
-    os.remove(folder / "masks/a.png")
-    os.mkfifo(folder / "masks/a.png")
+@pytest.mark.parametrize(("kind", "what"), [("images/a.jpg", "an image"), ("masks/a.png", "an annotation")])
+def test_a_pipe_is_not_waited_for(kind, what, folder):
     found = dataset(folder)
     guard(found, 4)
-    with pytest.raises(InputError, match=r"expected an annotation in a file, got '.*', a device or a pipe"):
+    os.remove(folder / kind)
+    os.mkfifo(folder / kind)
+    with pytest.raises(
+        InputError, match=rf"expected {what} in a file, got '.*', a device or a pipe; save it to a file"
+    ):
         found[0]
-    os.remove(folder / "images/a.jpg")
-    os.mkfifo(folder / "images/a.jpg")
-    assert len(dataset(folder)) == len(found) - 1  # MMEngine lists files alone

@@ -176,7 +176,7 @@ def test_a_pixel_sampler_is_refused(batch, thresh):
 def test_another_ignore_index_than_the_heads_is_refused(batch):
     logits, label = batch
     for call in (lambda: build()(logits, label, ignore_index=0), lambda: build().upsampled(logits, label, False, 0)):
-        with pytest.raises(InputError, match=r"got 0 and 255; set loss_decode\.ignore_index"):
+        with pytest.raises(InputError, match=r"expected loss_decode\.ignore_index=0, the head's, got 255"):
             call()
     label[label == 255] = 9
     value = build(ignore_index=9).upsampled(logits, label, False, 9).item()
@@ -216,8 +216,8 @@ def test_wrong_labels_and_counts_are_refused(batch, how):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(reduction="sum"), "'weighted_mean' or 'mean', got 'sum'"),
-        (dict(avg_non_ignore=False), "reduction 'mean' with avg_non_ignore=False"),
+        (dict(reduction="sum"), "'weighted_mean', or 'mean', alone with avg_non_ignore=False, got 'sum'"),
+        (dict(avg_non_ignore=False), "'mean', alone with avg_non_ignore=False, got 'weighted_mean'"),
         (dict(upsample="fast"), "'fused' or 'plain', got 'fast'"),
         (dict(sampled_pixels=0), "whole number > 0 or None, got 0"),
         (dict(sampled_pixels=0.5), "whole number > 0 or None, got 0.5"),

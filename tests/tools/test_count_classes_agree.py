@@ -241,7 +241,7 @@ def test_segmentation_checks_and_counts_the_files_that_mmsegmentation_lists(mask
     monkeypatch.setattr(
         Annotations,
         "__getitem__",
-        lambda self, place: read.append(self.parts[0][0].get_data_info(place)["seg_map_path"]) or stock(self, place),
+        lambda self, place: read.append(self.plain.get_data_info(place)["seg_map_path"]) or stock(self, place),
     )
     assert data_check.dataset_problems(dataset, 5, labels=None, workers=0) == []
     assert sorted(read) == sorted(listed)
