@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from disalign import InputError, load_stage_one
 from disalign.cli import config_errors, find_config
-from disalign.errors import first_line, some
+from disalign.errors import first_line
 from disalign.hand_over import COUNTERS, require_tensors
 from disalign.stage_two import calibrations, is_calibrated
 
@@ -55,7 +55,7 @@ def _build(to: str, config: str, tensors: dict[str, Tensor]) -> nn.Module:
     if to == "timm":
         import timm
 
-        return timm.create_model(config, num_classes=len(tensors.get(f"{_timm_classifier(config)}.weight", ())))
+        return timm.create_model(config, num_classes=len(tensors.get(f"{timm_classifier(config)}.weight", ())))
     if to == "d2":
         from disalign_d2 import build_model
 
@@ -88,18 +88,14 @@ def _d2_config(path):
 def timm_classifier(name: str) -> str:
     """The name of the classifier of a timm model."""
     with _built("timm", name):
-        return _timm_classifier(name)
+        import timm
 
-
-def _timm_classifier(name):
-    import timm
-
-    if not timm.is_model(name.split(".")[0]):
-        raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
-    classifier = timm.get_pretrained_cfg(name).classifier
+        if not timm.is_model(name.split(".")[0]):
+            raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
+        classifier = timm.get_pretrained_cfg_value(name, "classifier")
     if not isinstance(classifier, str):
         raise InputError(
-            f"expected a timm model of one classifier as --config, but {name!r} has {some(classifier)}; their scores "
+            f"expected a timm model of one classifier as --config, but {name!r} has {classifier}; their scores "
             "are averaged, take a model of one"
         )
     return classifier

@@ -36,12 +36,10 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str, ema: bool | None = None, trust: bool = False) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
 
-    Args:
-        path: the file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
-        ema: take the averaged weights of a file that has both, or (False) the trained ones; None: refuse such a file.
-        trust: unpickle it in full if it can't be used otherwise.
+    Of trained and averaged weights it takes those that ``ema`` says, and refuses both if that is None. What can't be
+    used otherwise is unpickled in full if we ``trust`` it.
     """
     if path.endswith(".safetensors"):
         return _opened(_read_safetensors(path), ema, path)

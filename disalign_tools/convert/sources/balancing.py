@@ -28,8 +28,4 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     return Content(heading, trunk(tensors, "feat_model"), [layer])
 
 
-def known(tensors: dict[str, Tensor]) -> bool:
-    return bool(below(tensors, "feat_model"))
-
-
-SOURCE = Source("classifier-balancing", IMAGES, "feat_model and classifier of classifier-balancing", known, parse)
+SOURCE = Source("classifier-balancing", IMAGES, lambda tensors: bool(below(tensors, "feat_model")), parse)

@@ -37,8 +37,4 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     return Content(heading, others, [layer], notes=[NOTE])
 
 
-def known(tensors: dict[str, Tensor]) -> bool:
-    return f"{LAYER}.weight" in tensors
-
-
-SOURCE = Source("cvpods", IMAGES, "network.linear.weight of a cvpods classifier", known, parse)
+SOURCE = Source("cvpods", IMAGES, lambda tensors: f"{LAYER}.weight" in tensors, parse)
