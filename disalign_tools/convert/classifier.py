@@ -94,11 +94,10 @@ class Classifier:
 
     def require_fit(self, where: str) -> None:
         """Refuse tensors that do not belong together."""
-        weight = self.parts["weight"].tensor
-        if weight.dim() not in (2, 4) or not weight.numel() or weight[0, 0].numel() != 1:
+        shape = tuple(self.parts["weight"].tensor.shape)
+        if len(shape) < 2 or shape[2:] not in ((), (1, 1)) or 0 in shape:
             raise InputError(
-                f"expected a weight of shape (C, d) or (C, d, 1, 1) in {self.name!r}, got {tuple(weight.shape)}; is it "
-                "a classifier?"
+                f"expected a weight of shape (C, d) or (C, d, 1, 1) in {self.name!r}, got {shape}; is it a classifier?"
             )
         names = {self._below(word): part.source or word for word, part in self.parts.items()}
         target = {names.get(name, name): tensor for name, tensor in self._module().state_dict().items()}
@@ -118,10 +117,7 @@ class Classifier:
         self.parts = {word: Part(tensor.to(dtype), sources, "folded") for word, tensor in folded}
 
     def difference(self, tensors: dict[str, Tensor]) -> float:
-        """Largest difference of the source's scores and ours, with the result's tensors, relative to the largest score.
-
-        Of 64 random features, in float64.
-        """
+        """Largest difference of the source's scores and ours, by the result's ``tensors``, relative to the largest."""
         shape = self.parts["weight"].tensor.shape[1:]  # (d,), or (d, 1, 1) of a 1x1 convolution
         features = torch.randn(64, shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         model = self._loaded({word: tensors[name] for word, name in zip(self.parts, self.named_parts(), strict=True)})

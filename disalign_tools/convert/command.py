@@ -41,8 +41,8 @@ TOLERANCE = 1e-6
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     require_dest(args)
-    checkpoint = open_checkpoint(args.source, args.ema, args.trust_checkpoint)
-    tensors, dropped = without(checkpoint.tensors, args.drop)
+    tensors, known, left_out = open_checkpoint(args.source, args.ema, args.trust_checkpoint)
+    tensors, dropped = without(tensors, args.drop)
     source = detect(tensors, args.source_format, args.source, args.classifier)
     content = source.parse(tensors, args.scale, args.classifier)
     layers, where = content.classifiers, f" in {args.source!r}"
@@ -55,21 +55,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = arrange(content, source, tensors, args)
     whole = {name: part.tensor for name, part in result.items()}
     require_finite(whole, where)
-    fit = check_fit(args.to, args.config, whole) if args.config else None
-    meta = {key: value for key, value in checkpoint.meta.items() if key in targets.TARGETS[args.to]}
+    if args.config:
+        content.notes.append(check_fit(args.to, args.config, whole))
+    meta = {key: value for key, value in known.items() if key in targets.TARGETS[args.to]}
     compared = write(args, result, tensors, meta, layers)
 
     print(f"{args.source}: {content.heading}")
     alone = {name for layer in layers for name in layer.named_parts()}
     print(table(result, dict.fromkeys(dropped, "") | content.dropped, alone, args.verbose))
-    if left_out := checkpoint.left_out + [key for key in checkpoint.meta if key not in meta]:
+    if left_out := left_out + [key for key in known if key not in meta]:
         print(f"left out: {', '.join(left_out)}")
     if meta:
         print(f"kept beside the weights: {', '.join(meta)}")
     for note in content.notes:
         print(f"note: {note}")
-    if fit:
-        print(fit)
     print(f"{args.dest}: {len(result)} tensors for --to {args.to}; read back, {compared}")
     for layer in layers:
         if layer.stock_line:
@@ -109,7 +108,7 @@ def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[s
     for pattern in patterns:
         if not fnmatch.filter(tensors, pattern):
             raise InputError(
-                f"expected --drop of names that the source has, got {pattern!r}; its names are like {some(tensors, 3)}"
+                f"expected --drop of names that the source has, got {pattern!r}; it has {some(tensors, 3)}"
             )
     dropped = {name for pattern in (*patterns, *USELESS) for name in fnmatch.filter(tensors, pattern)}
     # mmcv 0.x's EMAHook keeps a second set of weights in buffers of the model.
@@ -121,10 +120,8 @@ def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[s
 def require_use(content: Content, source: Source, args: argparse.Namespace) -> None:
     """Refuse a target that has no use for such a model, a lone classifier, and options in vain."""
     if args.to not in source.targets:
-        raise InputError(
-            f"expected --to {' or --to '.join(source.targets)} for {content.heading}, got --to {args.to}; see the table "
-            "in docs/converting.md"
-        )
+        to = " or ".join(source.targets)
+        raise InputError(f"expected --to {to} for {content.heading}, got --to {args.to}; see docs/converting.md")
     if not content.others:
         raise InputError(f"expected a trunk beside the classifier in {args.source!r}, got none; is the file whole?")
     layers = content.classifiers
@@ -183,7 +180,7 @@ def write(
     arrays = args.dest.endswith(".pkl")
     copies = {name: tensors[part.source] for name, part in result.items() if part.source and not part.change}
     with atomic_file(args.dest, "w+b") as file:
-        targets.save(args.to, {name: part.tensor for name, part in result.items()}, meta, file, arrays)
+        targets.save(args.to, result, meta, file, arrays)
         file.seek(0)
         again = targets.load(file, arrays)
         changed = [name for name, tensor in copies.items() if name in again and not _same(again[name], tensor)]

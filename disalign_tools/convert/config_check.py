@@ -15,8 +15,6 @@ from disalign.stage_two import calibrations, is_calibrated
 
 from .targets import BACKBONE_CONFIG
 
-PACKAGES = {"cls": "disalign_cls", "d2": "disalign_d2", "mmseg": "disalign_mmseg", "timm": "timm"}
-
 
 def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
     """Load the tensors into the model of a config (for timm a model's name), strictly, and say in words what fits."""
@@ -40,13 +38,12 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
 @contextmanager
 def _built(to: str, config: str) -> Iterator[None]:
     """With the package to build it; whatever building from a config raises is the config's fault."""
+    package = "timm" if to == "timm" else f"disalign_{to}"
     try:
-        import_module(PACKAGES[to])
+        import_module(package)
     except ImportError as error:
-        raise InputError(
-            f"expected {PACKAGES[to]} to build the model of --config, but it can't be imported "
-            f"({first_line(error)}); install what it needs, or leave out --config"
-        ) from None
+        reason = first_line(error)
+        raise InputError(f"expected {package} for --config, but: {reason}; install it, or leave out --config") from None
     with config_errors(config, (Exception,)):
         yield
 

@@ -36,19 +36,23 @@ def of_images(others: dict[str, Part], content: Content, to: str, classifier: st
     if to == "d2":
         return _as_backbone(others, content)
     (layer,) = content.classifiers
-    if to == "timm":
-        _require_stock(layer)
+    if to == "timm" and (layer.calibrated or layer.cosine):
+        drops = "".join(f" --drop {part.source}" for word, part in layer.parts.items() if word in CALIBRATION)
+        raise InputError(
+            f"expected a stock classifier for timm, got a calibrated or cosine one, {layer.name!r}; --fold makes it "
+            "stock unless its confidence is learnt" + (f", and its stage one is had with{drops}" if drops else "")
+        )
     layer.place = "classifier" if to == "cls" else classifier
     weight = layer.parts["weight"].tensor
     if not layer.cosine:
         layer.parts.setdefault("bias", Part(torch.zeros(len(weight), dtype=weight.dtype), None, "zeros"))
-    computed = [name for name in others if name.endswith(COMPUTED)]
-    content.dropped |= {content.others[name]: "timm computes it" for name in computed}
+    for name in [name for name in others if name.endswith(COMPUTED)]:
+        content.dropped[content.others[name]] = "timm computes it"
+        del others[name]
     # The batch counters that BatchNorm has had since torch 0.4.1.
     norms = [name.removesuffix("running_var") for name in others if name.endswith(".running_var")]
     counters = {f"{norm}num_batches_tracked": Part(torch.tensor(0), None, "0") for norm in norms}
-    named = {name: part for name, part in (counters | others).items() if name not in computed}
-    return {f"backbone.{name}" if to == "cls" else name: part for name, part in named.items()}
+    return {f"backbone.{name}" if to == "cls" else name: part for name, part in (counters | others).items()}
 
 
 def _as_backbone(others, content):
@@ -62,28 +66,19 @@ def _as_backbone(others, content):
     sources = [part.source for part in layer.parts.values() if part.source]
     content.dropped |= dict.fromkeys(sources, "a backbone has no classifier")
     content.notes.append(
-        "for Detectron2 this is a backbone to start stage one from; like most image classifiers it has seen RGB "
-        f"images: set {', '.join(f'{key} {value}' for key, value in BACKBONE_CONFIG.items())}"
+        "like most image classifiers this backbone has seen RGB images; in Detectron2 set "
+        + ", ".join(f"{key} {value}" for key, value in BACKBONE_CONFIG.items())
     )
     return {f"backbone.bottom_up.{resnet.to_detectron2(name)}": part for name, part in others.items()}
 
 
-def _require_stock(layer):
-    if layer.calibrated or layer.cosine:
-        drops = "".join(f" --drop {part.source}" for word, part in layer.parts.items() if word in CALIBRATION)
-        raise InputError(
-            f"expected a stock classifier for timm, got a calibrated or cosine one, {layer.name!r}; --fold makes it "
-            "stock unless its confidence is learnt" + (f", and its stage one is had with{drops}" if drops else "")
-        )
-
-
-def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
+def save(to: str, result: dict[str, Part], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
     """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays."""
     # Copies, since torch saves a view with all that it is a view of.
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
     content: dict[str, Any] = {"state_dict": tensors, "meta": meta}
     if to == "timm":
-        content = dict(tensors)
+        content = tensors
     elif to == "d2":
         content = {"model": tensors, "__author__": "disalign", **meta}
     if not arrays:

@@ -27,8 +27,7 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
         taken += [f"{base}.cls_score.", f"{base}.logit_", f"{base}.confidence_layer."]
     official = any(f"{base}.logit_scale" in tensors for base in bases)
     heading = "Detectron2 or cvpods detection" + ", DisAlign" * any(layer.calibrated for layer in layers)
-    notes = [NOTE] if official else []
-    return Content(heading, rest(tensors, PLACES, taken), layers, names_known=True, notes=notes)
+    return Content(heading, rest(tensors, PLACES, taken), layers, names_known=True, notes=[NOTE] * official)
 
 
 def known(tensors: dict[str, Tensor]) -> bool:
