@@ -439,7 +439,7 @@ BAD = {
     "convert: to another format": (
         "convert",
         ["{f.source}", "out.safetensors", "--to", "cls"],
-        "expected a DEST in .pth, got 'out.safetensors'",
+        "expected a DEST in .pth for --to cls, got 'out.safetensors'",
     ),
     "convert: foreign": ("convert", ["{f.foreign}", *CONVERT], "its tensors' names .a.b. are of none; .* --classifier"),
     "convert: another model": (

@@ -1,7 +1,4 @@
-"""Converts checkpoints of other code: ``python -m disalign_tools.convert``; docs/converting.md has the table.
-
-Whatever can't be converted is refused by :class:`disalign.InputError`, before anything is written.
-"""
+"""Converts checkpoints of other code: ``python -m disalign_tools.convert``; docs/converting.md has the table."""
 
 from .command import main
 

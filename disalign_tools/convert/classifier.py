@@ -69,7 +69,13 @@ class Classifier:
         if self.stock is not None:
             return self.stock
         outputs, width = self.parts["weight"].tensor.shape[:2]
-        model = CosineClassifier(width, outputs) if self.cosine else nn.Linear(width, outputs, "bias" in self.parts)
+        bias = "bias" in self.parts
+        if self.cosine:
+            model = CosineClassifier(width, outputs)
+        elif self.parts["weight"].tensor.dim() == 4:
+            model = nn.Conv2d(width, outputs, 1, bias=bias)
+        else:
+            model = nn.Linear(width, outputs, bias)
         if self.calibrated:
             calibrate_classifier(
                 model,
@@ -83,28 +89,23 @@ class Classifier:
     def _loaded(self, tensors):
         """The module with the tensors of the parts."""
         model = self._module()
-        model.load_state_dict({self._below(word): _pixelwise(tensor) for word, tensor in tensors.items()})
+        model.load_state_dict({self._below(word): tensor for word, tensor in tensors.items()})
         return model
 
     def require_fit(self, where: str) -> None:
         """Refuse tensors that do not belong together."""
-        weight = self.parts["weight"].tensor
-        if weight.dim() not in (2, 4) or not weight.numel() or weight[0, 0].numel() != 1:
+        shape = tuple(self.parts["weight"].tensor.shape)
+        if len(shape) < 2 or shape[2:] not in ((), (1, 1)) or 0 in shape:
             raise InputError(
-                f"expected a weight of shape (C, d) or (C, d, 1, 1) in {self.name!r}, got {tuple(weight.shape)}; is it "
-                "a classifier?"
+                f"expected a weight of shape (C, d) or (C, d, 1, 1) in {self.name!r}, got {shape}; is it a classifier?"
             )
         names = {self._below(word): part.source or word for word, part in self.parts.items()}
         target = {names.get(name, name): tensor for name, tensor in self._module().state_dict().items()}
-        own = {part.source or word: _pixelwise(part.tensor) for word, part in self.parts.items()}
+        own = {part.source or word: part.tensor for word, part in self.parts.items()}
         require_tensors(own, target, f"tensors of {self.name!r}", where=where)
 
     def fold(self) -> None:
         """Make it a stock one, in place."""
-        if not (self.calibrated or self.cosine):
-            raise InputError(
-                f"expected a calibrated or cosine classifier, but {self.name!r} is a stock one; leave out --fold"
-            )
         weight = self.parts["weight"].tensor
         sources = ", ".join(part.source for part in self.parts.values() if part.source)
         if not self.calibrated:
@@ -112,25 +113,14 @@ class Classifier:
         self.stock = fold_classifier(self._loaded({word: part.tensor for word, part in self.parts.items()}))
         # Half precision would cost the scores three digits.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        rows, offset = (tensor.to(dtype) for tensor in self.stock.state_dict().values())
-        self.parts = {
-            "weight": Part(rows.reshape(weight.shape), sources, "folded"),
-            "bias": Part(offset, sources, "folded"),
-        }
+        folded = zip(("weight", "bias"), self.stock.state_dict().values(), strict=True)
+        self.parts = {word: Part(tensor.to(dtype), sources, "folded") for word, tensor in folded}
 
     def difference(self, tensors: dict[str, Tensor]) -> float:
-        """Largest difference of the source's scores and ours, with the result's tensors, relative to the largest score.
-
-        Of 64 random features, in float64.
-        """
-        width = self.parts["weight"].tensor.shape[1]
-        features = torch.randn(64, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        """Largest difference of the source's scores and ours, by the result's ``tensors``, relative to the largest."""
+        shape = self.parts["weight"].tensor.shape[1:]  # (d,), or (d, 1, 1) of a 1x1 convolution
+        features = torch.randn(64, shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         model = self._loaded({word: tensors[name] for word, name in zip(self.parts, self.named_parts(), strict=True)})
         with torch.no_grad():
-            ours, theirs = model(features), self.formula(features)
+            ours, theirs = model(features.reshape(64, *shape)).flatten(1), self.formula(features)
         return float((theirs - ours).abs().max() / (theirs.abs().max() or 1.0))
-
-
-def _pixelwise(tensor):
-    """A 1x1 convolution as the linear layer of each pixel that it is."""
-    return tensor[..., 0, 0] if tensor.dim() == 4 else tensor

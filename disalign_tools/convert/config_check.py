@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from disalign import InputError, load_stage_one
 from disalign.cli import config_errors, find_config
-from disalign.errors import first_line, some
+from disalign.errors import first_line
 from disalign.hand_over import COUNTERS, require_tensors
 from disalign.stage_two import calibrations, is_calibrated
 
 from .targets import BACKBONE_CONFIG
-
-PACKAGES = {"cls": "disalign_cls", "d2": "disalign_d2", "mmseg": "disalign_mmseg", "timm": "timm"}
 
 
 def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
@@ -40,13 +38,12 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
 @contextmanager
 def _built(to: str, config: str) -> Iterator[None]:
     """With the package to build it; whatever building from a config raises is the config's fault."""
+    package = "timm" if to == "timm" else f"disalign_{to}"
     try:
-        import_module(PACKAGES[to])
+        import_module(package)
     except ImportError as error:
-        raise InputError(
-            f"expected {PACKAGES[to]} to build the model of --config, but it can't be imported "
-            f"({first_line(error)}); install what it needs, or leave out --config"
-        ) from None
+        reason = first_line(error)
+        raise InputError(f"expected {package} for --config, but: {reason}; install it, or leave out --config") from None
     with config_errors(config, (Exception,)):
         yield
 
@@ -55,7 +52,7 @@ def _build(to: str, config: str, tensors: dict[str, Tensor]) -> nn.Module:
     if to == "timm":
         import timm
 
-        return timm.create_model(config, num_classes=len(tensors.get(f"{_timm_classifier(config)}.weight", ())))
+        return timm.create_model(config, num_classes=len(tensors.get(f"{timm_classifier(config)}.weight", ())))
     if to == "d2":
         from disalign_d2 import build_model
 
@@ -88,18 +85,14 @@ def _d2_config(path):
 def timm_classifier(name: str) -> str:
     """The name of the classifier of a timm model."""
     with _built("timm", name):
-        return _timm_classifier(name)
+        import timm
 
-
-def _timm_classifier(name):
-    import timm
-
-    if not timm.is_model(name.split(".")[0]):
-        raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
-    classifier = timm.get_pretrained_cfg(name).classifier
+        if not timm.is_model(name.split(".")[0]):
+            raise InputError(f"expected the name of a timm model as --config for --to timm, got {name!r}")
+        classifier = timm.get_pretrained_cfg_value(name, "classifier")
     if not isinstance(classifier, str):
         raise InputError(
-            f"expected a timm model of one classifier as --config, but {name!r} has {some(classifier)}; their scores "
+            f"expected a timm model of one classifier as --config, but {name!r} has {classifier}; their scores "
             "are averaged, take a model of one"
         )
     return classifier

@@ -5,7 +5,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,21 +27,15 @@ RECORDS = ("mmengine.logging.history_buffer.HistoryBuffer",)
 HALVES = ("feat_model", "classifier")
 
 
-class Checkpoint(NamedTuple):
-    """An opened file."""
+def open_checkpoint(path: str, ema: bool | None, trust: bool) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Read a file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
 
-    tensors: dict[str, Tensor]  # name -> tensor, on the CPU, without DDP's and others' prefixes
-    meta: dict[str, Any]  # what the result keeps: "dataset_meta" (classes, palette) and "disalign" (counts)
-    left_out: list[str]  # other entries of the file
+    Of trained and averaged weights it takes those that ``ema`` says, and refuses both if that is None. What can't be
+    used otherwise is unpickled in full if we ``trust`` it.
 
-
-def open_checkpoint(path: str, ema: bool | None = None, trust: bool = False) -> Checkpoint:
-    """Read a checkpoint.
-
-    Args:
-        path: the file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
-        ema: take the averaged weights of a file that has both, or (False) the trained ones; None: refuse such a file.
-        trust: unpickle it in full if it can't be used otherwise.
+    Returns:
+        The tensors, on the CPU, without DDP's and others' prefixes; what a result may keep beside them: "dataset_meta"
+        (classes, palette) and "disalign" (counts); and the names of what else it holds.
     """
     if path.endswith(".safetensors"):
         return _opened(_read_safetensors(path), ema, path)
@@ -77,7 +71,7 @@ def _opened(content, ema, path):
         raise InputError(f"expected tensors in {path!r}, got {some(content) or 'none'}; is it a model's checkpoint?")
     require_dense(tensors, f" in {path!r}")
     meta, lost = _metadata(content)
-    return Checkpoint(_plain_names(tensors), meta, left_out + [name for name in values if name not in tensors] + lost)
+    return _plain_names(tensors), meta, left_out + [name for name in values if name not in tensors] + lost
 
 
 def _weights(content, ema, path):

@@ -6,13 +6,9 @@ from .classifier import Part
 
 
 def table(result: dict[str, Part], dropped: dict[str, str], alone: set[str], verbose: bool) -> str:
-    """One line for each module, or each tensor.
+    """One line for each module, or each tensor; the tensors of the result in ``alone`` have one in any case.
 
-    Args:
-        result: name -> part.
-        dropped: name in the source -> why, or "".
-        alone: names in the result that have a line of their own in any case.
-        verbose: give each tensor a line.
+    ``dropped`` are names in the source, and why ("" if it is clear).
     """
     rows = [("mapped" if part.source else "new", part.source or "", name, part.change) for name, part in result.items()]
     rows += [("dropped", name, "", why) for name, why in dropped.items()]

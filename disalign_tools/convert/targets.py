@@ -8,11 +8,12 @@ from torch import Tensor
 
 from disalign import InputError
 from disalign.errors import some
+from disalign.hand_over import weights_of
 from disalign.io.unpickling import load_arrays
 
 from . import resnet
 from .classifier import CALIBRATION, Part
-from .sources.frame import IMAGES, Content, Task
+from .sources.frame import Content
 
 #: Target -> what its files hold beside the weights.
 TARGETS = {"cls": ("dataset_meta", "disalign"), "d2": ("disalign",), "mmseg": ("dataset_meta", "disalign"), "timm": ()}
@@ -23,92 +24,61 @@ BACKBONE_CONFIG = {
     "MODEL.PIXEL_STD": [58.395, 57.120, 57.375],
     "MODEL.RESNETS.STRIDE_IN_1X1": False,
 }
+#: Tables that timm now computes.
+COMPUTED = (".relative_position_index", ".attn_mask")
 
 
-def require_fit(task: Task, heading: str, to: str) -> None:
-    """Refuse a target that has no use for such a model."""
-    if to in task.targets:
-        return
-    sentence = f"expected --to {' or --to '.join(task.targets)} for {task.what} ({heading}), got --to {to}"
-    if (task, to) == (IMAGES, "mmseg"):
-        sentence += (
-            "; MMSegmentation starts a backbone from it by itself: backbone.init_cfg=dict(type='Pretrained', "
-            "checkpoint=FILE)"
-        )
-    raise InputError(sentence)
+def of_images(others: dict[str, Part], content: Content, to: str, classifier: str) -> dict[str, Part]:
+    """An image classifier's tensors but the classifier's under the target's names.
 
-
-def arrange(content: Content, task: Task, to: str, classifier: str | None) -> dict[str, str | None]:
-    """Give an image classifier its place, which may be the ``classifier`` named; and the others their names.
-
-    Returns:
-        Name in the result -> the source's, of all tensors but the classifiers'; None for what is new.
+    Its classifier gets its place: in timm the one named ``classifier``; in Detectron2 none.
     """
-    if task != IMAGES:
-        return dict(content.others)
     if to == "d2":
-        return _as_backbone(content)
+        return _as_backbone(others, content)
     (layer,) = content.classifiers
-    if to == "timm":
-        _require_stock(layer)
-        layer.place = classifier or content.timm_name or _timm_classifier(content.others)
-    else:
-        layer.place = "classifier"
-    if not layer.cosine and "bias" not in layer.parts:
-        weight = layer.parts["weight"].tensor
-        layer.parts["bias"] = Part(torch.zeros(len(weight), dtype=weight.dtype), None, "zeros")
+    if to == "timm" and (layer.calibrated or layer.cosine):
+        drops = "".join(f" --drop {part.source}" for word, part in layer.parts.items() if word in CALIBRATION)
+        raise InputError(
+            f"expected a stock classifier for timm, got a calibrated or cosine one, {layer.name!r}; --fold makes it "
+            "stock unless its confidence is learnt" + (f", and its stage one is had with{drops}" if drops else "")
+        )
+    layer.place = "classifier" if to == "cls" else classifier
+    weight = layer.parts["weight"].tensor
+    if not layer.cosine:
+        layer.parts.setdefault("bias", Part(torch.zeros(len(weight), dtype=weight.dtype), None, "zeros"))
+    for name in [name for name in others if name.endswith(COMPUTED)]:
+        content.dropped[content.others[name]] = "timm computes it"
+        del others[name]
     # The batch counters that BatchNorm has had since torch 0.4.1.
-    norms = [name.removesuffix("running_var") for name in content.others if name.endswith(".running_var")]
-    names = dict.fromkeys(f"{norm}num_batches_tracked" for norm in norms) | content.others
-    return {f"backbone.{name}" if to == "cls" else name: source for name, source in names.items()}
+    norms = [name.removesuffix("running_var") for name in others if name.endswith(".running_var")]
+    counters = {f"{norm}num_batches_tracked": Part(torch.tensor(0), None, "0") for norm in norms}
+    return {f"backbone.{name}" if to == "cls" else name: part for name, part in (counters | others).items()}
 
 
-def _as_backbone(content):
+def _as_backbone(others, content):
     """A trunk becomes the backbone below an FPN."""
-    if foreign := resnet.foreign(content.others):
+    if foreign := resnet.foreign(others):
         raise InputError(
             f"expected a plain ResNet or ResNeXt for Detectron2's backbone, but it also holds {some(foreign, 3)}; "
             "Detectron2 has no other that takes these names"
         )
-    (layer,) = content.classifiers
-    content.classifiers.clear()
+    layer = content.classifiers.pop()
     sources = [part.source for part in layer.parts.values() if part.source]
-    content.dropped = dict.fromkeys(sources, "a backbone has no classifier")
+    content.dropped |= dict.fromkeys(sources, "a backbone has no classifier")
     content.notes.append(
-        "for Detectron2 this is a backbone to start stage one from; like most image classifiers it has seen RGB "
-        f"images: set {', '.join(f'{key} {value}' for key, value in BACKBONE_CONFIG.items())}"
+        "like most image classifiers this backbone has seen RGB images; in Detectron2 set "
+        + ", ".join(f"{key} {value}" for key, value in BACKBONE_CONFIG.items())
     )
-    return {f"backbone.bottom_up.{resnet.to_detectron2(name)}": source for name, source in content.others.items()}
+    return {f"backbone.bottom_up.{resnet.to_detectron2(name)}": part for name, part in others.items()}
 
 
-def _require_stock(layer):
-    if layer.calibrated:
-        drops = " ".join(f"--drop {part.source}" for word, part in layer.parts.items() if word in CALIBRATION)
-        raise InputError(
-            f"expected a stock classifier for timm, got a calibrated one, {layer.name!r}; --fold makes it stock if its "
-            f"confidence is 'one', and its stage one is had with {drops}"
-        )
-    if layer.cosine:
-        raise InputError(
-            f"expected a stock classifier for timm, got a cosine one, {layer.name!r}; --fold makes it a norm and a "
-            "linear layer"
-        )
-
-
-def _timm_classifier(others):
-    if resnet.is_whole(others):
-        return "fc"
-    raise InputError(
-        f"expected a plain ResNet, whose classifier timm calls fc, got {some(others, 3)}; name the model with "
-        "--config, or the classifier with --classifier (model.default_cfg['classifier'])"
-    )
-
-
-def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
+def save(to: str, result: dict[str, Part], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
     """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays."""
+    # Copies, since torch saves a view with all that it is a view of.
+    tensors = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
     content: dict[str, Any] = {"state_dict": tensors, "meta": meta}
     if to == "timm":
-        content = dict(tensors)
+        content = tensors
     elif to == "d2":
         content = {"model": tensors, "__author__": "disalign", **meta}
     if not arrays:
@@ -122,4 +92,4 @@ def save(to: str, tensors: dict[str, Tensor], meta: dict[str, Any], file: IO[byt
 def load(file: IO[bytes], arrays: bool) -> dict[str, Tensor]:
     """The tensors of what :func:`save` wrote, read as safely as anybody else would."""
     content = load_arrays(file) if arrays else torch.load(file, map_location="cpu", weights_only=True)
-    return next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    return dict(weights_of(content)[0])

@@ -365,7 +365,7 @@ def test_a_learnt_confidence_is_not_folded(tmp_path, capsys):
 
 def test_a_stock_classifier_has_nothing_to_fold(tmp_path, capsys):
     path = saved(tmp_path, small_resnet().state_dict())
-    assert "is a stock one; leave out --fold" in refused(
+    assert "no --fold, since its classifier is a stock one" in refused(
         capsys, tmp_path, path, tmp_path / "out.pth", "--to", "cls", "--fold"
     )
 
@@ -383,5 +383,5 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(tmp_path, capsys):
     assert "timm model" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", "nothing")
     assert "pretrained tag" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", "resnet18.nothing")
     distilled = "deit_tiny_distilled_patch16_224"
-    assert "head, head_dist" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", distilled)
+    assert "('head', 'head_dist')" in refused(capsys, tmp_path, path, out, "--to", "timm", "--config", distilled)
     assert "config" in refused(capsys, tmp_path, path, out, "--to", "cls", "--config", "nothing.py")

@@ -21,9 +21,9 @@ def detect(tensors: dict[str, Tensor], given: str | None, path: str, classifier:
     if classifier and "timm" not in fitting:
         fitting.append("timm")
     if not fitting or (given and given not in fitting):
-        what = SOURCES[given].what if given else f"a checkpoint of {', '.join(SOURCES)}"
         raise InputError(
-            f"expected {what} in {path!r}, but its tensors' names ({some(tensors, 3)}) are of "
-            f"{some(fitting) or 'none'}; correct --from, or name an image classifier's last layer by --classifier"
+            f"expected a checkpoint of {given or ', '.join(SOURCES)} in {path!r}, but its tensors' names "
+            f"({some(tensors, 3)}) are of {some(fitting) or 'none'}; correct --from, or name an image classifier's "
+            "last linear layer by --classifier"
         )
     return SOURCES[given or fitting[0]]

@@ -11,15 +11,11 @@ from .frame import IMAGES, Content, Source, add_calibration, below, linear, trun
 
 def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | None) -> Content:
     own = below(tensors, "classifier")
-    if "weight" in own:
-        raise InputError(
-            "expected a linear classifier of classifier-balancing, got its cosine one, which divides by 1 + norm of "
-            "the feature rather than by the norm; ours is another function, train stage one anew"
-        )
     if not {"fc.weight", "fc.bias"} <= own.keys():
         raise InputError(
-            "expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got "
-            f"{some(own) or 'no tensors'}; its nearest-mean and meta-embedding classifiers have no counterpart here"
+            f"expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got {some(own) or 'no tensors'}"
+            "; its cosine one divides by 1 + norm of the feature, and that, nearest-mean and meta-embedding have no "
+            "counterpart here: train stage one anew"
         )
     layer = linear(tensors, "classifier.fc")
     # Eq. 4's magnitude, with confidence one.
@@ -28,8 +24,4 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     return Content(heading, trunk(tensors, "feat_model"), [layer])
 
 
-def known(tensors: dict[str, Tensor]) -> bool:
-    return bool(below(tensors, "feat_model"))
-
-
-SOURCE = Source("classifier-balancing", IMAGES, "feat_model and classifier of classifier-balancing", known, parse)
+SOURCE = Source("classifier-balancing", IMAGES, lambda tensors: bool(below(tensors, "feat_model")), parse)

@@ -11,9 +11,8 @@ from .frame import IMAGES, OFFICIAL, Content, Source, add_calibration, below, li
 
 LAYER = "network.linear"
 NOTE = (
-    "the official ImageNet-LT configs see RGB images divided by 255 and normalised by ImageNet's mean and standard "
-    "deviation, with the stride in the 3x3 convolution, as timm does; if yours set INPUT.FORMAT BGR or STRIDE_IN_1X1 "
-    "True, the file can't tell"
+    "the official ImageNet-LT configs see RGB images normalised as timm's, with the stride in the 3x3 convolution; if "
+    "yours set INPUT.FORMAT BGR or STRIDE_IN_1X1 True, the file can't tell"
 )
 
 
@@ -37,8 +36,4 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     return Content(heading, others, [layer], notes=[NOTE])
 
 
-def known(tensors: dict[str, Tensor]) -> bool:
-    return f"{LAYER}.weight" in tensors
-
-
-SOURCE = Source("cvpods", IMAGES, "network.linear.weight of a cvpods classifier", known, parse)
+SOURCE = Source("cvpods", IMAGES, lambda tensors: f"{LAYER}.weight" in tensors, parse)

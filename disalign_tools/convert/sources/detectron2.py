@@ -11,9 +11,8 @@ from .frame import BOXES, OFFICIAL, OURS, Content, Source, add_calibration, belo
 PLACES = ("backbone.", "proposal_generator.", "roi_heads.", "sem_seg_head.")
 PREDICTOR = re.compile(r"(roi_heads\.box_predictor(?:\.\d+)?)\.cls_score\.weight")
 NOTE = (
-    "the official LVIS configs see BGR images of 0 to 255 with Detectron2's default mean and deviation 1, and a stride "
-    "in the 1x1 convolution (MODEL.RESNETS.STRIDE_IN_1X1 True, Detectron2's default); if yours differ, the file can't "
-    "tell"
+    "the official LVIS configs see BGR images of 0 to 255 with Detectron2's default mean and deviation 1, and set "
+    "MODEL.RESNETS.STRIDE_IN_1X1 True, Detectron2's default; if yours differ, the file can't tell"
 )
 
 
@@ -27,15 +26,8 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
         layers.append(layer)
         taken += [f"{base}.cls_score.", f"{base}.logit_", f"{base}.confidence_layer."]
     official = any(f"{base}.logit_scale" in tensors for base in bases)
-    kinds = {
-        "DisAlign": official,
-        "disalign_d2, stage two": any(".calibration." in name for name in tensors),
-        "cosine": any(layer.cosine for layer in layers),
-        "cascade": len(bases) > 1,
-    }
-    heading = ", ".join(["Detectron2 or cvpods detection", *(kind for kind, it_is in kinds.items() if it_is)])
-    notes = [NOTE] if official else []
-    return Content(heading, rest(tensors, PLACES, taken), layers, names_known=True, notes=notes)
+    heading = "Detectron2 or cvpods detection" + ", DisAlign" * any(layer.calibrated for layer in layers)
+    return Content(heading, rest(tensors, PLACES, taken), layers, names_known=True, notes=[NOTE] * official)
 
 
 def known(tensors: dict[str, Tensor]) -> bool:
@@ -43,5 +35,4 @@ def known(tensors: dict[str, Tensor]) -> bool:
     return not torchvisions and any(map(PREDICTOR.fullmatch, tensors))
 
 
-WHAT = "roi_heads.box_predictor.cls_score.weight of a Detectron2 or cvpods R-CNN (not torchvision's)"
-SOURCE = Source("detectron2", BOXES, WHAT, known, parse)
+SOURCE = Source("detectron2", BOXES, known, parse)

@@ -18,4 +18,4 @@ def known(tensors: dict[str, Tensor]) -> bool:
     return bool(below(tensors, "backbone")) and holds_matrix(tensors, "classifier")
 
 
-SOURCE = Source("disalign_cls", IMAGES, "backbone.* and classifier.weight of a disalign_cls model", known, parse)
+SOURCE = Source("disalign_cls", IMAGES, known, parse)

@@ -23,17 +23,8 @@ OFFICIAL = {
 }
 
 
-class Task(NamedTuple):
-    """What a model is for, and the targets that it goes to."""
-
-    what: str
-    targets: tuple[str, ...]
-
-
-#: An image classifier goes to Detectron2 as a backbone to start from.
-IMAGES = Task("an image classifier", ("cls", "timm", "d2"))
-BOXES = Task("a detector", ("d2",))
-PIXELS = Task("a segmentor", ("mmseg",))
+#: Where image classifiers go (to Detectron2 as a backbone to start from), detectors and segmentors.
+IMAGES, BOXES, PIXELS = ("cls", "timm", "d2"), ("d2",), ("mmseg",)
 
 
 @dataclass
@@ -53,8 +44,7 @@ class Source(NamedTuple):
     """Where checkpoints come from: ``known`` by their tensors, read by ``parse(tensors, scale, classifier)``."""
 
     name: str
-    task: Task
-    what: str  # the names it is known by, for the sentence
+    targets: tuple[str, ...]
     known: Callable[[dict[str, Tensor]], bool]
     parse: Callable[[dict[str, Tensor], float | None, str | None], Content]
 

@@ -13,4 +13,4 @@ def known(tensors: dict[str, Tensor]) -> bool:
     return bool(below(tensors, "backbone")) and holds_matrix(tensors, "head.fc")
 
 
-SOURCE = Source("mmpretrain", IMAGES, "backbone.* and head.fc.weight of an mmpretrain or mmcls model", known, parse)
+SOURCE = Source("mmpretrain", IMAGES, known, parse)

@@ -31,8 +31,4 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     )
 
 
-def known(tensors: dict[str, Tensor]) -> bool:
-    return any(map(CONV_SEG.fullmatch, tensors))
-
-
-SOURCE = Source("mmseg", PIXELS, "decode_head.conv_seg.weight of an MMSegmentation model", known, parse)
+SOURCE = Source("mmseg", PIXELS, lambda tensors: any(map(CONV_SEG.fullmatch, tensors)), parse)

@@ -45,6 +45,4 @@ def known(tensors: dict[str, Tensor]) -> bool:
     return any(holds_matrix(tensors, name) for name in LAST_LINEAR) or any(map(TORCHVISION_ONLY.match, tensors))
 
 
-SOURCE = Source(
-    "timm", IMAGES, "the last linear layer (fc, classifier, head, ...) of a torchvision or timm model", known, parse
-)
+SOURCE = Source("timm", IMAGES, known, parse)
