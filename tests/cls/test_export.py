@@ -228,7 +228,8 @@ def test_with_force_it_is_replaced(linear, tmp_path):
 def test_without_onnx_it_says_how_to_get_it(linear, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert export.main([DISALIGN["linear"], linear[1], str(tmp_path / "a.onnx"), "--size", "8"]) == 2
-    assert "expected onnxscript to write ONNX, got none; pip install onnxscript" in capsys.readouterr().err
+    said = "error: expected onnxscript to write ONNX, got none; pip install onnxscript\n"
+    assert capsys.readouterr().err == said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -301,10 +301,11 @@ def test_resuming_restores_the_checkpoint_bit_for_bit_and_completes(stage_one, t
     assert load(tmp_path / f"epoch_{EPOCHS}.pth")["meta"]["epoch"] == EPOCHS
 
 
-def test_resume_goes_on_from_the_work_folder_whatever_load_from_says(stage_two, stage_one, tmp_path):
-    assert train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", epochs=1) == 0
+@pytest.mark.parametrize("kind", ["DisAlignRunner", "Runner"])
+def test_resume_goes_on_from_the_work_folder_whatever_load_from_says(kind, stage_two, stage_one, tmp_path):
+    assert train(DISALIGN["linear"], tmp_path, f"runner_type={kind}", f"stage_one={stage_one}", epochs=1) == 0
     # Resuming stage_two's third epoch would leave nothing to do.
-    options = [f"stage_one={stage_one}", f"load_from={stage_two}"]
+    options = [f"runner_type={kind}", f"stage_one={stage_one}", f"load_from={stage_two}"]
     assert train(DISALIGN["linear"], tmp_path, *options, epochs=2, flags=["--resume"]) == 0
     assert load(tmp_path / "epoch_2.pth")["meta"]["epoch"] == 2
 
