@@ -47,7 +47,7 @@ class Classifier:
 
     @property
     def stock_line(self) -> str:
-        """The code that makes room in the stock model for a folded cosine classifier; "" if there is."""
+        """The code that makes room in the stock model for a folded cosine classifier; "" for any other."""
         if not isinstance(self.stock, nn.Sequential):
             return ""
         layers = ", ".join(f"nn.{layer}" for layer in self.stock)

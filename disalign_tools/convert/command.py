@@ -29,10 +29,7 @@ from .sources.frame import IMAGES, Content, Source
 from .table import table
 
 #: Tensors that no target has a use for; the official ImageNet-LT's loss keeps its class weights beside the network.
-USELESS = (
-    *("pixel_mean", "pixel_std", "*anchor_generator*", "*cell_anchors*"),
-    *("data_preprocessor.*", "loss_evaluator.weight"),
-)
+USELESS = ("pixel_*", "*anchor_generator*", "*cell_anchors*", "data_preprocessor.*", "loss_evaluator.weight")
 #: Largest difference of scores, relative to the largest score.
 TOLERANCE = 1e-6
 

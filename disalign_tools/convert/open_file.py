@@ -125,9 +125,7 @@ def _read_safetensors(path):
         from safetensors.torch import load_file as load_safetensors
 
         return load_safetensors(path)
-    except ModuleNotFoundError:
-        raise InputError(f"expected safetensors to read {path!r}, got none; pip install safetensors") from None
-    except Exception as error:
+    except Exception as error:  # safetensors is missing, or the file, or half of it
         raise InputError(f"expected a whole .safetensors file at {path!r}, but: {first_line(error)}") from None
 
 

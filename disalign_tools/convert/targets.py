@@ -29,10 +29,7 @@ COMPUTED = (".relative_position_index", ".attn_mask")
 
 
 def of_images(others: dict[str, Part], content: Content, to: str, classifier: str) -> dict[str, Part]:
-    """An image classifier's tensors but the classifier's under the target's names.
-
-    Its classifier gets its place: in timm the one named ``classifier``; in Detectron2 none.
-    """
+    """An image classifier's trunk under the target's names; its classifier gets its place, in timm ``classifier``."""
     if to == "d2":
         return _as_backbone(others, content)
     (layer,) = content.classifiers
@@ -59,8 +56,8 @@ def _as_backbone(others, content):
     """A trunk becomes the backbone below an FPN."""
     if foreign := resnet.foreign(others):
         raise InputError(
-            f"expected a plain ResNet or ResNeXt for Detectron2's backbone, but it also holds {some(foreign, 3)}; "
-            "Detectron2 has no other that takes these names"
+            f"expected a plain ResNet or ResNeXt as Detectron2's backbone, which has no place for {some(foreign, 3)}; "
+            "convert another"
         )
     layer = content.classifiers.pop()
     sources = [part.source for part in layer.parts.values() if part.source]

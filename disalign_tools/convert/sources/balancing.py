@@ -13,9 +13,9 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     own = below(tensors, "classifier")
     if not {"fc.weight", "fc.bias"} <= own.keys():
         raise InputError(
-            f"expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got {some(own) or 'no tensors'}"
-            "; its cosine one divides by 1 + norm of the feature, and that, nearest-mean and meta-embedding have no "
-            "counterpart here: train stage one anew"
+            "expected a linear classifier of classifier-balancing (fc.weight, fc.bias), got "
+            f"{some(own) or 'no tensors'}; its others have no counterpart here (its cosine one divides by 1 + norm of "
+            "the feature; nearest mean, meta-embedding): train stage one anew"
         )
     layer = linear(tensors, "classifier.fc")
     # Eq. 4's magnitude, with confidence one.

@@ -100,10 +100,9 @@ def add_calibration(
     names: dict[str, str],
     formula: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
 ) -> None:
-    """Add a classifier's calibration, if it has one.
+    """Add a classifier's calibration, if it has one, whose tensors have ``names`` (our words -> theirs) at ``place``.
 
-    ``names`` are our words for its tensors and their names below ``place``; ``formula`` gives the source's scores from
-    stage one's, the features and the tensors below ``place``.
+    ``formula`` gives the source's scores from stage one's, the features and the tensors below ``place``.
     """
     own = below(tensors, place)
     found = [word for word, name in names.items() if name in own]

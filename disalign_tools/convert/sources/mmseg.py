@@ -26,9 +26,8 @@ def parse(tensors: dict[str, Tensor], scale: float | None, classifier: str | Non
     layer = linear(tensors, f"{base}.conv_seg", calibration_in=base)
     add_calibration(layer, tensors, f"{base}.calibration", OURS, formulas.ours)
     others = rest(tensors, PLACES, [f"{base}.conv_seg.", f"{base}.calibration."])
-    return Content(
-        "MMSegmentation" + ", disalign_mmseg, stage two" * layer.calibrated, others, [layer], names_known=True
-    )
+    heading = "MMSegmentation" + ", disalign_mmseg, stage two" * layer.calibrated
+    return Content(heading, others, [layer], names_known=True)
 
 
 SOURCE = Source("mmseg", PIXELS, lambda tensors: any(map(CONV_SEG.fullmatch, tensors)), parse)
