@@ -14,7 +14,7 @@ class Library(NamedTuple):
     name: str  # the module to import, or what the report calls ``code``
     parts: str
     distributions: str = ""  # any of these provides it; the first is the one to install
-    needs: str = ""  # libraries, listed before it, without which it can't work
+    needs: str = ""  # libraries, listed before it, that are to blame first if it fails
     code: str = ""  # what must run; it may set ``value``, which the report shows, and raise UserWarning for a note
 
 
@@ -36,16 +36,20 @@ NMS = "import torch, torchvision; torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1
 # Every run starts with this; it imports torchvision where there is one.
 RUNS = "import mmengine.runner; mmengine.utils.dl_utils.collect_env()"
 OPERATORS = """
+import mmcv
 try:
     import mmcv._ext
 except ImportError as error:
     raise UserWarning(f"CCHead, PSAHead, PointHead and SANHead need an mmcv with operators: {error}")
 """
-DETECTRON2 = "import detectron2._C, detectron2.modeling"
-TOOLS = "import disalign_tools.convert, disalign_tools.count_classes"
+DETECTRON2 = "import detectron2._C, detectron2.modeling, detectron2.model_zoo"
+LVIS = """
+import inspect, lvis.eval
+if "np.float)" in inspect.getsource(lvis.eval):
+    raise UserWarning("LVISEval uses np.float, which numpy 1.24 removed; our own evaluation does not need it")
+"""
 OPENCV = "opencv-python-headless opencv-python opencv-contrib-python-headless opencv-contrib-python"
 
-#: In the order in which they are tried.
 LIBRARIES = [
     Library("numpy", "core", "numpy"),
     Library("torch", "core", "torch", "numpy"),
@@ -61,18 +65,16 @@ LIBRARIES = [
     Library("matplotlib", "cls d2", "matplotlib", "numpy PIL", "import matplotlib.figure"),
     Library("tensorboard", "cls", "tensorboard", "numpy PIL torch", "import torch.utils.tensorboard"),
     Library("disalign_cls", "cls", "", "disalign timm mmengine"),
-    Library("mmcv", "mmseg", "onedl-mmcv mmcv mmcv-lite", "numpy cv2 mmengine"),
-    Library("mmcv._ext", "mmseg", "", "mmcv", OPERATORS),
+    Library("mmcv", "mmseg", "onedl-mmcv mmcv mmcv-lite", "numpy cv2 mmengine", OPERATORS),
     Library("mmseg", "mmseg", "onedl-mmsegmentation mmsegmentation", "numpy PIL mmcv", "import mmseg.apis"),
     Library("disalign_mmseg", "mmseg", "", "disalign mmseg"),
     Library("fvcore", "d2", "fvcore", "numpy PIL torch", "import fvcore.common.config"),
     Library("pkg_resources", "d2", "setuptools"),
-    Library("detectron2", "d2", "detectron2", "numpy PIL tqdm cv2 torchvision fvcore", DETECTRON2),
-    Library("detectron2.model_zoo", "d2", "", "detectron2 pkg_resources"),
+    Library("detectron2", "d2", "detectron2", "numpy PIL tqdm cv2 torchvision fvcore pkg_resources", DETECTRON2),
     Library("faster_coco_eval", "d2", "faster-coco-eval", "numpy"),
-    Library("lvis", "d2", "lvis", "numpy PIL cv2 matplotlib"),
+    Library("lvis", "d2", "lvis", "numpy PIL cv2 matplotlib", LVIS),
     Library("disalign_d2", "d2", "", "disalign detectron2"),
-    Library("disalign_tools", "tools", "", "disalign PIL tqdm", TOOLS),
+    Library("disalign_tools", "tools", "", "disalign PIL tqdm", "import disalign_tools.count_classes"),
     Library("onnx", "export", "onnx", "numpy"),
     Library("onnxscript", "export", "onnxscript", "numpy onnx"),
     Library("onnxruntime", "export", "onnxruntime onnxruntime-gpu", "numpy"),

@@ -13,7 +13,6 @@ import pytest
 
 from disalign_tools.__main__ import main as console
 from disalign_tools.doctor import __main__ as doctor
-from disalign_tools.doctor import checks
 from disalign_tools.doctor.libraries import Library
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +56,32 @@ HEALTHY = {
     "onnxscript": ("onnxscript", "0.7.2"),
     "onnxruntime": ("onnxruntime", "1.31.1"),
 }
-OWN = ["disalign", "disalign_cls", "disalign_mmseg", "disalign_d2", "disalign_tools/convert"]
-REQUIREMENTS = ("torch>=2.6", "timm>=1.0.9; extra == 'cls'", "setuptools<82,>=80; extra == 'd2'")
+OWN = ["disalign", "disalign_cls", "disalign_mmseg", "disalign_d2", "disalign_tools/count_classes"]
+# What they import of each other.
+IMPORTS = {
+    "torch": "numpy",
+    "disalign": "torch",
+    "cv2": "numpy",
+    "torchvision": "torch, PIL",
+    "timm": "torchvision",
+    "mmengine": "torch, cv2",
+    "sklearn": "numpy",
+    "matplotlib": "PIL",
+    "disalign_cls": "disalign, timm, mmengine",
+    "mmcv": "mmengine",
+    "mmseg": "mmcv",
+    "disalign_mmseg": "disalign, mmseg",
+    "fvcore": "torch, PIL",
+    "detectron2": "fvcore, cv2, tqdm",
+    "detectron2/model_zoo": "pkg_resources",
+    "faster_coco_eval": "numpy",
+    "lvis": "cv2, matplotlib",
+    "disalign_d2": "disalign, detectron2",
+    "disalign_tools/count_classes": "disalign, PIL, tqdm",
+    "onnx": "numpy",
+    "onnxscript": "onnx",
+    "onnxruntime": "numpy",
+}
 DETECTRON2 = "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 
 
@@ -77,31 +100,30 @@ class Environment:
         self.folder, self.python = folder / "site", python
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
-        self.install, self.again = f"{python} -m pip install", f"{python} -m pip install --force-reinstall --no-deps"
+        self.pip = f"{python} -m pip"
+        self.install, self.again = f"{self.pip} install --upgrade", f"{self.pip} install --force-reinstall --no-deps"
         for name, (distribution, version, *modules) in HEALTHY.items():
             self.module(name, NO_GPU if name == "torch" else ANYTHING)
             for module in modules:
                 self.module(f"{name}/{module}", ANYTHING)
             self.metadata(distribution, version)
-        for name in (*OWN, "disalign_tools/count_classes"):
+        for name in OWN:
             self.module(name)
-        self.metadata("disalign", "0.1.0", *REQUIREMENTS)
         for name in ("doctor", "__main__.py"):
             (self.folder / "disalign_tools" / name).symlink_to(ROOT / "disalign_tools" / name)
 
     def module(self, name, code=""):
-        """A package, ``"a"`` or ``"a/b"``."""
+        """A package, ``"a"`` or ``"a/b"``, that runs ``code`` and then imports what it needs."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / "__init__.py").touch()
-        (folder / "__init__.py").write_text(code)
+        (folder / "__init__.py").write_text(f"{code}\nimport {IMPORTS[name]}\n" if name in IMPORTS else code)
 
-    def metadata(self, distribution, version, *requirements):
+    def metadata(self, distribution, version):
         self.no_metadata(distribution)
         folder = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
-        (folder / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {each}" for each in requirements), ""]))
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
 
     def no_metadata(self, distribution):
         for old in self.folder.glob(f"{distribution.replace('-', '_')}-*.dist-info"):
@@ -170,7 +192,7 @@ def test_json(environment):
         "state": "problem",
         "installed": "",
         "detail": "not installed",
-        "command": f"{environment.install} 'timm>=1.0.9'",
+        "command": f"{environment.install} timm",
     }
     assert checks["PIL"]["installed"] == "pillow 13.0.0"
     assert "mmseg" not in checks
@@ -181,16 +203,17 @@ def test_what_is_not_installed_is_a_problem_only_where_asked_for(environment):
     status, text = environment.run()
     assert status == 0
     assert text.endswith("\nworks: core, tools\n")
+    lacking = {"cls": "timm", "mmseg": "mmseg", "d2": "detectron2", "export": "onnx"}
     expected = {
-        "cls": ["absent", "not installed: timm", f"{environment.install} 'timm>=1.0.9'"],
-        "mmseg": ["absent", "not installed: mmcv, mmseg", f"{environment.install} onedl-mmcv onedl-mmsegmentation"],
-        "d2": ["absent", "not installed: detectron2", f"{environment.install} {DETECTRON2}"],
-        "export": ["absent", "not installed: onnx", f"{environment.install} onnx"],
+        part: ["absent", f"not installed: {library} (`disalign doctor {part}` tells how)", None]
+        for part, library in lacking.items()
     }
     assert environment.report() == (0, expected)
-    for part, library in {"cls": "timm", "mmseg": "mmseg", "d2": "detectron2", "export": "onnx"}.items():
+    commands = {"cls": "timm", "mmseg": "onedl-mmsegmentation", "d2": DETECTRON2, "export": "onnx"}
+    for part, library in lacking.items():
         status, lines = environment.report(part)
-        assert (status, lines[library][:2]) == (1, ["problem", "not installed"])
+        command = f"{environment.install} {commands[part]}"
+        assert (status, lines[library]) == (1, ["problem", "not installed", command])
         assert not any(state == "absent" for state, *_ in lines.values())
 
 
@@ -236,11 +259,11 @@ def test_the_doctor_starts_where_torch_and_disalign_do_not(environment, module):
     assert status == 1
     for name in ("numpy", "PIL"):
         assert lines[name][:2] == ["problem", f"RuntimeError: {name} was imported"]
-    assert lines["torch"][1].startswith("not tried, since numpy does not work")
+    assert lines["torch"][1] == "needs numpy, which has a problem"
     (environment.elsewhere / "numpy.py").unlink()
     lines = environment.report(*command, "core", module=module)[1]
     assert lines["torch"][1].startswith("RuntimeError: torch was imported")
-    assert lines["disalign"][:2] == ["problem", "not tried, since torch does not work"]
+    assert lines["disalign"] == ["problem", "needs torch, which has a problem", None]
     (environment.elsewhere / "torch.py").unlink()
     assert (
         environment.report(*command, "core", module=module)[1]["disalign"][1] == "RuntimeError: disalign was imported"
@@ -275,16 +298,17 @@ def test_a_torch_that_does_not_import(environment, code):
     assert lines["torch"][1].startswith(BREAKAGES[code])
     # What crashes, hangs or exits may be anything.
     is_exception = BREAKAGES[code].partition(":")[0].endswith("Error")
-    command = f"{environment.install} --force-reinstall torch==2.15.0" if is_exception else None
+    command = f"{environment.pip} install --force-reinstall torch==2.15.0" if is_exception else None
     assert commands_of(lines) == ({"torch": command} if command else {})
-    cause = {lines.pop(name)[1] for name in [*lines] if name != "torch"}
-    assert cause == {"not tried, since torch does not work"}
+    assert lines.keys() >= {"CUDA", "disalign", "torchvision", "timm", "mmengine", "disalign_cls"}
+    assert all(detail.startswith("needs ") for name, (_, detail, _) in lines.items() if name != "torch")
+    assert lines["timm"][1] == "needs torch, which has a problem"
 
 
 def test_a_library_that_hangs(monkeypatch):
-    monkeypatch.setattr(checks, "TIMEOUT", 1)
+    monkeypatch.setattr(doctor, "TIMEOUT", 1)
     library = Library("json", "core", code="import time; time.sleep(60)")
-    assert checks._outcomes([library]) == [("", "no answer within 1 seconds")]
+    assert doctor._try(library) == ("problem", "no answer within 1 seconds")
 
 
 @pytest.mark.parametrize(
@@ -296,14 +320,11 @@ def test_a_library_that_hangs(monkeypatch):
 )
 def test_a_broken_numpy_or_pillow_is_all_that_is_repaired(environment, name, broken, pinned, parts):
     environment.module(name, broken)
-    for user in ("torch", "torchvision", "matplotlib", "lvis", "detectron2"):
-        code = NO_GPU if user == "torch" else ANYTHING
-        environment.module(user, f"{code}\nimport {'numpy' if user == 'torch' else name}")
     status, lines = environment.report()
     assert status == 1
     assert commands_of(lines) == {name: f"{environment.again} {pinned}"}
-    assert lines["torchvision"] == ["problem", f"not tried, since {name} does not work", None]
-    assert lines["lvis"] == ["problem", f"not tried, since {name} does not work", None]
+    assert lines["torchvision"] == ["problem", f"needs {name}, which has a problem", None]
+    assert lines["lvis"] == ["problem", f"needs {name}, which has a problem", None]
     for part in parts:
         assert commands_of(environment.report(part)[1]) == {name: f"{environment.again} {pinned}"}
 
@@ -313,10 +334,9 @@ def test_a_broken_numpy_or_pillow_is_all_that_is_repaired(environment, name, bro
 )
 def test_of_a_library_and_one_that_imports_it_only_the_first_is_repaired(environment, name, version, user):
     environment.module(name, "raise ImportError('broken')")
-    environment.module(user, f"import {name}")
     status, lines = environment.report("d2")
     assert (status, commands_of(lines)) == (1, {name: f"{environment.again} {name}=={version}"})
-    assert lines[user] == ["problem", f"not tried, since {name} does not work", None]
+    assert lines[user] == ["problem", f"needs {name}, which has a problem", None]
 
 
 def test_a_library_without_what_it_asks_for(environment):
@@ -324,7 +344,7 @@ def test_a_library_without_what_it_asks_for(environment):
     assert environment.report("cls")[1]["timm"] == [
         "problem",
         "ModuleNotFoundError: No module named 'absl'",
-        f"{environment.install} timm==1.0.31",
+        f"{environment.pip} install timm==1.0.31",
     ]
     # It is there, but without this module: another version of timm may not need it, and we don't know which.
     environment.module("timm", "import torchvision.nothing")
@@ -338,7 +358,7 @@ def test_what_an_uninstalled_or_half_installed_library_leaves(environment):
     status, lines = environment.report("cls", "export")
     assert status == 1
     assert commands_of(lines) == {
-        "timm": f"{environment.install} 'timm>=1.0.9'",
+        "timm": f"{environment.install} timm",
         "onnx": f"{environment.again} onnx==1.23.2",
     }
 
@@ -351,31 +371,18 @@ def test_a_package_of_ours_that_does_not_import(environment):
 # Known conflicts.
 
 
-def to_upstream(environment):
-    for ours, version, upstream in (
-        ("onedl-mmengine", "0.10.7", "mmengine"),
-        ("onedl-mmcv", "2.1.0", "mmcv"),
-        ("onedl-mmsegmentation", "1.2.2", "mmsegmentation"),
-    ):
-        environment.no_metadata(ours)
-        environment.metadata(upstream, version)
-
-
-def to_maintained(environment):
-    names = "onedl-mmengine onedl-mmcv onedl-mmsegmentation"
-    uninstall = f"{environment.python} -m pip uninstall -y mmengine mmcv mmsegmentation {names}"
-    return f"{uninstall} && {environment.install} {names}"
-
-
 def test_both_distributions_of_openmmlab(environment):
     environment.metadata("mmengine", "0.10.7")
     environment.metadata("mmcv-lite", "2.1.0")
-    pairs = "onedl-mmengine and mmengine, onedl-mmcv and mmcv-lite"
-    names = "onedl-mmengine onedl-mmcv"
-    uninstall = f"{environment.python} -m pip uninstall -y mmengine mmcv-lite {names}"
-    detail = f"{pairs} are both installed and overwrite each other's files"
-    expected = {"OpenMMLab": ["problem", detail, f"{uninstall} && {environment.install} {names}"]}
-    assert environment.report("cls") == environment.report("mmseg") == (1, expected)
+    assert "onedl-mmengine 0.10.12, mmengine 0.10.7: overwrite each other's files\n" in environment.run("cls")[1]
+    detail, uninstall = "overwrite each other's files", f"{environment.pip} uninstall -y"
+    mmengine = f"{uninstall} onedl-mmengine mmengine && {environment.install} onedl-mmengine"
+    mmcv = f"{uninstall} onedl-mmcv mmcv-lite && {environment.install} onedl-mmcv"
+    assert environment.report("cls") == (1, {"mmengine": ["problem", detail, mmengine]})
+    assert environment.report("mmseg") == (
+        1,
+        {"mmengine": ["problem", detail, mmengine], "mmcv": ["problem", detail, mmcv]},
+    )
     assert environment.report("d2") == (0, {})
 
 
@@ -383,39 +390,24 @@ def test_segmentation_is_not_installed_over_upstreams_mmengine(environment):
     environment.without("mmseg", "mmcv")
     environment.no_metadata("onedl-mmengine")
     environment.metadata("mmengine", "0.10.7")
-    uninstall = f"{environment.python} -m pip uninstall -y mmengine onedl-mmengine"
-    command = f"{uninstall} && {environment.install} onedl-mmengine onedl-mmcv onedl-mmsegmentation"
-    assert environment.report()[1]["mmseg"][2] == command
-
-
-def test_an_mmengine_that_does_not_load_its_own_checkpoints(environment):
-    to_upstream(environment)
-    status, lines = environment.report("cls")
-    detail = "upstream MMEngine does not load its own checkpoints with torch 2.6 and later; our commands do"
-    assert (status, lines) == (0, {"checkpoints": ["note", detail, to_maintained(environment)]})
-    environment.metadata("torch", "2.5.1")
-    environment.metadata("disalign", "0.1.0")
     assert environment.report("cls") == (0, {})
+    command = f"{environment.pip} uninstall -y mmengine && {environment.install} onedl-mmcv"
+    assert environment.report("mmseg")[1]["mmcv"] == ["problem", "not installed", command]
 
 
 def test_mmcv_without_operators(environment):
     shutil.rmtree(environment.folder / "mmcv" / "_ext")
     detail = "CCHead, PSAHead, PointHead and SANHead need an mmcv with operators: No module named 'mmcv._ext'"
-    assert environment.report("mmseg") == (0, {"mmcv._ext": ["note", detail, None]})
-    # Upstream's MMSegmentation does not import without them.
-    to_upstream(environment)
-    environment.module("mmseg", "import mmcv._ext")
-    status, lines = environment.report("mmseg")
-    assert status == 1
-    assert commands_of(lines) == dict.fromkeys(("mmseg", "checkpoints"), to_maintained(environment))
+    assert environment.report("mmseg") == (0, {"mmcv": ["note", detail, None]})
 
 
 def test_two_versions_of_opencv(environment):
     environment.metadata("opencv-python", "5.0.0.93")
     assert environment.report("cls") == (0, {})
     environment.metadata("opencv-python", "4.9.0.80")
-    detail = "opencv-python-headless 5.0.0.93 and opencv-python 4.9.0.80 overwrite each other's files"
-    expected = {"OpenCV": ["note", detail, f"{environment.again} opencv-python-headless"]}
+    uninstall = f"{environment.pip} uninstall -y opencv-python-headless opencv-python"
+    command = f"{uninstall} && {environment.install} opencv-python-headless"
+    expected = {"cv2": ["note", "overwrite each other's files", command]}
     for part in ("cls", "mmseg", "d2"):
         assert environment.report(part) == (0, expected)
 
@@ -436,47 +428,41 @@ def test_a_cv2_that_needs_libgl(environment):
 )
 @pytest.mark.parametrize(
     ("torch", "fits"),
-    [
-        ("2.6.0", "'torchvision==0.21.*'"),
-        ("2.13.0+cpu", "'torchvision==0.28.*'  # from the index that has torch +cpu"),
-        ("2.14.1", "torchvision"),
-    ],
+    [("2.6.0", "torch==2.6.0"), ("2.13.0+cpu", "torch==2.13.0  # from the index that has torch +cpu")],
 )
 def test_a_torchvision_that_does_not_work_with_this_torch(environment, code, torch, fits):
     environment.metadata("torch", torch)
     environment.module("torchvision", code)
     status, lines = environment.report("cls", "d2")
-    assert (status, commands_of(lines)) == (1, {"torchvision": f"{environment.again} {fits}"})
+    command = f"{environment.pip} uninstall -y torchvision && {environment.pip} install torchvision {fits}"
+    assert (status, commands_of(lines)) == (1, {"torchvision": command})
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_setuptools_without_pkg_resources(environment, tells):
+def test_setuptools_without_pkg_resources(environment):
     shutil.rmtree(environment.folder / "pkg_resources")
     environment.metadata("setuptools", "82.0.1")
-    if not tells:
-        environment.no_metadata("disalign")
     status, lines = environment.report("d2")
-    assert status == 1
-    assert commands_of(lines) == {
-        "pkg_resources": f"{environment.install} 'setuptools<82,>=80'"
-        if tells
-        else f"{environment.install} 'setuptools<82'"
-    }
-    assert lines["detectron2.model_zoo"][1] == "not tried, since pkg_resources does not work"
+    assert (status, commands_of(lines)) == (1, {"pkg_resources": f"{environment.again} 'setuptools<82'"})
+    assert lines["detectron2"][1] == "needs pkg_resources, which has a problem"
+
+
+def test_an_lvis_that_uses_what_numpy_removed(environment):
+    path = environment.folder / "lvis" / "eval.py"
+    shutil.rmtree(environment.folder / "lvis" / "eval")
+    path.write_text("if False:\n    tp_sum = np.cumsum(tps, axis=1).astype(dtype=np.float)\n")
+    status, lines = environment.report("d2")
+    state, detail, command = lines.pop("lvis")
+    assert (status, state, lines) == (0, "note", {})
+    assert detail.startswith("LVISEval uses np.float, which numpy 1.24 removed")
+    subprocess.run(command, shell=True, check=True)
+    assert path.read_text() == "if False:\n    tp_sum = np.cumsum(tps, axis=1).astype(dtype=float)\n"
+    assert environment.report("d2") == (0, {})
 
 
 def test_a_detectron2_built_for_another_torch(environment):
     environment.module("detectron2/_C", "raise ImportError('/x/_C.so: undefined symbol: _ZN3c106detail')")
     status, lines = environment.report("d2")
     assert (status, commands_of(lines)) == (1, {"detectron2": f"{environment.again} {DETECTRON2}"})
-
-
-@pytest.mark.parametrize("version", ["0.9.16", "1.0.8", "1.0"])
-def test_a_version_that_is_too_low(environment, version):
-    environment.metadata("timm", version)
-    environment.metadata("torch", "2.13.0+cpu")
-    command = f"{environment.install} 'timm>=1.0.9'"
-    assert environment.report("cls") == (1, {"timm": ["problem", "expected >=1.0.9; works", command]})
 
 
 # What torch sees.
@@ -521,7 +507,7 @@ def test_a_python_without_anything(bare_python, tmp_path):
     command = [bare_python, "-B", "-m", "disalign_tools.doctor"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
-    assert re.search(rf"run: {bare_python} -m pip install '?numpy", done.stdout)
+    assert re.search(rf"run: {bare_python} -m pip install --upgrade numpy\n", done.stdout)
     assert done.stdout.endswith("\ndoes not work: core\n")
 
 
