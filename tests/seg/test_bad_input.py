@@ -324,7 +324,7 @@ def test_a_wrong_label_beyond_the_sample_is_found_where_it_is_read(workers, file
 def test_a_file_that_mmengines_own_runner_misses_is_named(files, tmp_path):
     options = {"load_from": str(files.stage_two), "test_dataloader.dataset.data_root": str(files.unvalidated)}
     runner = stock_runner(files.two, tmp_path, **options)
-    with pytest.raises(InputError, match="expected an annotation at .*_00000002.png', but there is no such file"):
+    with pytest.raises(InputError, match=r"expected an annotation at .*_00000002\.png', but there is no such file"):
         runner.test()
 
 
