@@ -19,10 +19,11 @@ from core.malicious import Malicious
 from PIL import Image
 
 import disalign_mmseg.hooks
+from disalign import InputError
 from disalign_mmseg import test as test_command
 from disalign_mmseg import train as train_command
 
-from .runs import left_behind, load, quick, train
+from .runs import left_behind, load, quick, stock_runner, train
 
 COMMANDS = {"train": train_command.main, "test": test_command.main}
 
@@ -318,6 +319,13 @@ def test_a_wrong_label_beyond_the_sample_is_found_where_it_is_read(workers, file
     (sentence,) = refusals(capfd.readouterr().err)
     assert re.search("_00000005.png', but 2 pixels are not: 2 are 199 .*, the first at x 3, y 2", sentence)
     assert left_behind(tmp_path) == []
+
+
+def test_a_file_that_mmengines_own_runner_misses_is_named(files, tmp_path):
+    options = {"load_from": str(files.stage_two), "test_dataloader.dataset.data_root": str(files.unvalidated)}
+    runner = stock_runner(files.two, tmp_path, **options)
+    with pytest.raises(InputError, match=r"expected an annotation at .*_00000002\.png', but there is no such file"):
+        runner.test()
 
 
 def test_stage_ones_folder_is_not_stage_twos(files, tmp_path, capfd):
