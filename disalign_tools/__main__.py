@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
-from .doctor import __main__ as doctor  # which starts where torch does not
-
-COMMANDS = {"doctor": doctor.main}
+#: Imported only when called: the doctor must start where torch does not.
+COMMANDS = {"doctor": "disalign_tools.doctor.__main__"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, help="`disalign COMMAND --help` describes it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     given = parser.parse_args(argv)
-    return COMMANDS[given.command](given.arguments)
+    return import_module(COMMANDS[given.command]).main(given.arguments)
 
 
 if __name__ == "__main__":

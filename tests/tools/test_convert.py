@@ -556,11 +556,17 @@ def test_a_destination_that_is_none(tmp_path, capsys):
     assert ".pkl" in refused(capsys, tmp_path, path, tmp_path / "out.pkl", "--to", "timm")
 
 
-def test_nan_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["fc.bias", "conv1.weight"])
+def test_nan_is_refused(name, tmp_path, capsys):
     state = tiny()
-    state["fc.bias"][2] = float("nan")
+    state[name].view(-1)[2] = float("nan")
     path = saved(tmp_path, state)
-    assert "NaN or infinity in fc.bias" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
+    assert f"NaN or infinity in {name}" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
+
+
+def test_of_two_last_layers_one_is_to_be_named(tmp_path, capsys):
+    path = saved(tmp_path, tiny(**{"head.weight": torch.ones(5, 4)}))
+    assert "got fc, head; name the last" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "timm")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):

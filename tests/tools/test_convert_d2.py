@@ -203,7 +203,7 @@ def test_an_image_classifiers_trunk_becomes_the_backbone(tmp_path, capsys):
 
 def test_a_trunk_that_is_no_resnet_is_refused(tmp_path, capsys):
     path = saved(tmp_path, {"blocks.0.weight": torch.ones(4, 4), "head.weight": torch.ones(5, 4)})
-    assert "plain ResNet" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "d2")
+    assert "as Detectron2's backbone" in refused(capsys, tmp_path, path, tmp_path / "out.pth", "--to", "d2")
 
 
 def test_what_does_not_fit_is_said(tmp_path, capsys):
