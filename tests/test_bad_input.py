@@ -805,7 +805,7 @@ BAD = {
         ["{f.seg.two}", "--cfg-options", "modle.x=1"],
         "expected --cfg-options of keys that the config has, got modle",
     ),
-    "check: config of another kind": ("seg.check", [ONE], "can be built in '.*', but: it has no model.decode_head;"),
+    "check: config of another kind": ("seg.check", [ONE], "can be built in '.*', but: .* 'decode_head';"),
     "check: counts of no data": (
         "seg.check",
         ["{f.seg.two}", "--counts", "out.json", "--cfg-options", "train_dataloader.dataset.data_root=gone"],
@@ -829,7 +829,7 @@ BAD = {
     "seg: list empty": (
         "seg.train",
         ["{f.seg.two}", "--cfg-options", "load_from={f.segmentor}", "train_dataloader.dataset.ann_file={f.empty}"],
-        "expected the names of the images of ADE20KDataset in '.*empty.json', but it is empty",
+        "expected the list of images of ADE20KDataset in '.*empty.json', but it is missing or empty",
     ),
     "seg: checkpoint a pickle": ("seg.test", ["{f.seg.two}", "{f.pickled}"], "expected .*pickled.json', but "),
 }
