@@ -69,7 +69,7 @@ IMPORTS = {
     "matplotlib": "PIL",
     "disalign_cls": "disalign, timm, mmengine",
     "mmcv": "mmengine",
-    "mmseg": "torchvision, mmcv",
+    "mmseg": "torchvision, timm, mmcv",
     "disalign_mmseg": "disalign, mmseg",
     "fvcore": "torch, PIL",
     "detectron2": "fvcore, cv2, tqdm",
