@@ -66,7 +66,7 @@ LIBRARIES = [
     Library("tensorboard", "cls", "tensorboard", "numpy PIL torch", "import torch.utils.tensorboard"),
     Library("disalign_cls", "cls", "", "disalign timm mmengine"),
     Library("mmcv", "mmseg", "onedl-mmcv mmcv mmcv-lite", "numpy PIL cv2 mmengine", OPERATORS),
-    Library("mmseg", "mmseg", "onedl-mmsegmentation mmsegmentation", "torchvision timm mmcv", "import mmseg.apis"),
+    Library("mmseg", "mmseg", "onedl-mmsegmentation mmsegmentation", "PIL torchvision timm mmcv", "import mmseg.apis"),
     Library("disalign_mmseg", "mmseg", "", "disalign mmseg"),
     Library("fvcore", "d2", "fvcore", "numpy PIL torch", "import fvcore.common.config"),
     Library("pkg_resources", "d2", "setuptools"),
