@@ -59,7 +59,7 @@ HEALTHY = {
 OWN = ["disalign", "disalign_cls", "disalign_mmseg", "disalign_d2", "disalign_tools/count_classes"]
 # What they import of each other.
 IMPORTS = {
-    "torch": "numpy",
+    "torch": "numpy, tqdm",
     "disalign": "torch",
     "cv2": "numpy",
     "torchvision": "torch, PIL",
@@ -69,12 +69,12 @@ IMPORTS = {
     "matplotlib": "PIL",
     "disalign_cls": "disalign, timm, mmengine",
     "mmcv": "mmengine",
-    "mmseg": "mmcv",
+    "mmseg": "torchvision, timm, mmcv",
     "disalign_mmseg": "disalign, mmseg",
     "fvcore": "torch, PIL",
     "detectron2": "fvcore, cv2, tqdm",
     "detectron2/model_zoo": "pkg_resources",
-    "faster_coco_eval": "numpy",
+    "faster_coco_eval": "cv2",
     "lvis": "cv2, matplotlib",
     "disalign_d2": "disalign, detectron2",
     "disalign_tools/count_classes": "disalign, PIL, tqdm",
@@ -139,7 +139,9 @@ class Environment:
         variables = {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(first), str(self.folder)]))
         command = [self.python, "-m", module, *arguments]
-        done = subprocess.run(command, env=variables, cwd=self.elsewhere, capture_output=True, text=True, timeout=60)
+        # With something to read, which no library may take.
+        options = dict(input="yes\n", capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=variables, cwd=self.elsewhere, **options)
         assert done.stderr == ""
         return done.returncode, done.stdout
 
