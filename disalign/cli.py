@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import ParamSpec
 
-from .errors import InputError, first_line, in_user_code
+from .errors import InputError, input_errors
 
 P = ParamSpec("P")
 
@@ -38,16 +38,9 @@ BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError
 
 @contextmanager
 def config_errors(where: str, errors: tuple[type[Exception], ...] = BUILD_ERRORS) -> Iterator[None]:
-    """What a config (``where``) may be at fault for becomes one sentence; a user's own code keeps its traceback."""
-    try:
+    """What a config (``where``) may be at fault for becomes one sentence, see :func:`disalign.errors.input_errors`."""
+    with input_errors(f"expected a config that can be built in {where!r}", "correct it", errors):
         yield
-    except InputError:
-        raise
-    except errors as error:
-        if in_user_code(error):
-            raise
-        reason = " ".join(first_line(error).split())
-        raise InputError(f"expected a config that can be built in {where!r}, but: {reason}; correct it") from error
 
 
 def sentence_of(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """The one exception a user's input can cause."""
 
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
@@ -33,6 +34,24 @@ def in_user_code(error: BaseException | None) -> bool:
                 return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def input_errors(expected: str, advice: str, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """What input may be at fault for becomes one sentence; a user's own code keeps its traceback.
+
+    Raises:
+        InputError: ``expected``, what the error says, and the ``advice``.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        if in_user_code(error):
+            raise
+        reason = " ".join(first_line(error).split())
+        raise InputError(f"{expected}, but: {reason}; {advice}") from error
 
 
 def some(items: Iterable[object], limit: int = 5) -> str:

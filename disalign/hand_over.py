@@ -15,7 +15,6 @@ from .io import load_file
 #: Tensors that a checkpoint may hold in vain: BatchNorm's counters, which a frozen BatchNorm does not have.
 COUNTERS = "*.num_batches_tracked"
 
-
 #: Entries that training loops keep the weights in.
 ENTRIES = ("state_dict_best", "state_dict", "model", "params")
 #: Entries of a model in two parts (MiSLAS), whose names do not overlap.

@@ -9,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from disalign import GRWCrossEntropyLoss, InputError, load_file, load_stage_one
-from disalign.errors import first_line, in_user_code
+from disalign.errors import input_errors
 from disalign.hand_over import COUNTERS, require_tensors, state_dict_of
 from disalign.io import atomic_file
 from disalign.stage_two import calibrations, is_calibrated
@@ -63,15 +63,8 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             what = "the stage-one checkpoint" if self._fresh else "a checkpoint to evaluate"
             raise InputError(f"expected {what} as MODEL.WEIGHTS, got an empty one; add MODEL.WEIGHTS FILE")
         try:
-            return super().load(path, checkpointables)
-        except InputError:
-            raise
-        except Exception as error:  # its records may be anything
-            if in_user_code(error):
-                raise
-            raise InputError(
-                f"expected a checkpoint at {path!r}, but: {first_line(error)}; check MODEL.WEIGHTS"
-            ) from error
+            with input_errors(f"expected a checkpoint at {path!r}", "check MODEL.WEIGHTS"):  # records may be anything
+                return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None  # the base class leaves it set where loading fails
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from disalign import InputError, at_identity
 from disalign.cli import command, config_errors, find_config, sentence_of
-from disalign.errors import first_line, in_user_code
+from disalign.errors import first_line, input_errors
 from disalign.io import locked_folder, require_folder, write_json
 from disalign.stage_two import keep_magnitude_from_decay, require_finite_settings, require_own_folder
 
@@ -226,15 +226,9 @@ def run(args: argparse.Namespace) -> Any:
         return results
     with config_errors(args.config_file):
         trainer = Trainer(cfg)
-    try:
+    with input_errors(f"expected a checkpoint of this run in {cfg.OUTPUT_DIR!r}", "resume another, or start a new run"):
         trainer.resume_or_load(resume=args.resume)
         operator.index(trainer.start_iter)
-    except InputError:
-        raise
-    except Exception as error:  # its records may be anything
-        if in_user_code(error):
-            raise
-        raise InputError(f"expected a checkpoint of this run in {cfg.OUTPUT_DIR!r}, but: {error}") from error
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([hooks.EvalHook(0, lambda: trainer.test_with_tta(cfg, trainer.model))])
     with locked_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():

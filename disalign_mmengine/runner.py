@@ -10,7 +10,7 @@ from mmengine.runner import Runner, load_state_dict
 from torch import nn
 
 from disalign import InputError
-from disalign.errors import first_line, in_user_code
+from disalign.errors import input_errors
 from disalign.hand_over import state_dict_of
 from disalign.io import locked_folder
 from disalign.stage_two import calibrations
@@ -54,17 +54,9 @@ class DisAlignRunner(Runner):
             return
         elif not self._trains and not self._load_from:
             raise InputError("expected a checkpoint to test, got none; give it as CHECKPOINT")
-        try:
+        expected = f"expected a checkpoint of this run in {self._load_from!r}"  # its records may be anything
+        with input_errors(expected, "resume another, or start a new run"):
             super().load_or_resume()
-        except InputError:
-            raise
-        except Exception as error:  # its records may be anything
-            if in_user_code(error):
-                raise
-            raise InputError(
-                f"expected a checkpoint of this run in {self._load_from!r}, but: {first_line(error)}; resume another, "
-                "or start a new run"
-            ) from error
 
     def load_checkpoint(
         self, filename: str | os.PathLike[str], map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ()
