@@ -143,7 +143,7 @@ def start(*command, **options) -> subprocess.Popen:
 
 def load(path) -> dict:
     """A checkpoint, of tensors and plain values alone."""
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def log(folder) -> str:
