@@ -1,7 +1,10 @@
 """DisAlign (CVPR 2021): a short second stage that calibrates the decision boundary of a long-tailed recogniser."""
 
+from .collecting import collect
 from .counts import load_class_counts
 from .errors import InputError
+from .features import Features
+from .fitting import FitReport, fit
 from .folding import fold_classifier, fold_model, fold_tensors
 from .freezing import FreezeReport, assert_frozen, freeze_except
 from .functional import calibrate, generalized_reweight, grw_cross_entropy
@@ -16,6 +19,7 @@ from .modules import (
     CalibratedCosineClassifier,
     CalibratedLinear,
     CosineClassifier,
+    ZeroShotClassifier,
     calibrate_classifier,
     wrap_classifier,
 )
@@ -32,14 +36,19 @@ __all__ = [
     "CalibratedCosineClassifier",
     "CalibratedLinear",
     "CosineClassifier",
+    "Features",
+    "FitReport",
     "FreezeReport",
     "GRWCrossEntropyLoss",
     "HandOver",
     "InputError",
+    "ZeroShotClassifier",
     "assert_frozen",
     "at_identity",
     "calibrate",
     "calibrate_classifier",
+    "collect",
+    "fit",
     "fold_classifier",
     "fold_model",
     "fold_tensors",

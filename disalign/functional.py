@@ -122,7 +122,7 @@ def generalized_reweight(
     return weights.float()
 
 
-def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> Tensor:
+def check_labels(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> Tensor:
     """Refuse labels outside [0, num_classes) that are not ``ignore_index``; on the CPU only, where the check is free.
 
     Returns:
@@ -139,10 +139,12 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> 
     target = target.long()
     if target.device.type != "cpu":
         return target
-    wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+    outside = (target < 0) | (target >= num_classes)
+    wrong = target[outside if ignore_index is None else outside & (target != ignore_index)]
     if wrong.numel():
+        ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
         raise InputError(
-            f"expected labels in [0, {num_classes}) or ignore_index {ignore_index}, got {some(wrong.tolist())}; "
+            f"expected labels in [0, {num_classes}){ignored}, got {some(wrong.tolist())}; "
             "check the annotations or the number of classes"
         )
     return target

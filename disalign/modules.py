@@ -1,5 +1,6 @@
 """The trainable parts of stage two, and how any classifier gets them."""
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -165,6 +166,20 @@ class CosineClassifier(nn.Module):
         return f"feature_dim={self.in_features}, num_classes={self.out_features}"
 
 
+class ZeroShotClassifier(CosineClassifier):
+    """A cosine classifier (eq. 3) of given directions, such as CLIP's text embeddings; nothing in it was learnt here.
+
+    Args:
+        embeddings: (K, d), one a class, of any length.
+        scale: s of eq. 3, fixed (CLIP: ``model.logit_scale.exp()``, about 100).
+    """
+
+    def __init__(self, embeddings: Tensor, scale: float = 100.0) -> None:
+        super().__init__(embeddings.shape[1], len(embeddings), scale, learn_scale=False)
+        with torch.no_grad():
+            self.weight.copy_(embeddings)
+
+
 class Calibrated(nn.Module):
     """Mixin before a classifier class: the same parameters under the same names, and a ``calibration`` on top.
 
@@ -234,6 +249,15 @@ def calibrated_form(kind: type[nn.Module]) -> type[Calibrated] | None:
     if issubclass(kind, tuple(CALIBRATED)) and not issubclass(kind, Calibrated):
         return _subclass_of(kind)  # type: ignore[arg-type]  # mypy does not know that classes are hashable
     return None
+
+
+def plain_classifier(classifier: nn.Module) -> nn.Module:
+    """A copy of a classifier as stage one had it, without a calibration."""
+    plain = copy.deepcopy(classifier)
+    if isinstance(plain, Calibrated):
+        del plain.calibration
+        plain.__class__ = next(kind for kind in type(plain).__mro__ if not issubclass(kind, Calibrated))  # type: ignore
+    return plain
 
 
 def sizes(classifier: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,149 @@
+"""What a frozen trunk says of a labelled set, once: in memory, or memory-mapped from a folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .counts import ClassCounts, load_class_counts
+from .errors import InputError, some
+from .functional import check_labels
+from .io import atomic_file
+from .io.arrays import BLOCK, RECORD, checksum, number_of_blocks, read_arrays, require_new, write_record
+from .io.images import MOST_CLASSES
+
+DTYPES = (torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Features:
+    """Features and labels of N examples: what :func:`disalign.fit` learns from.
+
+    :meth:`from_arrays`, :meth:`open` and :func:`disalign.collect` make one, and check what they are given.
+
+    Attributes:
+        x: (N, d) fp16, fp32 or fp64, what the classifier sees; memory-mapped where it comes from a folder.
+        y: (N,) int64 labels in [0, K), or K where there is a ``background``.
+        weights: (N,) fp64 importance weights; 1 where every example was drawn alike.
+        class_counts: (K,) int64 examples per class of the *whole* training set, of which this may be a part.
+        groups: (N,) int64; rows of one number belong together (views of one image, frames of one film) and are never
+            split over folds. ``None`` where each row stands for itself.
+        background: whether label K stands for a detector's background, which ``class_counts`` leave out.
+        provenance: plain values: the trunk, the data, the date and the versions that they come from.
+    """
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    class_counts: Tensor
+    groups: Tensor | None = None
+    background: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        x: Tensor | npt.NDArray[Any],
+        y: Tensor | npt.NDArray[Any] | Sequence[int],
+        weights: Tensor | npt.NDArray[Any] | Sequence[float] | None = None,
+        class_counts: ClassCounts | None = None,
+        groups: Tensor | npt.NDArray[Any] | Sequence[int] | None = None,
+        background: bool = False,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "Features":
+        """Take features and labels that are there already; ``x`` is not copied.
+
+        ``class_counts`` are by default those of ``y``; give them where ``y`` is a part of the training set, or lacks
+        the last classes.
+
+        Raises:
+            InputError: arrays of other shapes or dtypes, labels outside [0, K), NaN or infinity (the rows are named),
+                or negative weights.
+        """
+        x, y, background = _tensor(x), _tensor(y), bool(background)
+        if x.dim() != 2 or x.dtype not in DTYPES or not x.numel():
+            raise InputError(
+                f"expected features of shape (N, d) in fp16, fp32 or fp64, one row an example, got {x.dtype} of shape "
+                f"{tuple(x.shape)}; pool or flatten them"
+            )
+        _require_rows(x, y, "labels")
+        counts = None if class_counts is None else load_class_counts(class_counts)
+        labels = min(int(y.max()) + 1, MOST_CLASSES) if counts is None else len(counts) + background
+        y = check_labels(y.cpu(), labels, ignore_index=None)
+        weights = torch.ones(len(y)) if weights is None else _tensor(weights)
+        _require_rows(x, weights, "weights")
+        weights = weights.double().cpu()
+        if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise InputError("expected weights that are finite, not negative and not all zero; correct them")
+        if groups is not None:
+            groups = _tensor(groups).cpu().long()
+            _require_rows(x, groups, "groups")
+        require_finite_rows(x)
+        if counts is None:
+            counts = load_class_counts(torch.bincount(y)[: labels - background])
+        return cls(x, y, weights, counts, groups, background, dict(provenance or {}))
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Features":
+        """Map the features in a folder, which :meth:`save` or :func:`disalign.collect` wrote; it is never written to.
+
+        Raises:
+            InputError: no features there, a pass that has not ended, or files that are truncated or changed.
+        """
+        arrays, facts = read_arrays(folder)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if not {"x", "y"} <= tensors.keys() <= {"x", "y", "weights", "groups"}:
+            raise InputError(f"expected features x and labels y in {os.fspath(folder)!r}, got {some(tensors)}")
+        kept: dict[str, Any] = {name: facts.get(name) for name in ("class_counts", "background", "provenance")}
+        return cls.from_arrays(**tensors, **kept)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write to a new folder: .npy files, and a record with their checksums that appears last."""
+        require_new(folder)
+        arrays = {"x": self.x, "y": self.y, "weights": self.weights, "groups": self.groups}
+        found = {name: tensor.cpu().numpy() for name, tensor in arrays.items() if tensor is not None}
+        for name, array in found.items():
+            with atomic_file(Path(folder) / f"{name}.npy") as file:
+                np.save(file, array, allow_pickle=False)
+        facts = {"class_counts": self.class_counts.tolist(), "background": self.background}
+        checksums = {block: checksum(found, block) for block in range(number_of_blocks(len(self)))}
+        shapes = {name: (array.dtype, *array.shape[1:]) for name, array in found.items()}
+        write_record(Path(folder) / RECORD, len(self), shapes, checksums, facts | {"provenance": dict(self.provenance)})
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def part(self, rows: Tensor) -> "Features":
+        """Some of the rows, as a part of the same training set; ``rows`` are (n,) int64 or (N,) bool. Copies them."""
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, x=self.x[rows], y=self.y[rows], weights=self.weights[rows], groups=groups)
+
+    def __repr__(self) -> str:
+        kind = str(self.x.dtype).removeprefix("torch.")
+        return f"Features({len(self):,} x {self.x.shape[1]} {kind}, {len(self.class_counts)} classes)"
+
+
+def _tensor(values: Any) -> Tensor:
+    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+
+
+def _require_rows(x: Tensor, values: Tensor, what: str) -> None:
+    if values.shape != (len(x),):
+        raise InputError(f"expected {len(x)} {what}, one for each row of the features, got shape {tuple(values.shape)}")
+
+
+def require_finite_rows(x: Tensor, first: int = 0) -> None:
+    """Refuse features with NaN or infinity; ``first`` is the number of the first row, for the message."""
+    finite = torch.cat([block.isfinite().all(1) for block in x.split(BLOCK)])  # in blocks: x may not fit in memory
+    wrong = ((~finite).nonzero().flatten() + first).tolist()
+    if wrong:
+        raise InputError(
+            f"expected finite features, got NaN or infinity in {len(wrong)} rows: {some(wrong)}; leave these examples "
+            "out, or use a wider dtype"
+        )

@@ -1,0 +1,332 @@
+"""Learns a calibration from features: the trunk has run once, and a solver takes seconds."""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, some
+from .features import Features
+from .freezing import freeze_except
+from .functional import generalized_reweight, grw_cross_entropy
+from .modules import (
+    AdaptiveCalibration,
+    Calibrated,
+    ZeroShotClassifier,
+    calibrate_classifier,
+    plain_classifier,
+    sizes,
+)
+from .probes import accuracy, held_out, new_classifier, train_classifier, units
+from .solver import Part, Solution, minimise, total, total_and_gradients
+from .stage_two import keep_magnitude_from_decay
+
+#: lambda; docs/fit.md has a table.
+PENALTY = 0.01
+ANCHORS = ("zero", "logit_adjust")
+
+log = logging.getLogger("disalign")
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What :func:`fit` did; the calibrated classifier carries it as ``fit_report``.
+
+    Attributes:
+        rho: of eq. 11.
+        cross_fit: number of folds; 0 where the calibration saw stage one's own scores.
+        seconds: of the calibration's solver alone.
+        train_accuracy: stage one's on its training set, in percent.
+        out_of_fold_accuracy: of classifiers on rows that they had not seen, in percent; ``None`` without folds.
+        C: inverse L2 penalty of the classifiers that were trained here; ``None`` if none was.
+        left_out: classes of one example, which can't be held out: magnitude 1, margin at the anchor.
+        solution: the objective at the identity and at the end, and how often it was evaluated.
+    """
+
+    rho: float
+    cross_fit: int
+    seconds: float
+    train_accuracy: float
+    out_of_fold_accuracy: float | None
+    C: float | None
+    left_out: tuple[int, ...]
+    solution: Solution
+
+
+def fit(
+    features: Features,
+    classifier: nn.Module | str = "linear",
+    rho: float | Sequence[float] = 1.2,
+    *,
+    cross_fit: int | None = None,
+    anchor: str = "zero",
+    confidence: str = "learnt",
+    learn_magnitude: bool = True,
+    learn_margin: bool = True,
+    penalty: float = PENALTY,
+    C: float | None = None,
+    calibration_features: Features | None = None,
+    background_weight: float = 1.0,
+    zero_count: str = "error",
+    solver: str = "lbfgs",
+    seed: int = 0,
+    **recipe: Any,
+) -> Any:
+    """Calibrate a classifier on the features that it sees, by a solver without a learning rate.
+
+    The objective is the generalized re-weighted loss (eq. 8-11, weighted mean) of all rows, plus
+    ``penalty / 2 * (|magnitude - 1|^2 + |margin - anchor|^2 + |v|^2)`` with v the confidence's weights. L-BFGS with
+    strong Wolfe line search starts at the identity. Sums are fp64, and the same call gives the same bits on the same
+    device and number of threads. Memory beside the features stays below 100 MB on a CPU, whatever N, but for copies of
+    the folds. In distributed training each rank sums a share of the rows of the same features.
+
+    Args:
+        features: of the training set.
+        classifier: stage one's, of K outputs (K + 1 with a background); or ``"linear"``, ``"cosine"`` to train one here
+            first (:func:`.probes.train_classifier`).
+        rho: scale of eq. 11. Several give one calibrated classifier each, over the same stage one and folds.
+        cross_fit: number of folds, each scored by a classifier that was trained on the others as stage one is; what
+            is learnt from these scores is laid on stage one. A training set that stage one knows by heart does not
+            show its bias, examples that it has not seen do. 0: stage one's own scores. Default: 5 where stage one is
+            trained here, else 0. With folds a given classifier is trained anew too, as theirs are.
+        anchor: where the penalty pulls the margin: ``"zero"``; or ``"logit_adjust"``, to the logarithm of the class
+            weights (less that of the background's), which is logit adjustment (Menon et al., 2021) at rho 1. With
+            ``confidence="one"`` only.
+        confidence, learn_magnitude, learn_margin: :class:`AdaptiveCalibration`'s.
+        penalty: lambda.
+        C: inverse L2 penalty of classifiers that are trained here; default: the one whose held-out folds lose least,
+            or 1 without folds.
+        calibration_features: learn from these, a held-out split say, with the class counts of ``features``.
+        background_weight, zero_count: :class:`GRWCrossEntropyLoss`'s.
+        solver: ``"lbfgs"``, or ``"sgd"`` for the paper's recipe (:func:`sgd`, whose options are ``recipe``).
+        seed: of the folds, and of the order of SGD.
+
+    Returns:
+        The calibrated classifier, frozen but for its calibration, with a :class:`FitReport` as its ``fit_report``; for
+        several rho a dict of them. The given one is left as it is.
+
+    Raises:
+        InputError: a classifier that does not fit the features, or options that do not go together.
+    """
+    probe = isinstance(classifier, str)
+    if cross_fit is None:
+        cross_fit = 5 if probe and calibration_features is None and solver == "lbfgs" else 0
+    _require_options(classifier, cross_fit, anchor, confidence, calibration_features, penalty, solver, recipe)
+    learns_from = features if calibration_features is None else calibration_features
+    given = None if isinstance(classifier, str) else plain_classifier(classifier)
+    stage_one = new_classifier(classifier, features) if given is None or cross_fit else given
+    for rows in (features, learns_from):
+        _require_fit(given or stage_one, rows)
+
+    parts, left_out, unseen = [Part(stage_one, learns_from)], [], None
+    if cross_fit:
+        parts, C = held_out(stage_one, features, cross_fit, C, seed)
+        unseen = accuracy(parts)
+        examples = torch.bincount(units(features)[1], minlength=sizes(stage_one)[1])
+        left_out = (examples == 1).nonzero().flatten().tolist()
+    if stage_one is not given:
+        C = 1.0 if C is None else C
+        train_classifier(stage_one, features, C)
+    seen = accuracy([Part(given or stage_one, features)])
+    _advise(seen, unseen, given is not None, left_out, calibration_features is not None)
+
+    def calibrated(rho: float) -> Calibrated:
+        begun = time.perf_counter()
+        found = calibrate_classifier(
+            plain_classifier(stage_one),
+            passthrough=int(features.background),
+            learn_magnitude=learn_magnitude,
+            learn_margin=learn_margin,
+            confidence=confidence,
+        )
+        freeze_except(found, ["calibration"])
+        weight = generalized_reweight(features.class_counts, rho, zero_count=zero_count)
+        if features.background:
+            weight = torch.cat([weight, torch.tensor([float(background_weight)])])
+        weight = weight.to(found.calibration.magnitude.device)
+        if solver == "sgd":
+            solution = sgd(found, learns_from, weight, seed=seed, **recipe)
+        else:
+            target = log_weights(weight, features.background) if anchor == "logit_adjust" else torch.zeros(())
+            solution = _lbfgs(found.calibration, parts, weight, target, penalty, left_out)
+        seconds = time.perf_counter() - begun
+        found.fit_report = FitReport(rho, cross_fit, seconds, seen, unseen, C, tuple(left_out), solution)  # type: ignore[assignment]
+        return found
+
+    return {one: calibrated(one) for one in rho} if isinstance(rho, Sequence) else calibrated(rho)
+
+
+def log_weights(weight: Tensor, background: bool = False) -> Tensor:
+    """(K,) what the re-weighted loss's optimum adds to calibrated scores: ln w_c, less the background's.
+
+    With w of eq. 11 it is rho times logit adjustment's -ln r_c, up to a constant; 0 for a class of weight 0.
+    """
+    logs = torch.where(weight > 0, weight, torch.ones_like(weight)).log()
+    return logs[:-1] - logs[-1] if background else logs
+
+
+def _lbfgs(
+    calibration: AdaptiveCalibration,
+    parts: Sequence[Part],
+    weight: Tensor,
+    anchor: Tensor,
+    penalty: float,
+    left_out: Sequence[int],
+) -> Solution:
+    parameters = dict(calibration.named_parameters())
+    weight = weight.clone()
+    weight[left_out] = 0
+    held = [label for label in left_out if label < calibration.num_classes]
+    anchor = anchor.double().expand(calibration.num_classes).to(weight.device)
+    with torch.no_grad():
+        calibration.margin[held] = anchor[held].to(calibration.margin)
+    denominator = float(total(parts, lambda _, x, y, weights: (weight[y] * weights).sum()))
+
+    def loss(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = classifier(x)
+        losses = grw_cross_entropy(calibration(logits, x), y, weight, "none")
+        return (losses * weights).sum() / denominator
+
+    def evaluate() -> tuple[Tensor, list[Tensor]]:
+        value, gradients = total_and_gradients(parts, loss, list(parameters.values()))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if name in ("magnitude", "margin"):
+                gradient[held] = 0
+        return value, gradients
+
+    zero = torch.zeros((), dtype=torch.float64, device=weight.device)
+    targets = {"magnitude": zero + 1, "margin": anchor, "confidence.weight": zero}
+
+    def distance(values: Sequence[Tensor]) -> Tensor:
+        pulled = [
+            (value - targets[name]).square().sum()
+            for name, value in zip(parameters, values, strict=True)
+            if name in targets
+        ]
+        return penalty / 2 * torch.stack(pulled).sum()
+
+    return minimise(list(parameters.values()), evaluate, distance)
+
+
+def sgd(
+    classifier: Calibrated,
+    features: Features,
+    weight: Tensor,
+    epochs: int = 10,
+    batch_size: int = 256,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 5e-4,
+    max_norm: float = 1.0,
+    seed: int = 0,
+) -> Solution:
+    """The paper's recipe (Sec. 4.1) over features: minibatches, momentum, cosine schedule by epochs, clipped gradients.
+
+    As the classification configs train, step by step, where these see images without random transforms: epoch e goes
+    through the rows in the order of ``torch.randperm`` seeded with ``seed + e``.
+
+    Args:
+        classifier: frozen but for its calibration, which is trained in place.
+        features, weight: rows, and (K,) class weights.
+        epochs, batch_size, lr, momentum, nesterov: of the recipe.
+        weight_decay: of all but the magnitude.
+        max_norm: of the gradients.
+        seed: of the order.
+    """
+    parameters = list(classifier.calibration.parameters())
+    optimizer = torch.optim.SGD(parameters, lr, momentum, nesterov=nesterov, weight_decay=weight_decay)
+    keep_magnitude_from_decay(optimizer, classifier)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    found = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed + epoch))
+        summed = 0.0
+        for rows in order.split(batch_size):
+            x = features.x[rows].to(weight.device)
+            y = features.y[rows].to(weight.device)
+            loss = grw_cross_entropy(classifier(x.to(torch.promote_types(x.dtype, torch.float32))), y, weight)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+            optimizer.step()
+            summed += loss.item() * len(rows)
+        schedule.step()
+        found.append(summed / len(features))
+    return Solution(found[0], found[-1], epochs * -(-len(features) // batch_size), True)
+
+
+#: Training accuracy, in percent, from which on a training set counts as known by heart.
+BY_HEART = 98.0
+
+
+def _advise(seen: float, unseen: float | None, given: bool, left_out: Sequence[int], apart: bool) -> None:
+    """Say what the user must know of the scores that the calibration learns from."""
+    if unseen is None and not apart and seen >= BY_HEART:
+        warnings.warn(
+            f"stage one gets {seen:.1f} % of its training set right, and scores that it knows by heart say little of "
+            "its bias; give calibration_features of a held-out split, or cross_fit=5 if the trunk was not trained on "
+            "these labels",
+            stacklevel=3,
+        )
+    if unseen is not None and given:
+        log.warning("the given classifier is trained anew on these features, as those of the folds are")
+    if unseen is not None and unseen >= seen:
+        warnings.warn(
+            f"classifiers get {unseen:.1f} % right of examples that they have not seen, and stage one {seen:.1f} % of "
+            "its training set: the features know the labels that their trunk was trained on, and cross-fitting can't "
+            "show the bias; use cross_fit=0, or calibration_features of a held-out split",
+            stacklevel=3,
+        )
+    if left_out:
+        log.warning(
+            "%d classes of one example keep magnitude 1 and the anchor's margin: %s", len(left_out), some(left_out)
+        )
+
+
+def _require_options(
+    classifier: nn.Module | str,
+    cross_fit: int,
+    anchor: str,
+    confidence: str,
+    calibration_features: Features | None,
+    penalty: float,
+    solver: str,
+    recipe: dict[str, Any],
+) -> None:
+    if isinstance(cross_fit, bool) or cross_fit == 1 or cross_fit < 0:
+        raise InputError(f"expected cross_fit 0, or 2 or more folds, got {cross_fit!r}")
+    if cross_fit and isinstance(classifier, ZeroShotClassifier):
+        raise InputError(
+            "expected cross_fit=0 for a zero-shot classifier: no example taught it, so that all of its scores are of "
+            f"examples that it has not seen, got cross_fit={cross_fit}"
+        )
+    if cross_fit and (calibration_features is not None or solver == "sgd"):
+        other = "calibration_features" if calibration_features is not None else "solver='sgd'"
+        raise InputError(f"expected either cross_fit or {other}, got both; set cross_fit=0")
+    if anchor not in ANCHORS or (anchor == "logit_adjust" and confidence != "one"):
+        raise InputError(
+            f"expected anchor 'zero', or 'logit_adjust' with confidence='one', got {anchor!r} with {confidence!r}"
+        )
+    if not (math.isfinite(penalty) and penalty >= 0):
+        raise InputError(f"expected a finite penalty >= 0, got {penalty!r}")
+    if solver not in ("lbfgs", "sgd") or (recipe and solver != "sgd"):
+        options = f" with {some(recipe)}" if recipe else ""
+        raise InputError(f"expected solver 'lbfgs', or 'sgd' with its recipe, got {solver!r}{options}")
+
+
+def _require_fit(classifier: nn.Module, features: Features) -> None:
+    width, outputs = sizes(classifier)
+    expected = len(features.class_counts) + features.background
+    if (width, outputs) != (features.x.shape[1], expected):
+        raise InputError(
+            f"expected a classifier of {features.x.shape[1]} features and {expected} outputs for {features!r}, got "
+            f"{width} and {outputs}; give Features the class_counts of all classes"
+        )

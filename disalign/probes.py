@@ -1,0 +1,139 @@
+"""Classifiers trained on features, and ones that have not seen the rows that they score."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError
+from .features import Features
+from .modules import CosineClassifier, sizes
+from .solver import Part, Solution, minimise, total, total_and_gradients
+
+#: Inverse L2 penalties among which held-out folds choose, from strong to weak.
+GRID = tuple(10.0**power for power in range(-3, 4))
+
+
+def new_classifier(like: nn.Module | str, features: Features) -> nn.Module:
+    """An untrained classifier for the features, ``"linear"``, ``"cosine"``, or of the kind of another.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+    classes, width = len(features.class_counts) + features.background, features.x.shape[1]
+    dtype = torch.promote_types(features.x.dtype, torch.float32)
+    kinds = {"linear": nn.Linear(1, 1), "cosine": CosineClassifier(1, 1)}
+    model = kinds.get(like) if isinstance(like, str) else like
+    device = features.x.device if isinstance(like, str) else next(like.parameters()).device
+    classifier: nn.Module
+    if isinstance(model, nn.Linear):
+        classifier = nn.Linear(width, classes, model.bias is not None)
+        for parameter in classifier.parameters():
+            nn.init.zeros_(parameter)
+    elif isinstance(model, CosineClassifier):
+        classifier = CosineClassifier(width, classes, float(model.scale), isinstance(model.scale, nn.Parameter))
+        with torch.no_grad():
+            classifier.weight.copy_(_class_means(features, classes))
+    else:
+        raise InputError(f"expected a classifier 'linear' or 'cosine', or a module of one of these kinds, got {like!r}")
+    return classifier.to(device, dtype)
+
+
+def _class_means(features: Features, classes: int) -> Tensor:
+    """(K, d) mean direction of each class; fp64, 0 for one without examples."""
+    sums = torch.zeros(classes, features.x.shape[1], dtype=torch.float64)
+    for start in range(0, len(features), 4096):
+        rows = slice(start, start + 4096)
+        sums.index_add_(0, features.y[rows], F.normalize(features.x[rows].cpu().double(), dim=1))
+    return F.normalize(sums, dim=1)
+
+
+def train_classifier(classifier: nn.Module, features: Features, C: float, rows: Tensor | None = None) -> Solution:
+    """Multinomial logistic regression from the classifier's present state, in place.
+
+    The objective is scikit-learn's over C N: mean cross-entropy + |W|^2 / (2 C N), the bias without penalty; for a
+    cosine classifier, whose rows have the norm of its scale, K scale^2 stands for |W|^2.
+
+    Args:
+        classifier: linear or cosine.
+        features: all, of which ``rows`` (n,) int64 are trained on.
+        C: inverse L2 penalty.
+    """
+    part = Part(classifier, features, rows)
+    seen = float(features.weights.sum() if rows is None else features.weights[rows].sum())
+    parameters = list(classifier.parameters())
+
+    def loss(*chunk: Any) -> Tensor:
+        return _cross_entropy(*chunk) / seen
+
+    def penalty(values: Sequence[Tensor]) -> Tensor:
+        if isinstance(classifier, CosineClassifier):
+            # Where the scale is fixed there is nothing to penalise: the norms of the rows have no say.
+            squares = sizes(classifier)[1] * values[1].square() if len(values) > 1 else 0 * values[0].sum()
+        else:
+            squares = values[0].square().sum()
+        return squares / (2 * C * seen)
+
+    return minimise(parameters, lambda: total_and_gradients([part], loss, parameters), penalty)
+
+
+def units(features: Features) -> tuple[Tensor, Tensor]:
+    """Of each row the number of its unit, what no fold splits; and the label of each unit."""
+    if features.groups is None:
+        return torch.arange(len(features)), features.y
+    _, unit = features.groups.unique(return_inverse=True)
+    labels = torch.zeros(int(unit.max()) + 1, dtype=torch.int64)
+    return unit, labels.scatter_(0, unit, features.y)
+
+
+def stratified_folds(features: Features, folds: int, seed: int = 0) -> Tensor:
+    """(N,) fold of each row: every class, and every fold, is dealt out as evenly as can be; groups stay together."""
+    unit, labels = units(features)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    fold = torch.empty(len(labels), dtype=torch.int64)
+    fold[by_class] = torch.arange(len(labels)) % folds
+    return fold[unit]
+
+
+def held_out(
+    like: nn.Module | str, features: Features, folds: int, C: float | None, seed: int
+) -> tuple[list[Part], float]:
+    """For each fold's rows a classifier that was trained on the others; and the C that they were trained with.
+
+    Without a given C the one of :data:`GRID` is taken whose held-out rows lose least; a weaker penalty starts where a
+    stronger one ended, and the first that loses more is the last tried.
+    """
+    fold = stratified_folds(features, folds, seed)
+    rows = [(fold == one).nonzero().flatten() for one in range(folds)]
+    rest = [(fold != one).nonzero().flatten() for one in range(folds)]
+    classifiers = [new_classifier(like, features.part(others)) for others in rest]
+    best: tuple[float, list[Part], float] | None = None
+    for tried in GRID if C is None else [C]:
+        classifiers = [copy.deepcopy(classifier) for classifier in classifiers]
+        for classifier, others in zip(classifiers, rest, strict=True):
+            train_classifier(classifier, features, tried, others)
+        parts = [Part(classifier, features, own) for classifier, own in zip(classifiers, rows, strict=True)]
+        loss = float(total(parts, _cross_entropy))
+        if best is not None and loss > best[0]:
+            break
+        best = loss, parts, tried
+    assert best is not None
+    return best[1:]
+
+
+def _cross_entropy(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    return (F.cross_entropy(classifier(x), y, reduction="none") * weights).sum()
+
+
+def accuracy(parts: Sequence[Part]) -> float:
+    """Percent of the rows, by their weights, that their classifiers get right."""
+
+    def hits(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return torch.stack([(weights * (classifier(x).argmax(1) == y)).sum(), weights.sum()])
+
+    right, all_of_them = total(parts, hits)
+    return 100 * float(right / all_of_them)

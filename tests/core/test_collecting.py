@@ -1,0 +1,330 @@
+"""One pass over a data set: what it keeps, and how it survives."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import disalign
+from disalign import InputError
+from disalign.io.arrays import BLOCK
+
+ROWS = 2 * BLOCK + 300
+
+
+class Images(Dataset):
+    """Row i is a function of i; counts how often it is asked."""
+
+    def __init__(self, rows=ROWS, factor=1.0):
+        self.rows, self.factor, self.read = rows, factor, []
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        generator = torch.Generator().manual_seed(row)
+        return self.factor * torch.randn(5, generator=generator), row % 3
+
+    def __repr__(self):
+        return f"Images({self.rows})"
+
+
+class Network(nn.Module):
+    """BatchNorm and dropout tell eval mode from train mode."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trunk = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.trunk(x))
+
+
+def expected(network, data):
+    network = network.eval()
+    with torch.no_grad():
+        return network.trunk(torch.stack([data[row][0] for row in range(len(data))]))
+
+
+def loader(data, **options):
+    return DataLoader(data, **{"batch_size": 64, **options})
+
+
+def collected(network, images, classifier="head", **options):
+    return disalign.collect(network, loader(images), classifier, **options)
+
+
+@pytest.mark.parametrize("kept", ["in memory", "in a folder"])
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"drop_last": True}, {"num_workers": 2}])
+def test_every_row_once_in_the_order_of_the_data_set(kept, options, tmp_path):
+    network, data = Network().train(), Images()
+    out = None if kept == "in memory" else tmp_path / "features"
+    features = disalign.collect(network, loader(data, **options), network.head, out=out)
+    torch.testing.assert_close(features.x, expected(network, Images()), rtol=1e-5, atol=1e-6)
+    assert features.y.tolist() == [row % 3 for row in range(ROWS)]
+    assert features.class_counts.tolist() == [783, 783, 782]
+
+
+def test_the_network_stays_as_it_was():
+    network = Network().train()
+    network.trunk[1].eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    collected(network, Images(100))
+    assert [module.training for module in network.modules()] == [True, True, True, False, True, True, True]
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert not network.head._forward_pre_hooks
+
+
+def test_without_a_classifier_the_output_is_the_feature():
+    network = Network()
+    features = collected(network.trunk, Images(100), None)
+    assert torch.equal(features.x, collected(network, Images(100)).x)
+
+
+def test_pooled_features_of_a_convolution():
+    network = nn.Sequential(nn.Linear(5, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1))
+    assert collected(network, Images(10), "2").x.shape == (10, 8)
+
+
+def test_batches_of_hugging_face():
+    class Model(Network):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values)
+
+    def collate(rows):
+        x, y = torch.utils.data.default_collate(rows)
+        return {"pixel_values": x, "labels": y}
+
+    model = Model()
+    found = disalign.collect(model, loader(Images(100), collate_fn=collate), "head")
+    torch.testing.assert_close(found.x, expected(model, Images(100)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_autocast_it_is_called_in():
+    network = Network()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = collected(network, Images(100))
+    full = collected(network, Images(100))
+    assert half.x.dtype == torch.float32
+    assert not torch.equal(half.x, full.x)
+    torch.testing.assert_close(half.x, full.x, rtol=0.05, atol=0.05)
+
+
+def test_kept_in_half_precision(tmp_path):
+    network = Network()
+    half = collected(network, Images(100), out=tmp_path, dtype=torch.float16)
+    assert half.x.dtype == torch.float16
+    assert torch.equal(half.x, collected(network, Images(100)).x.half())
+
+
+def test_a_whole_pass_is_opened_and_not_run_again(tmp_path):
+    network = Network()
+    first = collected(network, Images(), out=tmp_path)
+    data = Images()
+    again = collected(network, data, out=tmp_path)
+    assert set(data.read) == {0, 1}  # looks whether they come out again
+    assert torch.equal(first.x, again.x)
+    assert again.provenance == first.provenance
+    assert torch.equal(disalign.Features.open(tmp_path).x, first.x)
+
+
+def test_weights_and_groups_are_kept(tmp_path):
+    given = {"weights": [1.0, 2.0] * 50, "groups": list(range(50)) * 2, "class_counts": [100, 200, 300]}
+    collected(Network(), Images(100), out=tmp_path, **given)
+    features = disalign.Features.open(tmp_path)
+    assert features.weights.tolist() == given["weights"]
+    assert features.groups.tolist() == given["groups"]
+    assert features.class_counts.tolist() == given["class_counts"]
+
+
+OTHERS = {
+    "trunk": lambda out: collected(Network(1), Images(), out=out),
+    "rows": lambda out: collected(Network(), Images(ROWS - 1), out=out),
+    "data": lambda out: collected(Network(), Images(), out=out, data="another list"),
+    "arrays": lambda out: collected(Network(), Images(), out=out, dtype=torch.float16),
+    "given": lambda out: collected(Network(), Images(), out=out, weights=[2.0] * ROWS),
+    "class_counts": lambda out: collected(Network(), Images(), out=out, class_counts=[900, 900, 900]),
+    "classifier": lambda out: collected(Network(), Images(), "trunk.3", out=out),
+    "transforms": lambda out: collected(Network(), Images(factor=2.0), out=out),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_features_of_others_are_refused_and_kept(what, tmp_path):
+    collected(Network(), Images(), out=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sentence = "of the first examples in .* to come out again" if what == "transforms" else f"some of another .*{what}"
+    with pytest.raises(InputError, match=sentence):
+        OTHERS[what](tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before}
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "x.npy").write_text("mine")
+    with pytest.raises(InputError, match="expected a new or empty folder"):
+        collected(Network(), Images(), out=tmp_path)
+    assert (tmp_path / "x.npy").read_text() == "mine"
+
+
+def test_changed_blocks_are_collected_again(tmp_path):
+    first = collected(Network(), Images(), out=tmp_path).x.clone()
+    rows = np.load(tmp_path / "x.npy", mmap_mode="r+")
+    rows[BLOCK + 5] += 1
+    rows.flush()
+    data = Images()
+    again = collected(Network(), data, out=tmp_path)
+    assert torch.equal(again.x, first)
+    assert set(data.read) == {0, 1, *range(BLOCK, 2 * BLOCK)}
+
+
+@pytest.mark.parametrize("name", ["x.npy", "y.npy"])
+def test_truncated_arrays_are_collected_again(name, tmp_path):
+    first = collected(Network(), Images(), out=tmp_path).x.clone()
+    os.truncate(tmp_path / name, 200)
+    assert torch.equal(collected(Network(), Images(), out=tmp_path).x, first)
+
+
+def test_killed_it_goes_on(tmp_path):
+    program = f"""
+        import sys, time
+        sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+        import disalign
+        from test_collecting import Images, Network, collected
+
+        class Slow(Images):
+            def __getitem__(self, row):
+                if row >= {BLOCK + 100}:
+                    time.sleep(60)
+                return super().__getitem__(row)
+
+        collected(Network(), Slow(), out={str(tmp_path / "out")!r})
+    """
+    record = tmp_path / "out" / "rank0.record.json"
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)]) as process:
+        until = time.monotonic() + 120
+        while not (record.exists() and '"0":' in record.read_text()) and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    with pytest.raises(InputError, match="record of features"):
+        disalign.Features.open(tmp_path / "out")
+    data = Images()
+    features = collected(Network(), data, out=tmp_path / "out")
+    assert set(data.read) == {0, 1, *range(BLOCK, ROWS)}
+    assert torch.equal(features.x, collected(Network(), Images()).x)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "record.json",
+        "weights.npy",
+        "x.npy",
+        "y.npy",
+    ]
+
+
+def rank_of_two(rank, folder, kept):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    data = Images()
+    found = collected(Network(), data, out=f"{folder}/out" if kept else None)
+    torch.save((found.x, found.y, sorted(set(data.read))), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a folder"])
+def test_two_processes_share_the_rows_and_get_all(kept, tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path), kept), nprocs=2)
+    alone = collected(Network(), Images())
+    (x, y, first), (x_2, y_2, second) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    for found in ((x, y), (x_2, y_2)):
+        assert torch.equal(found[0], alone.x)
+        assert torch.equal(found[1], alone.y)
+    assert first == [*range(BLOCK), *range(2 * BLOCK, ROWS)]
+    assert second == [0, 1, *range(BLOCK, 2 * BLOCK)]
+
+
+class WithNaN(Images):
+    def __getitem__(self, row):
+        x, y = super().__getitem__(row)
+        return (x * float("nan"), y) if row in (70, 71) else (x, y)
+
+
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x[:, None].expand(-1, 3, -1)
+
+
+REFUSED = {
+    "NaN": (lambda: collected(Network(), WithNaN(100)), "NaN or infinity in 2 rows: 70, 71"),
+    "no data": (lambda: collected(Network(), Images(0)), "expected a data set with examples, got an empty one"),
+    "no such layer": (lambda: collected(Network(), Images(9), "fc"), "expected a module of the model as classifier"),
+    "another's layer": (lambda: collected(Network(), Images(9), nn.Linear(8, 3)), "expected a module of the model"),
+    "tokens": (
+        lambda: collected(Tokens(), Images(9), None),
+        "features of shape (n, d) and n labels, got (2, 3, 5)",
+    ),
+    "a dtype": (lambda: collected(Network(), Images(9), dtype=torch.bfloat16), "got torch.bfloat16"),
+    "batches": (
+        lambda: disalign.collect(Network(), loader(Images(9), collate_fn=lambda rows: rows[0][0]), "head"),
+        "expected batches of (inputs, labels), or mappings with 'labels', got Tensor",
+    ),
+    "labels": (lambda: collected(Network(), Images(9), class_counts=[4, 5]), "expected labels in [0, 2), got 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    attempt, sentence = REFUSED[name]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        attempt()
+
+
+def test_too_little_room_is_said_before_the_pass(tmp_path, monkeypatch):
+    room = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    data = Images()
+    with pytest.raises(InputError, match="MiB free for the features in"):
+        collected(Network(), data, out=tmp_path)
+    assert set(data.read) == {0, 1}
+
+
+def test_two_passes_at_once_into_one_folder_are_refused(tmp_path):
+    from disalign.io import locked_folder
+
+    program = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
+    program += f"from test_collecting import *; collected(Network(), Images(), out={str(tmp_path)!r})"
+    with locked_folder(tmp_path, "out"):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "another run writes to" in done.stderr
+
+
+ON_A_GPU = """
+network = Network()
+alone = collected(network, Images(300))
+features = collected(network.cuda(), Images(300))
+assert features.x.device.type == "cpu"
+torch.testing.assert_close(features.x, alone.x, rtol=1e-3, atol=1e-3)
+assert features.provenance["trunk"] == alone.provenance["trunk"]
+"""
+
+
+@pytest.mark.gpu
+def test_a_network_on_a_gpu(gpu_environment):
+    program = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
+    program += f"from test_collecting import *\n{ON_A_GPU}"
+    done = subprocess.run([sys.executable, "-c", program], env=gpu_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
