@@ -179,8 +179,10 @@ def _lbfgs(
     penalty: float,
     left_out: Sequence[int],
 ) -> Solution:
+    # In fp64 from the scores on: else rounding, and with it the order of the sums, decides where the solver ends.
+    calibration.double()
     parameters = dict(calibration.named_parameters())
-    weight = weight.clone()
+    weight = weight.double()
     weight[left_out] = 0
     held = [label for label in left_out if label < calibration.num_classes]
     anchor = anchor.double().expand(calibration.num_classes).to(weight.device)
@@ -190,7 +192,7 @@ def _lbfgs(
 
     def loss(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         with torch.no_grad():
-            logits = classifier(x)
+            logits = classifier(x).double()
         losses = grw_cross_entropy(calibration(logits, x), y, weight, "none")
         return (losses * weights).sum() / denominator
 
@@ -212,7 +214,9 @@ def _lbfgs(
         ]
         return penalty / 2 * torch.stack(pulled).sum()
 
-    return minimise(list(parameters.values()), evaluate, distance)
+    solution = minimise(list(parameters.values()), evaluate, distance)
+    calibration.float()
+    return solution
 
 
 def sgd(
@@ -278,17 +282,16 @@ def _advise(seen: float, unseen: float | None, given: bool, left_out: Sequence[i
         )
     if unseen is not None and given:
         log.warning("the given classifier is trained anew on these features, as those of the folds are")
-    if unseen is not None and unseen >= seen:
+    if unseen is not None and unseen >= min(seen, BY_HEART):
         warnings.warn(
             f"classifiers get {unseen:.1f} % right of examples that they have not seen, and stage one {seen:.1f} % of "
-            "its training set: the features know the labels that their trunk was trained on, and cross-fitting can't "
-            "show the bias; use cross_fit=0, or calibration_features of a held-out split",
+            "its training set: if the trunk was trained on these labels, its features know them, and cross-fitting "
+            "can't show the bias; use cross_fit=0, or calibration_features of a held-out split",
             stacklevel=3,
         )
     if left_out:
-        log.warning(
-            "%d classes of one example keep magnitude 1 and the anchor's margin: %s", len(left_out), some(left_out)
-        )
+        held = "%d classes of one example keep magnitude 1 and margin at the anchor: %s"
+        log.warning(held, len(left_out), some(left_out))
 
 
 def _require_options(

@@ -15,6 +15,8 @@ from .solver import Part, Solution, minimise, total, total_and_gradients
 
 #: Inverse L2 penalties among which held-out folds choose, from strong to weak.
 GRID = tuple(10.0**power for power in range(-3, 4))
+#: Of the gradient, as scikit-learn's LogisticRegression has it: a probe needs no more digits.
+TOLERANCE = 1e-4
 
 
 def new_classifier(like: nn.Module | str, features: Features) -> nn.Module:
@@ -34,7 +36,7 @@ def new_classifier(like: nn.Module | str, features: Features) -> nn.Module:
         for parameter in classifier.parameters():
             nn.init.zeros_(parameter)
     elif isinstance(model, CosineClassifier):
-        classifier = CosineClassifier(width, classes, float(model.scale), isinstance(model.scale, nn.Parameter))
+        classifier = CosineClassifier(width, classes, float(model.scale.detach()), isinstance(model.scale, nn.Parameter))
         with torch.no_grad():
             classifier.weight.copy_(_class_means(features, classes))
     else:
@@ -77,7 +79,7 @@ def train_classifier(classifier: nn.Module, features: Features, C: float, rows: 
             squares = values[0].square().sum()
         return squares / (2 * C * seen)
 
-    return minimise(parameters, lambda: total_and_gradients([part], loss, parameters), penalty)
+    return minimise(parameters, lambda: total_and_gradients([part], loss, parameters), penalty, TOLERANCE)
 
 
 def units(features: Features) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ def minimise(
     parameters: Sequence[nn.Parameter],
     evaluate: Callable[[], tuple[Tensor, list[Tensor]]],
     penalty: Callable[[Sequence[Tensor]], Tensor],
+    tolerance: float = 1e-7,
     most: int = 1000,
 ) -> Solution:
     """Full-batch L-BFGS with strong Wolfe line search, in place, from the parameters' present values.
@@ -91,6 +92,7 @@ def minimise(
         parameters: to learn, of any dtype; the solver itself works in fp64.
         evaluate: the objective's first term at the parameters' values, and its gradients.
         penalty: its second term, a function of the values in fp64.
+        tolerance: of the largest absolute gradient.
         most: evaluations.
     """
     values = [parameter.detach().double().requires_grad_() for parameter in parameters]
@@ -112,8 +114,8 @@ def minimise(
         values,
         max_iter=most,
         max_eval=most,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-10,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-14,
         history_size=20,
         line_search_fn="strong_wolfe",
     )

@@ -1,0 +1,452 @@
+"""Fitting a calibration to features, against references of other libraries and of arithmetic in numpy."""
+
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+import torch
+import torch.distributed as dist
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+import disalign
+from disalign import CosineClassifier, Features, InputError, ZeroShotClassifier, fitting, probes, solver
+from disalign.modules import plain_classifier
+
+COUNTS = [60, 30, 12, 5, 2]
+WIDTH = 7
+
+
+def draw(counts=COUNTS, seed=0, spread=1.5, dtype=torch.float32, **options):
+    """Gaussian classes around centres that depend on nothing but the class."""
+    centres = torch.randn(len(counts), WIDTH, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    x = centres[y] + spread * torch.randn(len(y), WIDTH, generator=generator)
+    return Features.from_arrays(x.to(dtype), y, **options)
+
+
+def linear(classes=5, seed=3, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Linear(WIDTH, classes, dtype=dtype)
+
+
+def weights_of(counts, rho):
+    """Eq. 11, averaging 1, in fp32 as the loss has them."""
+    powers = np.asarray(counts, float) ** -rho
+    return (powers / powers.mean()).astype(np.float32).astype(float)
+
+
+def objective(theta, classifier, features, rho, penalty, anchor, confidence):
+    """The objective in numpy, from eq. 4-5 and 8-11."""
+    x, y = features.x.double().numpy(), features.y.numpy()
+    k = len(features.class_counts)
+    z = x @ classifier.weight.detach().double().numpy().T + classifier.bias.detach().double().numpy()
+    magnitude, margin, v, b = theta[:k], theta[k : 2 * k], theta[2 * k : -1], theta[-1]
+    sigma = np.ones((len(x), 1)) if confidence == "one" else scipy.special.expit(x @ v + b)[:, None]
+    scores = sigma * (magnitude * z + margin) + (1 - sigma) * z
+    losses = scipy.special.logsumexp(scores, axis=1) - scores[np.arange(len(y)), y]
+    w = weights_of(features.class_counts, rho)[y] * features.weights.numpy()
+    pull = ((magnitude - 1) ** 2).sum() + ((margin - anchor) ** 2).sum() + (v**2).sum()
+    return (w * losses).sum() / w.sum() + penalty / 2 * pull
+
+
+def parameters(calibrated):
+    calibration = calibrated.calibration
+    parts = [calibration.magnitude, calibration.margin]
+    if calibration.confidence is not None:
+        parts += [calibration.confidence.weight[0], calibration.confidence.bias]
+    else:
+        parts += [torch.zeros(WIDTH), torch.zeros(1)]
+    return torch.cat(parts).detach().double().numpy()
+
+
+def identity():
+    return np.concatenate([np.ones(5), np.zeros(5 + WIDTH + 1)])
+
+
+@pytest.mark.parametrize("confidence", ["one", "learnt"])
+@pytest.mark.parametrize("rho", [0.0, 1.2])
+def test_it_starts_at_the_identity_and_ends_at_its_own_objective(rho, confidence):
+    features = draw(weights=np.linspace(0.5, 2, sum(COUNTS)))
+    classifier = linear()
+    found = disalign.fit(features, classifier, rho, confidence=confidence, penalty=0.02)
+    solution = found.fit_report.solution
+    reference = [
+        objective(theta, classifier, features, rho, 0.02, 0.0, confidence) for theta in (identity(), parameters(found))
+    ]
+    assert [solution.start, solution.end] == pytest.approx(reference, rel=1e-6)
+    assert solution.end < solution.start
+    assert solution.converged
+
+
+@pytest.mark.parametrize("anchor", ["zero", "logit_adjust"])
+def test_the_optimum_is_that_of_another_solver(anchor):
+    features, classifier = draw(dtype=torch.float64), linear(dtype=torch.float64)
+    found = disalign.fit(features, classifier, 1.2, confidence="one", anchor=anchor, penalty=0.02)
+    target = np.log(weights_of(COUNTS, 1.2)) if anchor == "logit_adjust" else np.zeros(len(COUNTS))
+    reference = scipy.optimize.minimize(
+        lambda theta: objective(
+            np.concatenate([theta, np.zeros(WIDTH + 1)]), classifier, features, 1.2, 0.02, target, "one"
+        ),
+        identity()[: 2 * len(COUNTS)],
+        method="BFGS",
+        options={"gtol": 1e-8},
+    )
+    assert parameters(found)[: 2 * len(COUNTS)] == pytest.approx(reference.x, abs=1e-5)
+    assert found.fit_report.solution.end == pytest.approx(reference.fun, rel=1e-9)
+
+
+@pytest.mark.parametrize("confidence", ["one", "learnt"])
+def test_the_gradient_is_that_of_the_objective(confidence):
+    features, classifier = draw(dtype=torch.float64), linear(dtype=torch.float64)
+    calibrated = disalign.calibrate_classifier(plain_classifier(classifier), confidence=confidence).double()
+    calibration = calibrated.calibration
+    random = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in calibration.parameters():
+            parameter += 0.3 * torch.from_numpy(random.normal(size=parameter.shape))
+    seen = {}
+
+    def evaluated(names, evaluate, distance, *_):
+        values = [parameter.detach().clone().requires_grad_() for parameter in names]
+        value, gradients = evaluate()
+        pull = torch.autograd.grad(distance(values), values, allow_unused=True, materialize_grads=True)
+        seen["value"] = float(value + distance(values))
+        seen["gradient"] = torch.cat([(g + p).flatten() for g, p in zip(gradients, pull, strict=True)]).numpy()
+
+    weight = torch.from_numpy(weights_of(COUNTS, 0.7))
+    theta = parameters(calibrated)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "minimise", evaluated)
+        fitting._lbfgs(calibration, [solver.Part(classifier, features)], weight, torch.zeros(()), 0.05, [])
+    arguments = (classifier, features, 0.7, 0.05, 0.0, confidence)
+    assert seen["value"] == pytest.approx(objective(theta, *arguments), rel=1e-12)
+    reference = scipy.optimize.approx_fprime(theta, objective, 1e-7, *arguments)[: len(seen["gradient"])]
+    assert seen["gradient"] == pytest.approx(reference, abs=1e-6)
+
+
+def test_rho_zero_is_plain_cross_entropy():
+    features, classifier = draw(), linear()
+    found = disalign.fit(features, classifier, 0.0)
+    plain = nn.functional.cross_entropy(classifier(features.x), features.y)
+    assert found.fit_report.solution.start == pytest.approx(float(plain), rel=1e-6)
+
+
+@pytest.mark.parametrize("confidence", ["one", "learnt"])
+def test_another_order_of_the_classes_gives_the_same_in_that_order(confidence):
+    features, classifier = draw(), linear()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    permuted = plain_classifier(classifier)
+    with torch.no_grad():
+        permuted.weight.copy_(classifier.weight[order])
+        permuted.bias.copy_(classifier.bias[order])
+    labels = order.argsort()[features.y]
+    options = {"confidence": confidence, "anchor": "logit_adjust" if confidence == "one" else "zero"}
+    one = disalign.fit(features, classifier, **options).calibration
+    other = disalign.fit(Features.from_arrays(features.x, labels), permuted, **options).calibration
+    torch.testing.assert_close(other.magnitude, one.magnitude[order], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(other.margin, one.margin[order], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_same_call_gives_the_same_bits(kind):
+    found = [disalign.fit(draw(), kind, C=1.0).state_dict() for _ in range(2)]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+def test_chunks_only_limit_the_memory(monkeypatch):
+    features, classifier = draw(), linear()
+    one = parameters(disalign.fit(features, classifier))
+    monkeypatch.setitem(solver.CHUNK, "cpu", 50)  # 7 rows
+    assert parameters(disalign.fit(features, classifier)) == pytest.approx(one, abs=1e-5)
+
+
+def rank_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    found = disalign.fit(draw(), linear()), disalign.fit(draw(), linear(), confidence="one")
+    torch.save([one.state_dict() for one in found], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
+    alone = disalign.fit(draw(), linear()), disalign.fit(draw(), linear(), confidence="one")
+    for first, second, one in zip(*ranks, alone, strict=True):
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(first[name], second[name])
+            torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_strong_penalty_holds_the_start_and_the_anchor():
+    features, classifier = draw(), linear()
+    held = disalign.fit(features, classifier, 1.0, confidence="one", anchor="logit_adjust", penalty=1e4).calibration
+    logs = -np.log(np.asarray(COUNTS) / sum(COUNTS))
+    margin = held.margin.detach().numpy()
+    assert margin - margin[0] == pytest.approx(logs - logs[0], abs=1e-3)
+    assert held.magnitude.detach().numpy() == pytest.approx(np.ones(5), abs=1e-3)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 2.0])
+def test_the_anchor_follows_rho(rho):
+    weight = torch.from_numpy(weights_of(COUNTS, rho))
+    expected = -rho * np.log(COUNTS)
+    found = fitting.log_weights(weight).numpy()
+    assert found - found[0] == pytest.approx(expected - expected[0], abs=1e-6)
+    behind = fitting.log_weights(torch.cat([weight, torch.tensor([0.25])]), background=True).numpy()
+    assert behind == pytest.approx(found - math.log(0.25), abs=1e-9)
+
+
+def test_several_rho_share_stage_one():
+    found = disalign.fit(draw(), "linear", [0.5, 1.5], C=1.0)
+    assert list(found) == [0.5, 1.5]
+    assert torch.equal(found[0.5].weight, found[1.5].weight)
+    alone = disalign.fit(draw(), "linear", 1.5, C=1.0)
+    assert all(torch.equal(tensor, found[1.5].state_dict()[name]) for name, tensor in alone.state_dict().items())
+    assert [one.fit_report.rho for one in found.values()] == [0.5, 1.5]
+
+
+def test_the_given_classifier_stays_as_it_is():
+    classifier = linear()
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    found = disalign.fit(draw(), classifier)
+    assert type(classifier) is nn.Linear
+    assert classifier.state_dict().keys() == before.keys()
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in before.items())
+    assert {name for name, p in found.named_parameters() if p.requires_grad} == {
+        f"calibration.{name}" for name in ("magnitude", "margin", "confidence.weight", "confidence.bias")
+    }
+
+
+def test_a_calibrated_classifier_is_calibrated_anew():
+    first = disalign.fit(draw(), linear(), 2.0)
+    again = disalign.fit(draw(), first, 1.0).state_dict()
+    assert all(
+        torch.equal(again[name], tensor) for name, tensor in disalign.fit(draw(), linear(), 1.0).state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(("magnitude", "margin"), [(True, False), (False, True)])
+def test_what_is_not_learnt_stays(magnitude, margin):
+    found = disalign.fit(draw(), linear(), learn_magnitude=magnitude, learn_margin=margin).calibration
+    assert torch.equal(found.magnitude, torch.ones(5)) != magnitude
+    assert torch.equal(found.margin, torch.zeros(5)) != margin
+
+
+def test_a_background_is_not_calibrated_and_weighs_as_said():
+    counts = [50, 20, 5, 40]
+    features = draw(counts, class_counts=[50, 20, 5], background=True)
+    classifier = linear(4)
+    found = disalign.fit(features, classifier, 1.0, confidence="one", background_weight=0.5)
+    assert found.calibration.magnitude.shape == (3,)
+    assert torch.equal(found(features.x)[:, 3], classifier(features.x)[:, 3])
+    losses = nn.functional.cross_entropy(classifier(features.x), features.y, reduction="none")
+    w = torch.from_numpy(np.append(weights_of(counts[:3], 1.0), 0.5))[features.y]
+    assert found.fit_report.solution.start == pytest.approx(float((w * losses).sum() / w.sum()), rel=1e-6)
+
+
+def test_half_precision_features_and_importance_weights():
+    full = draw()
+    features = Features.from_arrays(full.x.half(), full.y)
+    expected = parameters(disalign.fit(full, linear(), confidence="one"))
+    assert parameters(disalign.fit(features, linear(), confidence="one")) == pytest.approx(expected, abs=0.02)
+    twice = Features.from_arrays(
+        torch.cat([full.x, full.x[:3]]), torch.cat([full.y, full.y[:3]]), class_counts=full.class_counts
+    )
+    weighted = Features.from_arrays(full.x, full.y, [2.0] * 3 + [1.0] * (len(full) - 3))
+    assert parameters(disalign.fit(weighted, linear())) == pytest.approx(
+        parameters(disalign.fit(twice, linear())), abs=2e-3
+    )
+
+
+def test_a_held_out_split_teaches_with_the_counts_of_the_training_set():
+    features, apart = draw(), draw([20] * 5, seed=1)
+    found = disalign.fit(features, linear(), 1.0, calibration_features=apart)
+    w = torch.from_numpy(weights_of(COUNTS, 1.0))[apart.y]
+    losses = nn.functional.cross_entropy(linear()(apart.x), apart.y, reduction="none")
+    assert found.fit_report.solution.start == pytest.approx(float((w * losses).sum() / w.sum()), rel=1e-6)
+
+
+# Probes and folds
+
+
+@pytest.mark.parametrize("C", [0.1, 10.0])
+def test_a_linear_probe_is_scikit_learns(C):  # noqa: N803
+    features = draw(dtype=torch.float64)
+    found = probes.new_classifier("linear", features)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "TOLERANCE", 1e-9)
+        probes.train_classifier(found, features, C)
+    reference = LogisticRegression(C=C, tol=1e-9, max_iter=10_000).fit(features.x.numpy(), features.y.numpy())
+    assert found.weight.detach().numpy() == pytest.approx(reference.coef_, abs=1e-4)
+    bias = found.bias.detach().numpy()
+    assert bias - bias.mean() == pytest.approx(reference.intercept_ - reference.intercept_.mean(), abs=1e-4)
+
+
+def test_a_cosine_probe_learns():
+    features = draw([40] * 5)
+    found = probes.new_classifier("cosine", features)
+    solution = probes.train_classifier(found, features, 1.0)
+    assert solution.end < solution.start
+    assert isinstance(found, CosineClassifier)
+    assert probes.accuracy([solver.Part(found, features)]) > 60
+
+
+def test_folds_are_stratified_and_even():
+    features = draw([33, 9, 4, 1])
+    fold = probes.stratified_folds(features, 4, seed=5)
+    sizes = torch.bincount(fold, minlength=4)
+    assert sizes.max() - sizes.min() <= 1
+    for label in range(4):
+        of_class = torch.bincount(fold[features.y == label], minlength=4)
+        assert of_class.max() - of_class.min() <= 1
+    assert not torch.equal(fold, probes.stratified_folds(features, 4, seed=6))
+
+
+def by_heart(rows=240, width=400, seed=0):
+    """Labels that have nothing to do with the features, of which there are enough to learn each row by heart."""
+    random = np.random.default_rng(seed)
+    return random.normal(size=(rows, width)).astype(np.float32), np.arange(rows) % 3
+
+
+def test_no_fold_scores_a_row_that_it_has_seen():
+    features = Features.from_arrays(*by_heart())
+    report = disalign.fit(features, "linear", C=100.0, confidence="one").fit_report
+    assert report.train_accuracy == 100
+    assert 20 < report.out_of_fold_accuracy < 47  # chance: a third
+
+
+def test_groups_are_not_split_over_folds():
+    x, y = by_heart()
+    x, y, groups = np.concatenate([x, x]), np.concatenate([y, y]), np.tile(np.arange(240), 2)
+    apart = disalign.fit(Features.from_arrays(x, y, groups=groups), "linear", C=100.0, confidence="one").fit_report
+    assert 20 < apart.out_of_fold_accuracy < 47
+    split = disalign.fit(Features.from_arrays(x, y), "linear", C=100.0, confidence="one").fit_report
+    assert split.out_of_fold_accuracy > 75
+
+
+def test_features_that_know_their_labels_are_said():
+    features = Features.from_arrays(np.eye(3, dtype=np.float32)[np.arange(60) % 3], np.arange(60) % 3)
+    with pytest.warns(UserWarning, match="get 100.0 % right of examples that they have not seen"):
+        disalign.fit(features, "linear", C=10.0)
+
+
+@pytest.mark.parametrize("anchor", ["zero", "logit_adjust"])
+def test_a_class_of_one_example_is_left_out(anchor, caplog):
+    features = draw([40, 20, 10, 1])
+    found = disalign.fit(features, "linear", 1.0, confidence="one", anchor=anchor, C=1.0)
+    assert found.fit_report.left_out == (3,)
+    assert found.calibration.magnitude[3] == 1
+    anchored = math.log(weights_of([40, 20, 10, 1], 1.0)[3]) if anchor == "logit_adjust" else 0
+    assert float(found.calibration.margin[3].detach()) == pytest.approx(anchored, rel=1e-6)
+    assert (found.calibration.magnitude[:3] != 1).all()
+    assert "1 classes of one example keep magnitude 1 and margin at the anchor: 3" in caplog.text
+
+
+def test_the_folds_choose_the_penalty():
+    features = Features.from_arrays(*by_heart())
+    assert min(probes.GRID) == disalign.fit(features, "linear").fit_report.C  # there is nothing to learn
+    assert disalign.fit(draw([40] * 3, spread=0.5), "linear", confidence="one").fit_report.C >= 1
+
+
+def test_with_folds_a_given_classifier_is_trained_anew_and_this_is_said(caplog):
+    classifier = linear()
+    found = disalign.fit(draw(), classifier, cross_fit=5, C=1.0)
+    assert "the given classifier is trained anew" in caplog.text
+    assert not torch.equal(found.weight, classifier.weight)
+    assert torch.equal(found.weight, disalign.fit(draw(), "linear", C=1.0).weight)
+
+
+def test_a_training_set_known_by_heart_is_said():
+    features = Features.from_arrays(*by_heart())
+    with pytest.warns(UserWarning, match=r"stage one gets 100.0 % of its training set right"):
+        disalign.fit(features, "linear", cross_fit=0, C=100.0)
+
+
+def test_cross_fitting_sees_the_bias_that_a_memorised_training_set_hides():
+    counts = [120, 60, 30, 15, 8]
+    features, test = draw(counts, spread=1.0), draw([200] * 5, seed=1, spread=1.0)
+
+    features, test = Features.from_arrays(*widened(features)), Features.from_arrays(*widened(test, seed=9))
+    options = {"C": 1e4, "confidence": "one"}
+    crossed = disalign.fit(features, "linear", 1.0, **options)
+    with pytest.warns(UserWarning, match="knows by heart"):
+        plain = disalign.fit(features, "linear", 1.0, cross_fit=0, **options)
+    one, own, unseen = (
+        probes.accuracy([solver.Part(classifier, test)]) for classifier in (plain_classifier(plain), plain, crossed)
+    )
+    assert unseen > own + 2
+    assert own > one
+
+
+def widened(features, seed=8):
+    """With noise enough to learn each row by heart."""
+    noise = torch.randn(len(features), 300, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([features.x, 0.3 * noise], 1), features.y
+
+
+REFUSED = {
+    "cross_fit 1": ({"cross_fit": 1}, "expected cross_fit 0, or 2 or more folds, got 1"),
+    "a zero-shot classifier": (
+        {"classifier": ZeroShotClassifier(torch.eye(5, WIDTH)), "cross_fit": 5},
+        "expected cross_fit=0 for a zero-shot classifier",
+    ),
+    "an anchor with a confidence": ({"anchor": "logit_adjust"}, "expected anchor 'zero', or 'logit_adjust' with conf"),
+    "an unknown anchor": ({"anchor": "one"}, "got 'one' with 'learnt'"),
+    "a negative penalty": ({"penalty": -1.0}, "expected a finite penalty >= 0, got -1.0"),
+    "another solver": ({"solver": "adam"}, "expected solver 'lbfgs', or 'sgd' with its recipe, got 'adam'"),
+    "a recipe for L-BFGS": ({"lr": 0.1}, "got 'lbfgs' with lr"),
+    "folds under SGD": ({"solver": "sgd", "cross_fit": 5}, "expected either cross_fit or solver='sgd'"),
+    "folds beside a split": ({"calibration_features": draw(), "cross_fit": 5}, "either cross_fit or calibration_feat"),
+    "fewer classes": ({"classifier": nn.Linear(WIDTH, 4)}, "expected a classifier of 7 features and 5 outputs"),
+    "another width": ({"classifier": nn.Linear(8, 5)}, "got 8 and 5"),
+    "an unknown probe": ({"classifier": "quadratic"}, "expected a classifier 'linear' or 'cosine'"),
+    "a negative rho": ({"rho": -1.0}, "expected a finite rho >= 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    options, sentence = REFUSED[name]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        disalign.fit(draw(), **({"classifier": linear(), "rho": 1.0} | options))
+
+
+def test_a_zero_shot_classifier_is_calibrated_on_its_own_scores():
+    embeddings = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(7))
+    found = disalign.fit(draw(), ZeroShotClassifier(embeddings, 10.0), 1.0, confidence="one")
+    assert torch.equal(found.weight, embeddings)
+    assert found.fit_report.solution.end < found.fit_report.solution.start
+
+
+ON_A_GPU = """
+import torch, disalign
+from test_fitting import draw, linear, parameters
+for options in ({}, {"confidence": "one", "anchor": "logit_adjust"}):
+    alone = parameters(disalign.fit(draw(), linear(), **options))
+    found = [disalign.fit(draw(), linear().cuda(), **options).cpu() for _ in range(2)]
+    assert abs(parameters(found[0]) - alone).max() < 5e-3, abs(parameters(found[0]) - alone).max()
+    assert (parameters(found[0]) == parameters(found[1])).all()
+crossed = disalign.fit(draw(), linear().cuda(), cross_fit=5, C=1.0, confidence="one")
+assert crossed.weight.device.type == "cuda"
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(gpu_environment):
+    program = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n{textwrap.dedent(ON_A_GPU)}"
+    done = subprocess.run([sys.executable, "-c", program], env=gpu_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
