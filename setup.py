@@ -19,7 +19,8 @@ D2 = ["faster-coco-eval>=1.8", "lvis>=0.5.3", "fvcore>=0.1.5.post20221221", "set
 TOOLS = ["pillow>=10", "tqdm>=4.60"]  # to count classes
 # For disalign_cls.export to ONNX, and to check what it wrote.
 EXPORT = ["onnx>=1.18", "onnxscript>=0.4", "onnxruntime>=1.20"]
-TEST = [*CLS, *MMSEG, *TOOLS, *EXPORT, "pytest>=8"]
+SKLEARN = ["scikit-learn>=1.6"]
+TEST = [*CLS, *SKLEARN, *MMSEG, *TOOLS, *EXPORT, "pytest>=8"]
 
 setup(
     name="disalign",
@@ -49,6 +50,7 @@ setup(
         "d2": D2,
         "tools": TOOLS,
         "export": EXPORT,
+        "sklearn": SKLEARN,
         "test": TEST,
         "all": sorted({*CLS, *MMSEG, *D2, *TEST}),
     },

@@ -1,6 +1,7 @@
 """What a frozen trunk says of a labelled set, once: in memory, or memory-mapped from a folder."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class Features:
             InputError: arrays of other shapes or dtypes, labels outside [0, K), NaN or infinity (the rows are named),
                 or negative weights.
         """
-        x, y, background = _tensor(x), _tensor(y), bool(background)
+        x, y, background = as_tensor(x), as_tensor(y), bool(background)
         if x.dim() != 2 or x.dtype not in DTYPES or not x.numel():
             raise InputError(
                 f"expected features of shape (N, d) in fp16, fp32 or fp64, one row an example, got {x.dtype} of shape "
@@ -76,13 +77,13 @@ class Features:
         counts = None if class_counts is None else load_class_counts(class_counts)
         labels = min(int(y.max()) + 1, MOST_CLASSES) if counts is None else len(counts) + background
         y = check_labels(y.cpu(), labels, ignore_index=None)
-        weights = torch.ones(len(y)) if weights is None else _tensor(weights)
+        weights = torch.ones(len(y)) if weights is None else as_tensor(weights)
         _require_rows(x, weights, "weights")
         weights = weights.double().cpu()
         if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
             raise InputError("expected weights that are finite, not negative and not all zero; correct them")
         if groups is not None:
-            groups = _tensor(groups).cpu().long()
+            groups = as_tensor(groups).cpu().long()
             _require_rows(x, groups, "groups")
         require_finite_rows(x)
         if counts is None:
@@ -129,8 +130,13 @@ class Features:
         return f"Features({len(self):,} x {self.x.shape[1]} {kind}, {len(self.class_counts)} classes)"
 
 
-def _tensor(values: Any) -> Tensor:
-    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+def as_tensor(values: Any) -> Tensor:
+    """An array as a tensor of the same memory, which nobody here writes to; it may be read-only."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(np.asarray(values))
 
 
 def _require_rows(x: Tensor, values: Tensor, what: str) -> None:

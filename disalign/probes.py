@@ -36,7 +36,8 @@ def new_classifier(like: nn.Module | str, features: Features) -> nn.Module:
         for parameter in classifier.parameters():
             nn.init.zeros_(parameter)
     elif isinstance(model, CosineClassifier):
-        classifier = CosineClassifier(width, classes, float(model.scale.detach()), isinstance(model.scale, nn.Parameter))
+        learn_scale = isinstance(model.scale, nn.Parameter)
+        classifier = CosineClassifier(width, classes, float(model.scale.detach()), learn_scale)
         with torch.no_grad():
             classifier.weight.copy_(_class_means(features, classes))
     else:

@@ -284,7 +284,7 @@ def test_a_held_out_split_teaches_with_the_counts_of_the_training_set():
 
 
 @pytest.mark.parametrize("C", [0.1, 10.0])
-def test_a_linear_probe_is_scikit_learns(C):  # noqa: N803
+def test_a_linear_probe_is_scikit_learns(C):
     features = draw(dtype=torch.float64)
     found = probes.new_classifier("linear", features)
     with pytest.MonkeyPatch.context() as patch:
