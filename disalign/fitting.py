@@ -230,6 +230,7 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 5e-4,
     max_norm: float = 1.0,
+    schedule: int | None = None,
     seed: int = 0,
 ) -> Solution:
     """The paper's recipe (Sec. 4.1) over features: minibatches, momentum, cosine schedule by epochs, clipped gradients.
@@ -243,12 +244,13 @@ def sgd(
         epochs, batch_size, lr, momentum, nesterov: of the recipe.
         weight_decay: of all but the magnitude.
         max_norm: of the gradients.
+        schedule: epochs after which the learning rate reaches 0; default: ``epochs``.
         seed: of the order.
     """
     parameters = list(classifier.calibration.parameters())
     optimizer = torch.optim.SGD(parameters, lr, momentum, nesterov=nesterov, weight_decay=weight_decay)
     keep_magnitude_from_decay(optimizer, classifier)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule or epochs)
     found = []
     for epoch in range(epochs):
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed + epoch))
@@ -262,7 +264,7 @@ def sgd(
             nn.utils.clip_grad_norm_(parameters, max_norm)
             optimizer.step()
             summed += loss.item() * len(rows)
-        schedule.step()
+        cosine.step()
         found.append(summed / len(features))
     return Solution(found[0], found[-1], epochs * -(-len(features) // batch_size), True)
 

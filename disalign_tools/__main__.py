@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 #: Imported only when called: the doctor must start where torch does not.
-COMMANDS = {"doctor": "disalign_tools.doctor.__main__"}
+COMMANDS = {"doctor": "disalign_tools.doctor.__main__", "fit": "disalign_cls.fit"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,78 @@
+"""Features of a config's images: what the classifier of a trained model sees of them."""
+
+import hashlib
+import json
+from os import PathLike
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
+
+from disalign import Features, InputError, collect
+from disalign.cli import config_errors
+
+
+def collect_features(
+    model: nn.Module,
+    config: Config,
+    split: str = "train",
+    views: int = 0,
+    out: str | PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Features, Any]:
+    """Run a config's model once over one of its data sets, on the device that it is on.
+
+    Args:
+        model: an :class:`disalign_cls.classifiers.ImageClassifier` with its weights.
+        config: names the data sets.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        views: 0 for every image once, under the evaluation's transforms; else that many views of each under the
+            split's own, drawn anew, with weights that sum to 1 for each image, and never split over folds.
+        out, dtype: :func:`disalign.collect`'s.
+
+    Returns:
+        The features, and the data set (without views) for its classes and counts.
+
+    Raises:
+        InputError: a data set that can't be built, and what :func:`disalign.collect` refuses.
+    """
+    if views < 0:
+        raise InputError(f"expected 0 views (each image once) or more, got {views}")
+    with config_errors(config.filename):
+        loading = config[f"{split}_dataloader"]
+        description = dict(loading.dataset)
+        if not views:
+            description["transforms"] = config.test_dataloader.dataset.get("transforms", ())
+        dataset = DATASETS.build(description)
+        batch_size, workers = loading.batch_size, loading.get("num_workers", 0)
+    images, copies = len(dataset), max(views, 1)
+    rows = ConcatDataset([dataset] * copies) if views else dataset
+
+    def step(model: Any, batch: Any) -> tuple[Tensor, Any]:
+        batch = model.data_preprocessor(batch)
+        return batch["data_samples"], model(batch["inputs"])
+
+    features = collect(
+        model,
+        DataLoader(rows, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available()),
+        "classifier",
+        out=out,
+        dtype=dtype,
+        class_counts=dataset.class_counts,
+        weights=[1 / copies] * (images * copies) if views else None,
+        groups=list(range(images)) * copies if views else None,
+        step=step,
+        data=_describe(dataset, description, copies),
+        random=views > 0,
+    )
+    return features, dataset
+
+
+def _describe(dataset: Any, description: dict, copies: int) -> str:
+    """The list's content and the transforms, whatever folder they lie in."""
+    names = [] if not isinstance(dataset.images, list) else dataset.images
+    content = hashlib.sha256(json.dumps([names, dataset.labels.tolist()]).encode()).hexdigest()
+    return f"{len(dataset)} images in {copies} views, list {content}, transforms {description['transforms']}"

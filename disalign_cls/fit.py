@@ -1,0 +1,137 @@
+"""Stage two in seconds: python -m disalign_cls.fit CONFIG --stage-one FILE
+
+One pass of stage one over the training images, every image once, then a solver without a learning rate learns the 2K +
+d + 1 numbers (disalign.fit). CONFIG is a stage two's; its rho and calibration count, its schedule does not. Writes a
+checkpoint that CONFIG tests, exports and folds as any other, and prints stage one's figures beside its own.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import METRICS
+
+from disalign import Features, InputError, fit, load_stage_one
+from disalign.cli import command, config_errors
+from disalign.fitting import ANCHORS, PENALTY
+from disalign.io import atomic_file, require_folder, require_place, write_json
+from disalign.stage_two import calibrations, require_same_classes
+from disalign_mmengine.checkpoints import class_names, load_checkpoint
+from disalign_mmengine.cli import load_config, parser
+
+from .cli import build_model
+from .collect import collect_features
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--stage-one", help="stage one's checkpoint; default: the config's stage_one")
+    arguments.add_argument(
+        "--rho", type=float, nargs="+", help="scales of eq. 11, a checkpoint each; default: CONFIG's"
+    )
+    arguments.add_argument("--features", help="folder to keep features in, and to take them from the next time")
+    arguments.add_argument("--fp16", action="store_true", help="keep them in half precision")
+    arguments.add_argument("--views", type=int, default=0, help="random views of each image, not the image once")
+    arguments.add_argument(
+        "--cross-fit", type=int, default=0, help="folds; stage one's classifier is then trained anew"
+    )
+    arguments.add_argument(
+        "--anchor",
+        choices=ANCHORS,
+        default="zero",
+        help="of the margin; logit_adjust goes with --cfg-options model.calibration.confidence=one",
+    )
+    arguments.add_argument("--penalty", type=float, default=PENALTY, help="lambda (default: %(default)s)")
+    arguments.add_argument("--work-dir", help="for checkpoints and results; default: work_dirs/CONFIG'S NAME")
+    arguments.add_argument("--force", action="store_true", help="replace checkpoints of an earlier fit")
+    args = arguments.parse_args(argv)
+
+    config = load_config(args.config, args.cfg_options)
+    folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
+    require_folder(folder)
+    path = args.stage_one or config.get("stage_one")
+    if not path:
+        raise InputError("expected the stage-one checkpoint, got none; give it: --stage-one FILE")
+    model: Any = build_model(config)
+    if not calibrations(model):
+        raise InputError(f"expected the config of a stage two, got {config.filename!r}, whose model has no calibration")
+    rhos = list(dict.fromkeys(args.rho or [model.loss.rho]))
+    for rho in rhos:
+        require_place(checkpoint_of(folder, rho), [path], "--work-dir", args.force)
+    stage_one = load_checkpoint(path)
+    print(f"{os.path.basename(path)}: {load_stage_one(model, stage_one, name=path)}")
+    model.to(get_device()).eval()
+
+    begun = time.perf_counter()
+    dtype = torch.float16 if args.fp16 else torch.float32
+    kept_in = Path(args.features) if args.features else None
+    train, dataset = collect_features(model, config, "train", args.views, kept_in and kept_in / "train", dtype)
+    require_same_classes(dataset.metainfo["classes"], class_names(stage_one), repr(path))
+    passed = time.perf_counter() - begun
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        found = fit(
+            train,
+            model.classifier,
+            rhos,
+            cross_fit=args.cross_fit,
+            anchor=args.anchor,
+            penalty=args.penalty,
+            zero_count=model.loss.zero_count,
+            **config.model.get("calibration", {}),
+        )
+    for warning in told:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    fitted = time.perf_counter() - begun - passed
+    test, evaluated = collect_features(model, config, "test", out=kept_in and kept_in / "test", dtype=dtype)
+    for rho, classifier in found.items():
+        model.classifier.load_state_dict(classifier.state_dict())
+        model.loss.rho = rho
+        model.set_class_counts(train.class_counts)
+        save(checkpoint_of(folder, rho), model, dataset.metainfo["classes"], classifier.fit_report)
+        print(f"\nrho {rho:g}")
+        write_json(folder / f"results_test_fit_rho-{rho:g}.json", evaluate(model, test, evaluated, config))
+    print(f"\npass over {len(train)} rows {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
+    if len(found) == 1:
+        print(f"test it again: python -m disalign_cls.test {args.config} {checkpoint_of(folder, rhos[0])}")
+
+
+def checkpoint_of(folder: Path, rho: float) -> Path:
+    return folder / f"fit_rho-{rho:g}.pth"
+
+
+def save(path: Path, model: Any, classes: Sequence[str] | None, report: Any) -> None:
+    """A checkpoint as the Runner writes it: the whole model, the classes, and what it was learnt with."""
+    facts = model.metadata() | {"fit": {key: value for key, value in asdict(report).items() if key != "seconds"}}
+    meta = {"dataset_meta": {"classes": classes and list(classes)}, "disalign": facts}
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with atomic_file(path) as file:
+        torch.save({"meta": meta, "state_dict": state}, file)
+
+
+def evaluate(model: Any, features: Features, dataset: Any, config: Config) -> dict:
+    """Both stages' figures on features of a data set, as the config's evaluator has them; it prints their table."""
+    with config_errors(config.filename):
+        metric = METRICS.build(config.test_evaluator)
+    metric.dataset_meta = dataset.metainfo
+    if metric.class_counts is None:
+        metric.class_counts = model.class_counts
+    weight = model.classifier.weight
+    with torch.inference_mode():
+        for x, y in zip(features.x.split(4096), features.y.split(4096), strict=True):
+            metric.process(None, model.predictions(x.to(weight), y))
+    metric.evaluate(len(features))
+    return metric.report
+
+
+if __name__ == "__main__":
+    sys.exit(main())
