@@ -115,7 +115,7 @@ def collect(
             "classifier": name,
             # Objects without a repr of their own show their address.
             "data": re.sub(r" at 0x[0-9a-f]+", "", repr(loader.dataset)) if data is None else data,
-            "given": _digest({key: torch.from_numpy(array) for key, array in known.items()}),
+            "weights or groups": _digest({key: torch.from_numpy(array) for key, array in known.items()}),
             "class_counts": None if counts is None else counts.tolist(),
         }
         made = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, **source}

@@ -7,7 +7,11 @@ import sys
 from importlib import import_module
 
 #: Imported only when called: the doctor must start where torch does not.
-COMMANDS = {"doctor": "disalign_tools.doctor.__main__", "fit": "disalign_cls.fit"}
+COMMANDS = {
+    "doctor": "disalign_tools.doctor.__main__",
+    "features": "disalign_tools.features",
+    "fit": "disalign_cls.fit",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

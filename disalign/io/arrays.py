@@ -225,7 +225,7 @@ class Filling:
         if other:
             raise InputError(
                 f"expected features of this trunk and data in {str(self.folder)!r}, got some of another "
-                f"{' and '.join(other)}; give another folder, or delete this one"
+                f"{', '.join(other)}; give another folder, or delete this one"
             )
 
     def _require_room(self) -> None:

@@ -157,7 +157,7 @@ OTHERS = {
     "rows": lambda out: collected(Network(), Images(ROWS - 1), out=out),
     "data": lambda out: collected(Network(), Images(), out=out, data="another list"),
     "arrays": lambda out: collected(Network(), Images(), out=out, dtype=torch.float16),
-    "given": lambda out: collected(Network(), Images(), out=out, weights=[2.0] * ROWS),
+    "weights or groups": lambda out: collected(Network(), Images(), out=out, weights=[2.0] * ROWS),
     "class_counts": lambda out: collected(Network(), Images(), out=out, class_counts=[900, 900, 900]),
     "classifier": lambda out: collected(Network(), Images(), "trunk.3", out=out),
     "transforms": lambda out: collected(Network(), Images(factor=2.0), out=out),
