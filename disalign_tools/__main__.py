@@ -20,7 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, help="`disalign COMMAND --help` describes it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     given = parser.parse_args(argv)
-    return import_module(COMMANDS[given.command]).main(given.arguments)
+    try:
+        module = import_module(COMMANDS[given.command])
+    except ModuleNotFoundError as error:
+        print(
+            f"error: expected the libraries of `disalign {given.command}`, but there is no {error.name}; install them "
+            "with pip install 'disalign[cls]'",
+            file=sys.stderr,
+        )
+        return 2
+    status: int = module.main(given.arguments)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Features of images by a trunk of timm, through the command."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +68,13 @@ def test_through_disalign(images, weights, tmp_path):
     flags = ["--model", f"timm:{MODEL}", "--weights", weights, "--out", str(tmp_path / "x"), "--workers", "0", "--fp16"]
     assert console.main(["features", str(images / "train"), *flags]) == 0
     assert Features.open(tmp_path / "x").x.dtype == torch.float16
+
+
+def test_without_timm_it_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "disalign_tools.features")
+    assert console.main(["features", "somewhere"]) == 2
+    assert "there is no timm; install them with pip install 'disalign[cls]'" in capsys.readouterr().err
 
 
 def test_another_list_into_the_same_folder_is_refused(images, weights, tmp_path, capsys):
