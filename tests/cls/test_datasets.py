@@ -114,6 +114,12 @@ def test_a_bad_list_is_refused_with_its_first_offenders(tmp_path, lines, sentenc
         ListDataset(listed(tmp_path, *lines), str(tmp_path), num_classes=3)
 
 
+def test_a_path_that_ends_with_a_number_is_looked_for_below_the_root(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "photo 12").touch()
+    assert ListDataset(listed(tmp_path, "photo 12 0"), str(tmp_path / "root")).labels.tolist() == [0]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00 0\n"], ids=["missing", "not text"])
 def test_a_list_that_can_not_be_read_is_refused_with_its_path(tmp_path, content):
     path = tmp_path / "absent.txt"

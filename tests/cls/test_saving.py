@@ -150,6 +150,14 @@ def test_a_moved_folder_resumes(stage_one, tmp_path):
     assert not (tmp_path / "old").exists()
 
 
+def test_the_name_of_the_last_checkpoint_is_replaced_and_not_written_over(stage_one, tmp_path):
+    assert train(DISALIGN["linear"], tmp_path, f"stage_one={stage_one}", epochs=1) == 0
+    os.link(tmp_path / LAST, tmp_path / "before")  # shows what is written in place
+    assert train(DISALIGN["linear"], tmp_path, epochs=2, flags=["--resume"]) == 0
+    assert (tmp_path / LAST).read_text() == "epoch_2.pth"
+    assert (tmp_path / "before").read_text() == "epoch_1.pth"
+
+
 @pytest.mark.parametrize("last", ["", None, "epoch_9.pth", "/gone/epoch_1.pth", "epoch_3.pth", "\0"])
 def test_the_newest_whole_checkpoint_is_resumed_where_the_last_one_is_not_known(last, tmp_path):
     for number, content in enumerate([torch.zeros(1), torch.ones(1), b"half"], 1):
@@ -160,6 +168,13 @@ def test_the_newest_whole_checkpoint_is_resumed_where_the_last_one_is_not_known(
         (tmp_path / LAST).write_text(last)
     named = "epoch_1.pth" if last and last.startswith("/gone") else "epoch_2.pth"
     assert latest_checkpoint(str(tmp_path)) == str(tmp_path / named)
+
+
+def test_checkpoints_of_iterations_are_looked_for_too(tmp_path):
+    for name, time in {"iter_9.pth": 1, "epoch_1.pth": 2, "iter_10.pth": 3}.items():
+        torch.save(torch.ones(1), tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_10.pth")
 
 
 def test_no_checkpoint_is_none(tmp_path):

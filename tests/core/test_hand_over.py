@@ -1,5 +1,7 @@
 """A hand-over from stage one to stage two that is complete or refused."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from core.models import COUNTS, SmallCNN
 from disalign import InputError, freeze_except, load_stage_one, wrap_classifier
 from disalign.freezing import fingerprints
-from disalign.hand_over import require_tensors, state_dict_of
+from disalign.hand_over import require_finite, require_tensors, state_dict_of
 
 NEW = tuple(f"fc.calibration.{part}" for part in ("magnitude", "margin", "confidence.weight", "confidence.bias"))
 #: Of a linear classifier of 3 classes.
@@ -201,6 +203,13 @@ def test_tensors_of_another_kind_are_refused(change, match):
     refused(stage_two(), source, match)
 
 
+def test_a_few_repeated_bytes_load():
+    source, model = stage_one(), stage_two()
+    source["fc.bias"] = torch.ones(1).expand(5)
+    load_stage_one(model, source)
+    assert torch.equal(model.fc.bias, torch.ones(5))
+
+
 def test_half_precision_loads():
     source, model = stage_one(), stage_two()
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in source.items()}
@@ -214,6 +223,18 @@ def test_a_tensor_that_is_not_finite_is_refused(name, value):
     source = stage_one()
     source[name].view(-1)[-1] = value
     refused(stage_two(), source, f"finite numbers, but got NaN or infinity in {name}; use an earlier one")
+
+
+@pytest.mark.parametrize("value", [complex(math.nan, 0), complex(0, math.nan), complex(0, math.inf)])
+def test_a_complex_number_that_is_not_finite_is_refused(value):
+    with pytest.raises(InputError, match="expected finite numbers, but got NaN or infinity in w; use an earlier one"):
+        require_finite({"w": torch.tensor([value])}, "")
+
+
+def test_a_complex_number_is_no_whole_one():
+    source = stage_one()
+    source["bn.num_batches_tracked"] = torch.tensor(1j)
+    refused(stage_two(), source, "kinds of numbers, got others: bn.num_batches_tracked of torch.complex64")
 
 
 def test_a_stage_two_checkpoint_is_refused():
@@ -259,6 +280,7 @@ def test_tensors_without_names_are_refused():
 def test_module_is_stripped_only_if_every_name_has_it():
     kept = {"module.a": torch.ones(1), "b": torch.ones(1)}
     assert set(state_dict_of(kept)) == set(kept)
+    assert set(state_dict_of({"module.module.a": torch.ones(1)})) == {"a"}
 
 
 def test_a_refused_file_is_named(tmp_path):

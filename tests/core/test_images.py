@@ -234,6 +234,13 @@ def test_an_image_stands_upright(orientation, tmp_path):
     assert np.array_equal(np.asarray(open_image(str(tmp_path / "a.png"))), upright)
 
 
+def test_an_image_of_16_bits_stands_upright_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(RAMP))).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(str(tmp_path / "a.png"), "L")), RAMP >> 8)
+
+
 @pytest.mark.parametrize("read", [open_image, read_mask])
 def test_a_pipe_is_not_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / "a.png")

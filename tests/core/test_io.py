@@ -1,6 +1,7 @@
 """Files that can't run code, and files that are whole or not there."""
 
 import collections
+import errno
 import json
 import os
 import pickle
@@ -21,7 +22,16 @@ import torch
 
 import disalign
 from disalign import InputError, load_file
-from disalign.io import atomic_file, missing_files, read_json, require_folder, require_place, write_json
+from disalign.io import (
+    atomic_file,
+    locked_folder,
+    locks,
+    missing_files,
+    read_json,
+    require_folder,
+    require_place,
+    write_json,
+)
 from disalign.io.files import TEMPORARY
 
 from .malicious import Malicious
@@ -233,10 +243,10 @@ def test_a_forged_dtype_cannot_crash_the_interpreter(tmp_path):
 
 
 def test_values_that_many_share_take_no_time(tmp_path):
-    # 40 times "a pair of the last": 82 bytes that stand for 2 ** 40 values
-    (tmp_path / "a.pkl").write_bytes(b"\x80\x04N" + 40 * b"2\x86" + b".")
+    # 20 times "a pair of the last": 42 bytes that stand for 2 ** 20 values, and a few more for beyond all memory
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04N" + 20 * b"2\x86" + b".")
     value = load_file(tmp_path / "a.pkl")
-    for _ in range(40):
+    for _ in range(20):
         assert value[0] is value[1]
         value = value[0]
     assert value is None
@@ -333,6 +343,17 @@ def test_a_file_appears_only_once_it_is_whole(tmp_path):
         file.write(b" and half")
     assert path.read_bytes() == b"half and half"
     assert os.listdir(tmp_path) == ["result.bin"]
+
+
+def test_a_file_is_synced_before_it_takes_its_place(tmp_path, monkeypatch):
+    def noted(name, function):
+        return lambda *arguments: (done.append(name), function(*arguments))
+
+    done = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    write_json(tmp_path / "result.json", {})
+    assert done == ["fsync", "replace"]
 
 
 @pytest.mark.parametrize(
@@ -491,7 +512,7 @@ def test_a_pipe_is_written_to(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     got = []
-    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)  # or a failure never ends
     reader.start()
     write(pipe)
     reader.join(10)
@@ -541,12 +562,51 @@ def test_half_written_files_of_dead_processes_are_removed(end, tmp_path):
     assert not half.exists()
 
 
+# ------------------------------------------------------------------------------------------------------------ locks
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, None])
+def test_where_there_are_no_locks_every_folder_is_free(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    if number is None:  # Windows
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(locks.fcntl, "lockf", refuse)
+    with locked_folder(tmp_path, "out"):
+        pass
+
+
+def test_a_lock_on_a_file_that_its_last_holder_took_away_locks_nothing(tmp_path, monkeypatch):
+    def late(file, inherited):
+        os.unlink(file.name)
+        return True
+
+    monkeypatch.setattr(locks, "try_lock", late)
+    with pytest.raises(InputError, match="but another run writes to"), locked_folder(tmp_path, "out"):
+        pass
+
+
+def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path):
+    code = (
+        "import os, sys\nfrom disalign.io import locked_folder\nwith locked_folder(sys.argv[1], 'out'):\n"
+        "    os.fork() or sys.stdin.read()\n    os._exit(0)"  # the worker waits for the end of the input
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        process.wait()
+        with locked_folder(tmp_path, "out"):
+            pass
+
+
 # -------------------------------------------------------------------------------------------- broken and huge files
 
 
-def test_flipped_bytes_are_found(tmp_path):
+@pytest.mark.parametrize("size", [1000, 1_000_000])
+def test_flipped_bytes_are_found(size, tmp_path):
     path = tmp_path / "a.pth"
-    torch.save({"weight": torch.rand(1000), "bias": torch.rand(10)}, path)
+    torch.save({"weight": torch.rand(size), "bias": torch.rand(10)}, path)
     content = bytearray(path.read_bytes())
     place = content.index(torch.load(path)["weight"].numpy().tobytes()) + 500
     for offset in range(64):

@@ -127,15 +127,27 @@ def test_the_same_scores_in_another_form_pass(make):
         lambda z: z.softmax(1),
         lambda z: z[:, :3],
         lambda z: 1.1 * z + torch.arange(5.0),
+        lambda z: z + 0.02 * torch.arange(5.0),
         lambda z: {"out": z},
         lambda z: None,
         lambda z: (),
     ],
-    ids=["softmax", "fewer", "scaled", "dict", "None", "empty"],
+    ids=["softmax", "fewer", "scaled", "a little", "dict", "None", "empty"],
 )
 def test_other_outputs_are_refused(make):
     with pytest.raises(InputError, match="expected the scores of the classifier 'fc' as the output of Returning"):
         wrapped(Returning(make))(IMAGES)
+
+
+def test_of_several_calls_of_the_classifier_the_last_counts():
+    class Twice(SmallCNN):
+        def forward(self, images):
+            self.fc(self.features(images.flip(0)))
+            return super().forward(images)
+
+    model = wrapped(Twice())
+    model(IMAGES)
+    assert is_checked(model)
 
 
 def test_an_empty_batch_passes():

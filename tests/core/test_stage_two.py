@@ -16,6 +16,7 @@ from disalign.stage_two import (
     freeze,
     is_calibrated,
     keep_magnitude_from_decay,
+    require_finite_settings,
     require_own_folder,
     require_same_classes,
     trained_parts,
@@ -228,6 +229,16 @@ def test_a_magnitude_that_does_not_train_cannot_decay():
     model = Cascade(learn_magnitude=False)
     freeze(model)
     StageTwoRun(model, sgd(model, weight_decay=1e-4), "")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_setting_of_any_group_that_is_not_finite_is_refused(group, value):
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=0.1)
+    require_finite_settings(optimizer)
+    optimizer.param_groups[group]["weight_decay"] = value
+    with pytest.raises(InputError, match=f"expected a finite number as the optimizer's weight_decay, got {value}; "):
+        require_finite_settings(optimizer)
 
 
 # ----------------------------------------------------------------------------------------------------------- the run

@@ -154,7 +154,7 @@ def test_classes_without_training_instances(whole, caplog, calibrate, source):
         assert ": ape; drop these categories" in only(problems)
     else:
         assert problems == []
-    assert "1 of 4 classes have no training instance: ape" in caplog.text
+    assert "1 of 4 classes have no training instance: ape; 2 of 7 annotations are crowds" in caplog.text
     assert ("is not what" in caplog.text) == bool(source)
 
 
@@ -272,6 +272,12 @@ def test_boxes_beyond_their_image_are_mentioned(whole, caplog):
     assert f"{name}: 1 of 6 boxes reach beyond their image: [" in caplog.text
     assert "a box is [x, y, width, height], not two corners" in caplog.text
     assert "fractions" not in caplog.text
+
+
+@pytest.mark.parametrize("side", [(-2, 3, 9, 9), (2, -2, 9, 9), (25, 3, 9, 9), (2, 17, 9, 9)], ids=str)
+def test_a_box_beyond_one_side_is_mentioned(side, whole, caplog):
+    assert check_data(config((boxed(whole, side),))) == []
+    assert f"1 of 6 boxes reach beyond their image: {list(side)} in 32 x 24 pixels of " in caplog.text
 
 
 def test_boxes_that_are_fractions_are_mentioned(whole, caplog):
