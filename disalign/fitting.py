@@ -27,9 +27,8 @@ from .probes import accuracy, held_out, new_classifier, train_classifier, units
 from .solver import Part, Solution, minimise, total, total_and_gradients
 from .stage_two import keep_magnitude_from_decay
 
-#: lambda; docs/fit.md has a table.
-PENALTY = 0.01
-ANCHORS = ("zero", "logit_adjust")
+#: lambda by anchor (docs/fit.md has a table): logit adjustment's margin is worth a stronger pull than stage one's.
+PENALTIES = {"zero": 0.01, "logit_adjust": 0.1}
 
 log = logging.getLogger("disalign")
 
@@ -69,7 +68,7 @@ def fit(
     confidence: str = "learnt",
     learn_magnitude: bool = True,
     learn_margin: bool = True,
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     C: float | None = None,
     calibration_features: Features | None = None,
     background_weight: float = 1.0,
@@ -99,7 +98,7 @@ def fit(
             weights (less that of the background's), which is logit adjustment (Menon et al., 2021) at rho 1. With
             ``confidence="one"`` only.
         confidence, learn_magnitude, learn_margin: :class:`AdaptiveCalibration`'s.
-        penalty: lambda.
+        penalty: lambda; default: :data:`PENALTIES` of the anchor.
         C: inverse L2 penalty of classifiers that are trained here; default: the one whose held-out folds lose least,
             or 1 without folds.
         calibration_features: learn from these, a held-out split say, with the class counts of ``features``.
@@ -118,6 +117,7 @@ def fit(
     if cross_fit is None:
         cross_fit = 5 if probe and calibration_features is None and solver == "lbfgs" else 0
     _require_options(classifier, cross_fit, anchor, confidence, calibration_features, penalty, solver, recipe)
+    penalty = PENALTIES[anchor] if penalty is None else penalty
     learns_from = features if calibration_features is None else calibration_features
     given = None if isinstance(classifier, str) else plain_classifier(classifier)
     stage_one = new_classifier(classifier, features) if given is None or cross_fit else given
@@ -302,7 +302,7 @@ def _require_options(
     anchor: str,
     confidence: str,
     calibration_features: Features | None,
-    penalty: float,
+    penalty: float | None,
     solver: str,
     recipe: dict[str, Any],
 ) -> None:
@@ -316,11 +316,11 @@ def _require_options(
     if cross_fit and (calibration_features is not None or solver == "sgd"):
         other = "calibration_features" if calibration_features is not None else "solver='sgd'"
         raise InputError(f"expected either cross_fit or {other}, got both; set cross_fit=0")
-    if anchor not in ANCHORS or (anchor == "logit_adjust" and confidence != "one"):
+    if anchor not in PENALTIES or (anchor == "logit_adjust" and confidence != "one"):
         raise InputError(
             f"expected anchor 'zero', or 'logit_adjust' with confidence='one', got {anchor!r} with {confidence!r}"
         )
-    if not (math.isfinite(penalty) and penalty >= 0):
+    if penalty is not None and not (math.isfinite(penalty) and penalty >= 0):
         raise InputError(f"expected a finite penalty >= 0, got {penalty!r}")
     if solver not in ("lbfgs", "sgd") or (recipe and solver != "sgd"):
         options = f" with {some(recipe)}" if recipe else ""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .features import Features, as_tensor
-from .fitting import PENALTY, fit
+from .fitting import fit
 from .modules import plain_classifier
 
 
@@ -31,7 +31,7 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             ``sklearn.frozen.FrozenEstimator`` where the estimator is cloned). With ``cross_fit=0`` it is taken as it
             is, otherwise one of its kind is trained anew.
         C: inverse L2 penalty of stage one, as in ``LogisticRegression``; ``None``: the folds choose, or 1 without.
-        penalty: of the calibration.
+        penalty: of the calibration; ``None``: 0.1 with the anchor of logit adjustment, else 0.01.
         random_state: an integer, of the folds.
 
     Attributes:
@@ -52,7 +52,7 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         confidence: str = "one",
         classifier: Any = "linear",
         C: float | None = None,
-        penalty: float = PENALTY,
+        penalty: float | None = None,
         random_state: int = 0,
     ) -> None:
         self.rho = rho

@@ -21,7 +21,7 @@ from mmengine.registry import METRICS
 
 from disalign import Features, InputError, fit, load_stage_one
 from disalign.cli import command, config_errors
-from disalign.fitting import ANCHORS, PENALTY
+from disalign.fitting import PENALTIES
 from disalign.io import atomic_file, require_folder, require_place, write_json
 from disalign.stage_two import calibrations, require_same_classes
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments.add_argument(
         "--anchor",
-        choices=ANCHORS,
+        choices=tuple(PENALTIES),
         default="zero",
         help="of the margin; logit_adjust goes with --cfg-options model.calibration.confidence=one",
     )
-    arguments.add_argument("--penalty", type=float, default=PENALTY, help="lambda (default: %(default)s)")
+    arguments.add_argument("--penalty", type=float, help="lambda; default: 0.01, with --anchor logit_adjust 0.1")
     arguments.add_argument("--work-dir", help="for checkpoints and results; default: work_dirs/CONFIG'S NAME")
     arguments.add_argument("--force", action="store_true", help="replace checkpoints of an earlier fit")
     args = arguments.parse_args(argv)

@@ -1,0 +1,313 @@
+"""What one pass and the solver cost, and what the penalty and the folds do; one table each.
+
+    python benchmarks/fit.py pass [--images 2000]        # a ResNet-50 at 224 pixels, random weights
+    python benchmarks/fit.py solver                      # 10,847 x 64, K = 100, one thread
+    python benchmarks/fit.py large [--rows 300000]       # x 1024, K = 1203 and a background, mapped from a file
+    python benchmarks/fit.py penalty                     # lambda, on long-tailed digits
+    python benchmarks/fit.py frozen TRAIN TEST [--c 0.1] # methods on features of a frozen trunk (disalign.collect)
+
+Times of what is compared take turns in one process; ratios are medians over the turns (least to most).
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import disalign
+from disalign import Features, fitting, group_means, many_medium_few, probes, solver
+from disalign.cli import command
+from disalign.modules import plain_classifier
+from disalign.report import text_table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+SGD = dict(lr=0.1, momentum=0.9)
+
+
+def profile(classes: int, most: int, factor: float) -> Tensor:
+    """(K,) counts that fall exponentially from ``most`` to ``most / factor`` (CIFAR-LT's)."""
+    return (most * factor ** -(torch.arange(classes) / (classes - 1))).long()
+
+
+def gaussians(counts: Tensor, width: int, spread: float, seed: int = 0) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    centres = torch.randn(len(counts), width, generator=torch.Generator().manual_seed(99))
+    return Features.from_arrays(centres[y] + spread * torch.randn(len(y), width, generator=generator), y)
+
+
+def turns(rounds: int, **work: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each, one after the other, ``rounds`` times."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> str:
+    found = [a / b for a, b in zip(over, under, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+
+
+def one_pass(args: argparse.Namespace) -> None:
+    """Pass and fit against one inference pass and ten uncached epochs; each turn takes a fifth of the images."""
+    import timm
+
+    classes, rounds = 100, 5
+    torch.manual_seed(0)
+    model = timm.create_model("resnet50", num_classes=classes).eval()
+    share = args.images // rounds
+    images = torch.randn(share, 3, 224, 224)
+    labels = torch.arange(share) % classes
+    loader = DataLoader(TensorDataset(images, labels), batch_size=32)
+    wrapped, loss = disalign.wrap_classifier(timm.create_model("resnet50", num_classes=classes), [10] * classes)
+    learnt = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learnt, **SGD)
+    collected: list[Features] = []
+
+    def inference() -> None:
+        with torch.inference_mode():
+            for x, _ in loader:
+                model(x)
+
+    def collect() -> None:
+        collected.append(disalign.collect(model, loader, "fc"))
+
+    def uncached() -> None:
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss(wrapped(x), y).backward()
+            optimizer.step()
+
+    inference()
+    found = turns(rounds, inference=inference, collect=collect, uncached=uncached)
+    x, y = torch.cat([part.x for part in collected]), torch.cat([part.y for part in collected])
+    begun = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disalign.fit(Features.from_arrays(x, y), model.fc, 1.2)
+    fitted = time.perf_counter() - begun
+    both = [seconds + fitted / rounds for seconds in found["collect"]]
+    print(f"{len(x)} images, {torch.get_num_threads()} thread(s); seconds per {share} images (median)")
+    print(
+        f"inference {statistics.median(found['inference']):.1f}, collect {statistics.median(found['collect']):.1f}, "
+        f"an uncached epoch {statistics.median(found['uncached']):.1f}; fit {fitted:.2f} in all"
+    )
+    print(f"pass and fit / inference: {ratio(both, found['inference'])}")
+    print(f"10 uncached epochs / pass and fit: {ratio([10 * one for one in found['uncached']], both)}")
+
+
+def one_thread(args: argparse.Namespace) -> None:
+    """The solver alone."""
+    torch.set_num_threads(1)
+    features = gaussians(profile(100, 500, 100.0), 64, 1.5)
+    classifier = probes.new_classifier("linear", features)
+    probes.train_classifier(classifier, features, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = turns(
+            3,
+            plain=lambda: disalign.fit(features, classifier, 1.0),
+            folds=lambda: disalign.fit(features, "linear", 1.0, C=1.0),
+            chosen=lambda: disalign.fit(features, "linear", 1.0),
+        )
+    titles = {"plain": "fit", "folds": "fit, cross_fit=5, C given", "chosen": "fit, cross_fit=5, C chosen by the folds"}
+    rows = [["", "s (median)", "least", "most"]]
+    for name, title in titles.items():
+        seconds = found[name]
+        rows.append([title, *(f"{one:.2f}" for one in (statistics.median(seconds), min(seconds), max(seconds)))])
+    print(f"{features!r}, one thread\n\n{text_table(rows)}")
+
+
+def anonymous() -> int:
+    """Resident memory, in KiB, that no file backs."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+def watch_memory(peak: list[int], stop: threading.Event) -> None:
+    while not stop.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.02)
+
+
+def large(args: argparse.Namespace) -> None:
+    """Some evaluations over mapped features: memory above them, and time over that of the bare matrix product."""
+    width, classes = 1024, 1203
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/x.npy"
+        x = np.lib.format.open_memmap(path, "w+", np.float32, (args.rows, width))
+        for start in range(0, args.rows, 10_000):
+            x[start : start + 10_000] = random.standard_normal((len(x[start : start + 10_000]), width), np.float32)
+        x.flush()
+        del x
+        mapped = np.load(path, mmap_mode="c")
+        counts = random.integers(1, 2000, classes)
+        features = Features.from_arrays(
+            mapped, random.integers(classes + 1, size=args.rows), class_counts=counts, background=True
+        )
+        torch.manual_seed(0)
+        classifier = nn.Linear(width, classes + 1)
+        seconds: dict[str, list[float]] = {"bare": [], "evaluation": []}
+
+        def bare() -> None:
+            with torch.no_grad():
+                for x, _, _ in solver.Part(classifier, features).chunks():
+                    classifier(x)
+
+        def measured(parameters, evaluate, penalty, *options):
+            found = turns(args.turns, bare=bare, evaluation=evaluate)
+            seconds.update(found)
+            return solver.Solution(0.0, 0.0, args.turns, False)
+
+        before, peak, stop = (
+            int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]),
+            [0],
+            threading.Event(),
+        )
+        watch = threading.Thread(target=watch_memory, args=(peak, stop))
+        watch.start()
+        keep, fitting.minimise = fitting.minimise, measured
+        disalign.fit(features, classifier, 0.8, confidence=args.confidence)
+        fitting.minimise = keep
+        stop.set()
+        watch.join()
+    print(f"{features!r}, {torch.get_num_threads()} thread(s), confidence {args.confidence}")
+    print(f"memory above the mapped file: {(peak[0] - before) / 2**20:.2f} GiB")
+    print(
+        f"an evaluation {statistics.median(seconds['evaluation']):.1f} s, / its bare product: "
+        f"{ratio(seconds['evaluation'], seconds['bare'])}"
+    )
+
+
+def accuracy(scores: Tensor, labels: Tensor, classes: int) -> list[float]:
+    """Percent of each class."""
+    best = scores.argmax(1)
+    return [100 * float((best[labels == label] == label).double().mean()) for label in range(classes)]
+
+
+PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@torch.no_grad()
+def scored(classifier: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([classifier(part) for part in x.float().split(4096)])
+
+
+def penalty(args: argparse.Namespace) -> None:
+    """Balanced test accuracy against lambda: digits, a jointly trained network and probes on their pixels."""
+    from plain_loop import COUNTS, long_tailed_digits, network, stage_one
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows = [["balanced test accuracy, %", "stage one", *map(str, PENALTIES)]]
+    kinds = {
+        "network, plain fit, confidence learnt": ("network", dict(cross_fit=0)),
+        "network, plain fit, anchored": ("network", dict(cross_fit=0, confidence="one", anchor="logit_adjust")),
+        "probe, cross-fitted": ("probe", dict(confidence="one", C=10.0)),
+        "probe, cross-fitted, anchored": ("probe", dict(confidence="one", anchor="logit_adjust", C=10.0)),
+    }
+    for title, (kind, options) in kinds.items():
+        found = []
+        for seed in args.seeds:
+            (images, labels), (test, truth) = long_tailed_digits(seed)
+            classifier: nn.Module | str = "linear"
+            trunk: nn.Module = nn.Flatten()
+            if kind == "network":
+                torch.manual_seed(seed)
+                model = stage_one(network(), (images, labels), 60).eval()
+                trunk, classifier = model[:-1], model[-1]
+            with torch.no_grad():
+                features, x = Features.from_arrays(trunk(images), labels, class_counts=COUNTS), trunk(test)
+            fitted = [disalign.fit(features, classifier, 1.0, penalty=one, **options) for one in PENALTIES]
+            models = [plain_classifier(fitted[0]), *fitted]
+            found.append([statistics.mean(accuracy(scored(one, x), truth, len(COUNTS))) for one in models])
+        rows.append([title, *(f"{statistics.mean(column):.1f}" for column in zip(*found, strict=True))])
+    print(text_table(rows))
+
+
+def frozen(args: argparse.Namespace) -> None:
+    """Methods on features of a frozen trunk, rho 1: average (many/medium/few) of the test features."""
+    warnings.simplefilter("ignore")
+    train, test = Features.open(args.train), Features.open(args.test)
+    classes, groups = len(train.class_counts), many_medium_few(train.class_counts)
+
+    def shown(scores: Tensor) -> str:
+        found = accuracy(scores, test.y, classes)
+        means = group_means(found, groups)
+        return f"{statistics.mean(found):.1f} ({means['many']:.0f}/{means['medium']:.0f}/{means['few']:.0f})"
+
+    one = dict(confidence="one")
+    anchored = dict(confidence="one", anchor="logit_adjust")
+    rows = [["C", *map(str, args.c)]]
+    table: dict[str, list[str]] = {}
+    for c in args.c:
+        parts, _ = probes.held_out("linear", train, 5, c, args.seed)
+        probe = probes.new_classifier("linear", train)
+        probes.train_classifier(probe, train, c)
+        scores = scored(probe, test.x)
+        norms = probe.weight.detach().norm(dim=1)
+        found = {
+            "probe": shown(scores),
+            "its training accuracy": f"{probes.accuracy([solver.Part(probe, train)]):.1f}",
+            "held-out accuracy": f"{probes.accuracy(parts):.1f}",
+            "logit adjustment, 1": shown(scores - train.class_counts.double().log().float()),
+            "tau-norm, 1": shown(scores / norms),
+            "DisAlign, own scores": shown(scored(disalign.fit(train, probe, 1.0, **one), test.x)),
+        }
+        keep = fitting.held_out, fitting.train_classifier
+        fitting.held_out = lambda *_, parts=parts, c=c: (parts, c)
+        fitting.train_classifier = lambda new, *_, probe=probe: new.load_state_dict(probe.state_dict())
+        for title, options in {"out of fold": one, "out of fold, confidence learnt": {}, "anchored": anchored}.items():
+            for weight in args.penalties if title != "out of fold, confidence learnt" else [0.01]:
+                fitted = disalign.fit(train, "linear", 1.0, C=c, penalty=weight, **options)
+                found[f"DisAlign, {title}, lambda {weight:g}"] = shown(scored(fitted, test.x))
+        fitting.held_out, fitting.train_classifier = keep
+        for title, cell in found.items():
+            table.setdefault(title, []).append(cell)
+    print(text_table([*rows, *([title, *cells] for title, cells in table.items())]))
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = parser.add_subparsers(required=True)
+    for run in (one_pass, one_thread, large, penalty, frozen):
+        table = tables.add_parser({"one_pass": "pass", "one_thread": "solver"}.get(run.__name__, run.__name__))
+        table.set_defaults(run=run)
+        if run is one_pass:
+            table.add_argument("--images", type=int, default=2000)
+        if run is large:
+            table.add_argument("--rows", type=int, default=300_000)
+            table.add_argument("--turns", type=int, default=3)
+            table.add_argument("--confidence", choices=("one", "learnt"), default="learnt")
+        if run is penalty:
+            table.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+        if run is frozen:
+            table.add_argument("train", help="folder of features")
+            table.add_argument("test", help="folder of features")
+            table.add_argument(
+                "--c", type=float, nargs="+", default=[0.1, 0.01], help="inverse L2 penalties of the probe"
+            )
+            table.add_argument("--penalties", type=float, nargs="+", default=[0.01, 0.1])
+            table.add_argument("--seed", type=int, default=0, help="of the folds")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
