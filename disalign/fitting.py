@@ -134,7 +134,8 @@ def fit(
         C = 1.0 if C is None else C
         train_classifier(stage_one, features, C)
     seen = accuracy([Part(given or stage_one, features)])
-    _advise(seen, unseen, given is not None, left_out, calibration_features is not None)
+    unseen_by_it = calibration_features is not None or isinstance(given, ZeroShotClassifier)
+    _advise(seen, unseen, given is not None, left_out, unseen_by_it)
 
     def calibrated(rho: float) -> Calibrated:
         begun = time.perf_counter()

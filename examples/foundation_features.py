@@ -5,7 +5,12 @@
 The pixels of long-tailed digits stand in for features, and a small network for yours: nothing is downloaded. `disalign
 features FOLDER_OR_LIST --model timm:vit_small_patch14_dinov2 --out DIR` writes real features. It printed:
 
-PRINTED
+pixels as features, balanced test accuracy in %
+linear probe: 79.6
+calibrated: 80.0
+head of a network: 73.2 -> 86.0, 0.1 s
+
+and with --seed 1 and 2: 73.2, 81.8 and 72.0, 83.2 for the probe; 71.6 -> 80.4 and 69.2 -> 81.8 for the head.
 """
 
 import argparse
