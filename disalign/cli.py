@@ -1,6 +1,7 @@
 """What all commands share: the shipped configs, and one sentence with exit status 2 for bad input."""
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,14 @@ def command(main: Callable[P, object]) -> Callable[P, int]:
         return 0
 
     return wrapped
+
+
+def log_to_stderr() -> None:
+    """Let a command show what the core logs: sizes, folds, classes left out."""
+    log = logging.getLogger("disalign")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
 
 
 #: What a config that does not fit raises while a framework builds from it.

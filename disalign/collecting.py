@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from .functional import check_labels
 from .hand_over import plain_names
 from .io import locked_folder
 from .io.arrays import BLOCK, Arrays, Filling, Shapes, number_of_blocks
+
+log = logging.getLogger("disalign")
 
 #: Runs a model on a batch; from both to the batch's labels (n,) and the model's output.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]
@@ -238,6 +241,7 @@ def _in_folder(filling: Filling, sample: Tensor | None, known: Arrays, run: Pass
     first = filling.rank == 0
     with locked_folder(filling.folder, "out") if first else nullcontext():
         if first:
+            log.info("features of %d rows take %.0f MiB in %s", filling.rows, filling.size() / 2**20, filling.folder)
             filling.prepare(known)
         _barrier()
         arrays, missing = filling.open("r+"), filling.missing()

@@ -19,8 +19,10 @@ GRID = tuple(10.0**power for power in range(-3, 4))
 TOLERANCE = 1e-4
 
 
-def new_classifier(like: nn.Module | str, features: Features) -> nn.Module:
+def new_classifier(like: nn.Module | str, features: Features, rows: Tensor | None = None) -> nn.Module:
     """An untrained classifier for the features, ``"linear"``, ``"cosine"``, or of the kind of another.
+
+    A linear one starts at 0, a cosine one at the mean directions of its classes among ``rows`` (default: all).
 
     Raises:
         InputError: an unknown kind.
@@ -39,18 +41,17 @@ def new_classifier(like: nn.Module | str, features: Features) -> nn.Module:
         learn_scale = isinstance(model.scale, nn.Parameter)
         classifier = CosineClassifier(width, classes, float(model.scale.detach()), learn_scale)
         with torch.no_grad():
-            classifier.weight.copy_(_class_means(features, classes))
+            classifier.weight.copy_(_class_means(features, classes, rows))
     else:
         raise InputError(f"expected a classifier 'linear' or 'cosine', or a module of one of these kinds, got {like!r}")
     return classifier.to(device, dtype)
 
 
-def _class_means(features: Features, classes: int) -> Tensor:
+def _class_means(features: Features, classes: int, rows: Tensor | None) -> Tensor:
     """(K, d) mean direction of each class; fp64, 0 for one without examples."""
     sums = torch.zeros(classes, features.x.shape[1], dtype=torch.float64)
-    for start in range(0, len(features), 4096):
-        rows = slice(start, start + 4096)
-        sums.index_add_(0, features.y[rows], F.normalize(features.x[rows].cpu().double(), dim=1))
+    for chosen in (torch.arange(len(features)) if rows is None else rows).split(4096):
+        sums.index_add_(0, features.y[chosen], F.normalize(features.x[chosen].cpu().double(), dim=1))
     return F.normalize(sums, dim=1)
 
 
@@ -113,7 +114,7 @@ def held_out(
     fold = stratified_folds(features, folds, seed)
     rows = [(fold == one).nonzero().flatten() for one in range(folds)]
     rest = [(fold != one).nonzero().flatten() for one in range(folds)]
-    classifiers = [new_classifier(like, features.part(others)) for others in rest]
+    classifiers = [new_classifier(like, features, others) for others in rest]
     best: tuple[float, list[Part], float] | None = None
     for tried in GRID if C is None else [C]:
         classifiers = [copy.deepcopy(classifier) for classifier in classifiers]

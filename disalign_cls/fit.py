@@ -20,7 +20,7 @@ from mmengine.device import get_device
 from mmengine.registry import METRICS
 
 from disalign import Features, InputError, fit, load_stage_one
-from disalign.cli import command, config_errors
+from disalign.cli import command, config_errors, log_to_stderr
 from disalign.fitting import PENALTIES
 from disalign.io import atomic_file, require_folder, require_place, write_json
 from disalign.stage_two import calibrations, require_same_classes
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--force", action="store_true", help="replace checkpoints of an earlier fit")
     args = arguments.parse_args(argv)
 
+    log_to_stderr()
     config = load_config(args.config, args.cfg_options)
     folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
     require_folder(folder)

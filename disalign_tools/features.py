@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from disalign import InputError, collect, load_file
-from disalign.cli import command, usable_cpus
+from disalign.cli import command, log_to_stderr, usable_cpus
 from disalign.errors import input_errors, some
 from disalign.hand_over import require_tensors, state_dict_of
 from disalign.io.annotations import read_list
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise InputError(f"expected --batch-size >= 1 and --workers >= 0, got {args.batch_size} and {args.workers}")
 
+    log_to_stderr()
     trunk = load_trunk(args.model, args.weights)
     images = Images(args.images, args.data_root, transform_of(trunk))
     begun = time.perf_counter()

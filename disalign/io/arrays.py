@@ -168,7 +168,7 @@ class Filling:
                 del self._checksums[block]
         except InputError:  # missing or truncated
             self._checksums = {}
-            self._require_room()
+            self._require_room(self.size())
             self._write(self._own_path())  # first: from now on the files in this folder are ours
             create_arrays(self.folder, self.rows, self.shapes)
             arrays = self.open("r+")
@@ -228,8 +228,12 @@ class Filling:
                 f"{', '.join(other)}; give another folder, or delete this one"
             )
 
-    def _require_room(self) -> None:
-        need = self.rows * sum(dtype.itemsize * math.prod(shape) for dtype, *shape in self.shapes.values())
+    def size(self) -> int:
+        """Bytes of the arrays."""
+        row: int = sum(dtype.itemsize * math.prod(shape) for dtype, *shape in self.shapes.values())
+        return self.rows * row
+
+    def _require_room(self, need: int) -> None:
         room = shutil.disk_usage(self.folder).free
         if need > room:
             raise InputError(

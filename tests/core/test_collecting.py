@@ -293,6 +293,14 @@ def test_refused(name):
         attempt()
 
 
+def test_the_need_of_disk_is_said_before_the_pass(tmp_path, caplog):
+    data = Images()
+    with caplog.at_level("INFO", "disalign"):
+        collected(Network(), data, out=tmp_path / "said in time")
+    size = ROWS * (8 * 4 + 8 + 8)
+    assert f"features of {ROWS} rows take {size / 2**20:.0f} MiB in" in caplog.text
+
+
 def test_too_little_room_is_said_before_the_pass(tmp_path, monkeypatch):
     room = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)

@@ -246,6 +246,21 @@ def test_what_is_not_learnt_stays(magnitude, margin):
     assert torch.equal(found.margin, torch.zeros(5)) != margin
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_with_confidence_one_it_folds_into_a_stock_classifier(kind):
+    features = draw()
+    found = disalign.fit(features, kind, 1.0, confidence="one", anchor="logit_adjust", C=1.0).eval()
+    folded = disalign.fold_classifier(found)
+    torch.testing.assert_close(folded(features.x), found(features.x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cosine_fold_starts_from_its_own_rows():
+    features = draw()
+    rows = torch.arange(0, len(features), 2)
+    found = probes.new_classifier("cosine", features, rows)
+    assert torch.equal(found.weight, probes.new_classifier("cosine", features.part(rows)).weight)
+
+
 def test_a_background_is_not_calibrated_and_weighs_as_said():
     counts = [50, 20, 5, 40]
     features = draw(counts, class_counts=[50, 20, 5], background=True)
