@@ -25,10 +25,14 @@ from .features import DTYPES, Features, require_finite_rows
 from .freezing import fingerprints, frozen_tensors
 from .functional import check_labels
 from .hand_over import plain_names
-from .io import locked_folder
+from .io import locked_folder, require_folder
 from .io.arrays import BLOCK, Arrays, Filling, Shapes, number_of_blocks
+from .io.images import MOST_CLASSES
 
 log = logging.getLogger("disalign")
+
+#: Rows that a pass into a folder compares with what is there.
+SAMPLE = 16
 
 #: Runs a model on a batch; from both to the batch's labels (n,) and the model's output.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]
@@ -40,7 +44,9 @@ def run_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
     """A :data:`Step` for batches of (inputs, labels), and for mappings with ``labels`` (Hugging Face)."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping) and "labels" in batch:
-        return batch["labels"], model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return batch["labels"], model(**inputs)
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
         return batch[1], model(batch[0].to(device))
     raise InputError(
@@ -88,29 +94,39 @@ def collect(
     name, layer = _find(model, classifier)
     if dtype not in DTYPES:
         raise InputError(f"expected to keep features as one of {some(DTYPES)}, got {dtype}")
-    rows = len(loader.dataset)  # type: ignore[arg-type]
+    if not hasattr(loader.dataset, "__len__"):
+        raise InputError(f"expected a data set with a length, got {type(loader.dataset).__name__}; use a map-style one")
+    rows = len(loader.dataset)
     if not rows:
         raise InputError("expected a data set with examples, got an empty one")
-    known: dict[str, Any] = {"weights": np.ones(rows) if weights is None else np.asarray(weights, np.float64)}
-    if groups is not None:
-        known["groups"] = np.asarray(groups, np.int64)
+    given = Features.from_arrays(torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.long), weights, groups=groups)
+    known = {"weights": given.weights.numpy()} | ({} if given.groups is None else {"groups": given.groups.numpy()})
     counts = None if class_counts is None else load_class_counts(class_counts)
+    num_labels = MOST_CLASSES if counts is None else len(counts)
     with _input_of(layer) as seen, _evaluating(model):
 
         @torch.no_grad()
         def run(chosen: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
             done = 0
-            for batch in _batches(loader, chosen):
+            batches = _batches(loader, chosen)
+            for batch in batches:
+                seen.clear()
                 labels, output = step(model, batch)
-                labels = torch.as_tensor(labels).cpu().long()
-                x = _as_rows(seen.pop() if layer else output, labels).to("cpu", dtype)
+                labels = check_labels(torch.as_tensor(labels).cpu(), num_labels, ignore_index=None)
+                x = _as_rows(_only(seen, name) if layer else output, labels).to("cpu", dtype)
+                asked = min(batches.batch_size or 1, len(chosen) - done)
+                if len(x) != asked:
+                    raise InputError(
+                        f"expected {asked} examples in a batch, got {len(x)}; let the collate function keep all"
+                    )
                 require_finite_rows(x, chosen[done])
-                if counts is not None:
-                    check_labels(labels, len(counts), ignore_index=None)
                 yield done, x, labels
                 done += len(x)
 
-        _, sample, _ = next(run(range(min(rows, 2))))
+        # Spread over the set: they tell another list or transform from the one that a folder was filled with.
+        sampled = [0] if out is None else sorted({place * (rows - 1) // (SAMPLE - 1) for place in range(SAMPLE)})
+        found = [(x, y) for _, x, y in run(sampled)]
+        sample, sample_labels = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
         shapes = {"x": (sample.numpy().dtype, sample.shape[1]), "y": (np.dtype(np.int64),)}
         shapes |= {key: (array.dtype, *array.shape[1:]) for key, array in known.items()}
         source = {
@@ -124,7 +140,9 @@ def collect(
         made = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, **source}
         if out is not None:
             facts = {"source": source, "class_counts": source["class_counts"], "provenance": made}
-            _in_folder(Filling(out, rows, shapes, facts, _place()[0]), None if random else sample, known, run)
+            require_folder(out)
+            compared = None if random else (sampled, sample, sample_labels)
+            _in_folder(Filling(out, rows, shapes, facts, _place()[0]), compared, known, run)
             return Features.open(out)
         arrays = known | _in_memory(rows, shapes, run)
     tensors: dict[str, Any] = {key: torch.from_numpy(array) for key, array in arrays.items()}
@@ -150,17 +168,32 @@ def _find(model: nn.Module, classifier: str | nn.Module | None) -> tuple[str, nn
 
 
 @contextmanager
-def _input_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """What the layer saw last."""
-    seen: list[Tensor] = []
+def _input_of(layer: nn.Module | None) -> Iterator[list[Any]]:
+    """What the layer is called with, call by call."""
+    seen: list[Any] = []
     if layer is None:
         yield seen
         return
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = next(iter((*inputs, *named.values())), None)
+        # A copy: the layer may write to it.
+        seen.append(first.detach().clone() if isinstance(first, Tensor) else first)
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         yield seen
     finally:
         hook.remove()
+
+
+def _only(seen: list[Any], name: str) -> Any:
+    if len(seen) != 1:
+        raise InputError(
+            f"expected the classifier {name!r} to run once on a batch, but it ran {len(seen)} times; name one that "
+            "does, of a model that is not compiled"
+        )
+    return seen[0]
 
 
 @contextmanager
@@ -237,7 +270,9 @@ def _in_memory(rows: int, shapes: Shapes, run: Pass) -> dict[str, Any]:
     return {name: np.concatenate([part[name] for _, part in parts])[order] for name in arrays}
 
 
-def _in_folder(filling: Filling, sample: Tensor | None, known: Arrays, run: Pass) -> None:
+def _in_folder(
+    filling: Filling, compared: tuple[list[int], Tensor, Tensor] | None, known: Mapping[str, Any], run: Pass
+) -> None:
     first = filling.rank == 0
     with locked_folder(filling.folder, "out") if first else nullcontext():
         if first:
@@ -245,8 +280,8 @@ def _in_folder(filling: Filling, sample: Tensor | None, known: Arrays, run: Pass
             filling.prepare(known)
         _barrier()
         arrays, missing = filling.open("r+"), filling.missing()
-        if 0 not in missing and sample is not None:
-            _require_alike(torch.from_numpy(arrays["x"][: len(sample)]), sample, filling.folder)
+        if compared is not None:
+            _require_alike(arrays, missing, *compared, filling.folder)
         _barrier()  # all know what is missing before one fills it
         chosen = _share(missing, filling.rows)
         with _bar(len(chosen), filling.rows, arrays["x"].shape[1]) as bar:
@@ -263,11 +298,16 @@ def _in_folder(filling: Filling, sample: Tensor | None, known: Arrays, run: Pass
         _barrier()
 
 
-def _require_alike(stored: Tensor, found: Tensor, folder: Path) -> None:
+def _require_alike(
+    arrays: Arrays, missing: Sequence[int], rows: Sequence[int], x: Tensor, y: Tensor, folder: Path
+) -> None:
     """Refuse stored rows that this pass does not find again, but for what devices and mixed precision round."""
-    stored, found = stored.float(), found.float()
-    if not torch.allclose(stored, found, rtol=0.05, atol=0.05 * float(stored.abs().max())):
+    places = [place for place, row in enumerate(rows) if row // BLOCK not in missing]
+    chosen = [rows[place] for place in places]
+    stored, found = torch.from_numpy(arrays["x"][chosen]).float(), x[places].float()
+    close = not places or torch.allclose(stored, found, rtol=0.05, atol=0.05 * float(stored.abs().max()))
+    if not close or arrays["y"][chosen].tolist() != y[places].tolist():
         raise InputError(
-            f"expected the features of the first examples in {str(folder)!r} to come out again, but they differ: other "
-            "images or transforms; give another folder, or delete this one"
+            f"expected the features and labels in {str(folder)!r} to come out again, but some differ: other images, "
+            "labels or transforms; give another folder, or delete this one"
         )

@@ -1,5 +1,6 @@
 """What a frozen trunk says of a labelled set, once: in memory, or memory-mapped from a folder."""
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .counts import ClassCounts, load_class_counts
-from .errors import InputError, some
+from .errors import InputError, first_line, some
 from .functional import check_labels
 from .io import atomic_file
 from .io.arrays import BLOCK, RECORD, checksum, number_of_blocks, read_arrays, require_new, write_record
@@ -33,8 +34,8 @@ class Features:
         y: (N,) int64 labels in [0, K), or K where there is a ``background``.
         weights: (N,) fp64 importance weights; 1 where every example was drawn alike.
         class_counts: (K,) int64 examples per class of the *whole* training set, of which this may be a part.
-        groups: (N,) int64; rows of one number belong together (views of one image, frames of one film) and are never
-            split over folds. ``None`` where each row stands for itself.
+        groups: (N,) int64; rows of one number belong together (views of one image, frames of one film), whatever their
+            labels, and are never split over folds. ``None`` where each row stands for itself.
         background: whether label K stands for a detector's background, which ``class_counts`` leave out.
         provenance: plain values: the trunk, the data, the date and the versions that they come from.
     """
@@ -83,8 +84,11 @@ class Features:
         if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
             raise InputError("expected weights that are finite, not negative and not all zero; correct them")
         if groups is not None:
-            groups = as_tensor(groups).cpu().long()
+            groups = as_tensor(groups).cpu()
             _require_rows(x, groups, "groups")
+            if groups.is_floating_point():
+                raise InputError(f"expected whole numbers as groups, got {groups.dtype}; number them")
+            groups = groups.long()
         require_finite_rows(x)
         if counts is None:
             counts = load_class_counts(torch.bincount(y)[: labels - background])
@@ -102,20 +106,25 @@ class Features:
         if not {"x", "y"} <= tensors.keys() <= {"x", "y", "weights", "groups"}:
             raise InputError(f"expected features x and labels y in {os.fspath(folder)!r}, got {some(tensors)}")
         kept: dict[str, Any] = {name: facts.get(name) for name in ("class_counts", "background", "provenance")}
+        if not isinstance(kept["provenance"], dict):
+            raise InputError(
+                f"expected the provenance of features in {os.fspath(folder)!r} as a JSON object; collect anew"
+            )
         return cls.from_arrays(**tensors, **kept)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write to a new folder: .npy files, and a record with their checksums that appears last."""
         require_new(folder)
+        facts = {"class_counts": self.class_counts.tolist(), "background": self.background}
+        facts["provenance"] = json.loads(json.dumps(dict(self.provenance), default=str))
         arrays = {"x": self.x, "y": self.y, "weights": self.weights, "groups": self.groups}
         found = {name: tensor.cpu().numpy() for name, tensor in arrays.items() if tensor is not None}
         for name, array in found.items():
             with atomic_file(Path(folder) / f"{name}.npy") as file:
                 np.save(file, array, allow_pickle=False)
-        facts = {"class_counts": self.class_counts.tolist(), "background": self.background}
         checksums = {block: checksum(found, block) for block in range(number_of_blocks(len(self)))}
         shapes = {name: (array.dtype, *array.shape[1:]) for name, array in found.items()}
-        write_record(Path(folder) / RECORD, len(self), shapes, checksums, facts | {"provenance": dict(self.provenance)})
+        write_record(Path(folder) / RECORD, len(self), shapes, checksums, facts)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -131,12 +140,22 @@ class Features:
 
 
 def as_tensor(values: Any) -> Tensor:
-    """An array as a tensor of the same memory, which nobody here writes to; it may be read-only."""
+    """An array as a tensor of the same memory, if torch can have it so; it may be read-only, and is never written to.
+
+    Raises:
+        InputError: values that are no numbers.
+    """
     if isinstance(values, Tensor):
         return values.detach()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(np.asarray(values))
+    try:
+        array = np.asarray(values)
+        if not array.dtype.isnative or min(array.strides, default=0) < 0 or array.dtype == np.uint16:
+            array = np.ascontiguousarray(array, np.int64 if array.dtype.kind in "iu" else array.dtype.newbyteorder("="))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected arrays of numbers, got {type(values).__name__}: {first_line(error)}") from None
 
 
 def _require_rows(x: Tensor, values: Tensor, what: str) -> None:

@@ -2,16 +2,18 @@
 
 import logging
 import math
+import numbers
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, some
+from .errors import InputError, input_errors, some
 from .features import Features
 from .freezing import freeze_except
 from .functional import generalized_reweight, grw_cross_entropy
@@ -20,12 +22,13 @@ from .modules import (
     Calibrated,
     ZeroShotClassifier,
     calibrate_classifier,
+    calibrated_form,
     plain_classifier,
     sizes,
 )
-from .probes import accuracy, held_out, new_classifier, train_classifier, units
+from .probes import accuracy, held_out, new_classifier, train_classifier, units_per_class
 from .solver import Part, Solution, minimise, total, total_and_gradients
-from .stage_two import keep_magnitude_from_decay
+from .stage_two import keep_magnitude_from_decay, require_finite_settings
 
 #: lambda by anchor (docs/fit.md has a table): logit adjustment's margin is worth a stronger pull than stage one's.
 PENALTIES = {"zero": 0.01, "logit_adjust": 0.1}
@@ -41,10 +44,11 @@ class FitReport:
         rho: of eq. 11.
         cross_fit: number of folds; 0 where the calibration saw stage one's own scores.
         seconds: of the calibration's solver alone.
-        train_accuracy: stage one's on its training set, in percent.
+        train_accuracy: stage one's on its training set, in percent, as returned.
         out_of_fold_accuracy: of classifiers on rows that they had not seen, in percent; ``None`` without folds.
         C: inverse L2 penalty of the classifiers that were trained here; ``None`` if none was.
-        left_out: classes of one example, which can't be held out: magnitude 1, margin at the anchor.
+        left_out: classes without an example to learn from, or that no fold can hold out since there is but one (or one
+            group): magnitude 1, margin at the anchor.
         solution: the objective at the identity and at the end, and how often it was evaluated.
     """
 
@@ -116,26 +120,39 @@ def fit(
     probe = isinstance(classifier, str)
     if cross_fit is None:
         cross_fit = 5 if probe and calibration_features is None and solver == "lbfgs" else 0
-    _require_options(classifier, cross_fit, anchor, confidence, calibration_features, penalty, solver, recipe)
+    require_options(
+        anchor=anchor,
+        confidence=confidence,
+        learn_margin=learn_margin,
+        cross_fit=cross_fit,
+        penalty=penalty,
+        C=C,
+        background_weight=background_weight,
+        solver=solver,
+        recipe=recipe,
+    )
+    _require_teachers(classifier, cross_fit, calibration_features, C)
     penalty = PENALTIES[anchor] if penalty is None else penalty
     learns_from = features if calibration_features is None else calibration_features
     given = None if isinstance(classifier, str) else plain_classifier(classifier)
-    stage_one = new_classifier(classifier, features) if given is None or cross_fit else given
+    stage_one = new_classifier(given or classifier, features) if given is None or cross_fit else given
     for rows in (features, learns_from):
         _require_fit(given or stage_one, rows)
 
-    parts, left_out, unseen = [Part(stage_one, learns_from)], [], None
+    parts, unseen = [Part(stage_one, learns_from)], None
+    examples = torch.bincount(learns_from.y, minlength=sizes(stage_one)[1])
     if cross_fit:
         parts, C = held_out(stage_one, features, cross_fit, C, seed)
         unseen = accuracy(parts)
-        examples = torch.bincount(units(features)[1], minlength=sizes(stage_one)[1])
-        left_out = (examples == 1).nonzero().flatten().tolist()
+        examples = units_per_class(features, len(examples)) - 1
+    left_out = (examples <= 0).nonzero().flatten().tolist()
     if stage_one is not given:
         C = 1.0 if C is None else C
         train_classifier(stage_one, features, C)
-    seen = accuracy([Part(given or stage_one, features)])
-    unseen_by_it = calibration_features is not None or isinstance(given, ZeroShotClassifier)
-    _advise(seen, unseen, given is not None, left_out, unseen_by_it)
+    seen = accuracy([Part(stage_one, features)])
+    theirs = accuracy([Part(given, features)]) if given is not None and cross_fit else seen
+    no_news = calibration_features is not None or isinstance(given, ZeroShotClassifier)
+    _advise(theirs, unseen, given is not None, left_out, no_news)
 
     def calibrated(rho: float) -> Calibrated:
         begun = time.perf_counter()
@@ -156,6 +173,13 @@ def fit(
         else:
             target = log_weights(weight, features.background) if anchor == "logit_adjust" else torch.zeros(())
             solution = _lbfgs(found.calibration, parts, weight, target, penalty, left_out)
+        if not all(tensor.isfinite().all() for tensor in found.state_dict().values()):
+            raise InputError(
+                f"expected a finite calibration at rho {rho}, got NaN or infinity; is the classifier finite, and the "
+                "learning rate low enough?"
+            )
+        if not solution.converged:
+            log.warning("the solver stopped after %d evaluations, before it had converged", solution.evaluations)
         seconds = time.perf_counter() - begun
         found.fit_report = FitReport(rho, cross_fit, seconds, seen, unseen, C, tuple(left_out), solution)  # type: ignore[assignment]
         return found
@@ -187,8 +211,9 @@ def _lbfgs(
     weight[left_out] = 0
     held = [label for label in left_out if label < calibration.num_classes]
     anchor = anchor.double().expand(calibration.num_classes).to(weight.device)
-    with torch.no_grad():
-        calibration.margin[held] = anchor[held].to(calibration.margin)
+    if "margin" in parameters:
+        with torch.no_grad():
+            calibration.margin[held] = anchor[held].to(calibration.margin)
     denominator = float(total(parts, lambda _, x, y, weights: (weight[y] * weights).sum()))
 
     def loss(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -248,8 +273,12 @@ def sgd(
         schedule: epochs after which the learning rate reaches 0; default: ``epochs``.
         seed: of the order.
     """
-    parameters = list(classifier.calibration.parameters())
-    optimizer = torch.optim.SGD(parameters, lr, momentum, nesterov=nesterov, weight_decay=weight_decay)
+    if epochs < 1 or batch_size < 1:
+        raise InputError(f"expected 1 epoch and batch_size 1 or more, got {epochs} and {batch_size}")
+    parameters, dtype = list(classifier.calibration.parameters()), cast(Tensor, classifier.weight).dtype
+    with input_errors("expected options of SGD", "correct them", (ValueError, TypeError)):
+        optimizer = torch.optim.SGD(parameters, lr, momentum, nesterov=nesterov, weight_decay=weight_decay)
+    require_finite_settings(optimizer)
     keep_magnitude_from_decay(optimizer, classifier)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule or epochs)
     found = []
@@ -259,7 +288,9 @@ def sgd(
         for rows in order.split(batch_size):
             x = features.x[rows].to(weight.device)
             y = features.y[rows].to(weight.device)
-            loss = grw_cross_entropy(classifier(x.to(torch.promote_types(x.dtype, torch.float32))), y, weight)
+            importance = features.weights[rows].to(weight)
+            losses = grw_cross_entropy(classifier(x.to(dtype)), y, weight, "none")
+            loss = (losses * importance).sum() / (weight[y] * importance).sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -270,13 +301,16 @@ def sgd(
     return Solution(found[0], found[-1], epochs * -(-len(features) // batch_size), True)
 
 
+#: Options of :func:`sgd`.
+RECIPE = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "max_norm", "schedule")
+
 #: Training accuracy, in percent, from which on a training set counts as known by heart.
 BY_HEART = 98.0
 
 
-def _advise(seen: float, unseen: float | None, given: bool, left_out: Sequence[int], apart: bool) -> None:
+def _advise(seen: float, unseen: float | None, given: bool, left_out: Sequence[int], no_news: bool) -> None:
     """Say what the user must know of the scores that the calibration learns from."""
-    if unseen is None and not apart and seen >= BY_HEART:
+    if unseen is None and not no_news and seen >= BY_HEART:
         warnings.warn(
             f"stage one gets {seen:.1f} % of its training set right, and scores that it knows by heart say little of "
             "its bias; give calibration_features of a held-out split, or cross_fit=5 if the trunk was not trained on "
@@ -293,42 +327,77 @@ def _advise(seen: float, unseen: float | None, given: bool, left_out: Sequence[i
             stacklevel=3,
         )
     if left_out:
-        held = "%d classes of one example keep magnitude 1 and margin at the anchor: %s"
+        held = "%d classes have too few examples to learn from, and keep magnitude 1 and the anchor's margin: %s"
         log.warning(held, len(left_out), some(left_out))
 
 
-def _require_options(
-    classifier: nn.Module | str,
-    cross_fit: int,
-    anchor: str,
-    confidence: str,
-    calibration_features: Features | None,
-    penalty: float | None,
-    solver: str,
-    recipe: dict[str, Any],
+def require_options(
+    *,
+    anchor: str = "zero",
+    confidence: str = "learnt",
+    learn_margin: bool = True,
+    cross_fit: int = 0,
+    penalty: float | None = None,
+    C: float | None = None,
+    background_weight: float = 1.0,
+    solver: str = "lbfgs",
+    recipe: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    if isinstance(cross_fit, bool) or cross_fit == 1 or cross_fit < 0:
+    """Refuse options of :func:`fit` that are out of range or do not go together; needs no features.
+
+    Raises:
+        InputError: names them.
+    """
+    if not isinstance(cross_fit, numbers.Integral) or isinstance(cross_fit, bool) or cross_fit == 1 or cross_fit < 0:
         raise InputError(f"expected cross_fit 0, or 2 or more folds, got {cross_fit!r}")
+    if anchor not in PENALTIES or (anchor == "logit_adjust" and not (confidence == "one" and learn_margin)):
+        learnt = "" if learn_margin else " and learn_margin=False"
+        raise InputError(
+            "expected anchor 'zero', or 'logit_adjust' with confidence='one' and a margin that is learnt, got "
+            f"{anchor!r} with {confidence!r}{learnt}"
+        )
+    for name, value, least in (
+        ("penalty", penalty, 0.0),
+        ("C", C, 1e-30),
+        ("background_weight", background_weight, 1e-30),
+    ):
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= least):
+            raise InputError(f"expected a finite {name} {'> 0' if least else '>= 0'}, got {value!r}")
+    if solver not in ("lbfgs", "sgd"):
+        raise InputError(f"expected solver 'lbfgs' or 'sgd', got {solver!r}")
+    unknown = [name for name in recipe if solver != "sgd" or name not in RECIPE]
+    if unknown:
+        raise InputError(f"expected options of fit, or with solver='sgd' {some(RECIPE, 10)}, got {some(unknown)}")
+    if solver == "sgd" and (cross_fit or anchor != "zero" or penalty is not None):
+        raise InputError(
+            "expected solver='sgd' without cross_fit, anchor and penalty, which the paper's recipe does not have; use "
+            "weight_decay, or solver='lbfgs'"
+        )
+
+
+def _require_teachers(
+    classifier: nn.Module | str, cross_fit: int, calibration_features: Features | None, C: float | None
+) -> None:
+    """Refuse what can't be trained anew for the folds."""
     if cross_fit and isinstance(classifier, ZeroShotClassifier):
         raise InputError(
             "expected cross_fit=0 for a zero-shot classifier: no example taught it, so that all of its scores are of "
             f"examples that it has not seen, got cross_fit={cross_fit}"
         )
-    if cross_fit and (calibration_features is not None or solver == "sgd"):
-        other = "calibration_features" if calibration_features is not None else "solver='sgd'"
-        raise InputError(f"expected either cross_fit or {other}, got both; set cross_fit=0")
-    if anchor not in PENALTIES or (anchor == "logit_adjust" and confidence != "one"):
+    if cross_fit and calibration_features is not None:
+        raise InputError("expected either cross_fit or calibration_features, got both; set cross_fit=0")
+    if C is not None and not cross_fit and not isinstance(classifier, str):
         raise InputError(
-            f"expected anchor 'zero', or 'logit_adjust' with confidence='one', got {anchor!r} with {confidence!r}"
+            f"expected no C for a classifier that is not trained here, got {C}; leave it out, or cross_fit > 0"
         )
-    if penalty is not None and not (math.isfinite(penalty) and penalty >= 0):
-        raise InputError(f"expected a finite penalty >= 0, got {penalty!r}")
-    if solver not in ("lbfgs", "sgd") or (recipe and solver != "sgd"):
-        options = f" with {some(recipe)}" if recipe else ""
-        raise InputError(f"expected solver 'lbfgs', or 'sgd' with its recipe, got {solver!r}{options}")
 
 
 def _require_fit(classifier: nn.Module, features: Features) -> None:
+    if calibrated_form(type(classifier)) is None or isinstance(classifier, nn.Conv2d):
+        raise InputError(
+            f"expected a linear or cosine classifier of features (N, d), got {type(classifier).__name__}; for "
+            "your own, see disalign.Calibrated"
+        )
     width, outputs = sizes(classifier)
     expected = len(features.class_counts) + features.background
     if (width, outputs) != (features.x.shape[1], expected):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .counts import ClassCounts
 from .errors import InputError, some
-from .freezing import freeze_except
+from .freezing import freeze_except, unhold
 from .functional import calibrate
 from .losses import GRWCrossEntropyLoss
 from .output_check import check_output
@@ -254,6 +254,7 @@ def calibrated_form(kind: type[nn.Module]) -> type[Calibrated] | None:
 def plain_classifier(classifier: nn.Module) -> nn.Module:
     """A copy of a classifier as stage one had it, without a calibration."""
     plain = copy.deepcopy(classifier)
+    unhold(plain)
     if isinstance(plain, Calibrated):
         del plain.calibration
         plain.__class__ = next(kind for kind in type(plain).__mro__ if not issubclass(kind, Calibrated))  # type: ignore

@@ -33,6 +33,10 @@ def new_classifier(like: nn.Module | str, features: Features, rows: Tensor | Non
     model = kinds.get(like) if isinstance(like, str) else like
     device = features.x.device if isinstance(like, str) else next(like.parameters()).device
     classifier: nn.Module
+    if isinstance(model, nn.Module) and type(model).forward not in (nn.Linear.forward, CosineClassifier.forward):
+        raise InputError(
+            f"expected a plain linear or cosine classifier to train anew, got {type(model).__name__}; set cross_fit=0"
+        )
     if isinstance(model, nn.Linear):
         classifier = nn.Linear(width, classes, model.bias is not None)
         for parameter in classifier.parameters():
@@ -85,12 +89,22 @@ def train_classifier(classifier: nn.Module, features: Features, C: float, rows: 
 
 
 def units(features: Features) -> tuple[Tensor, Tensor]:
-    """Of each row the number of its unit, what no fold splits; and the label of each unit."""
+    """Of each row the number of its unit, what no fold splits; and the label of each unit: its rarest class."""
     if features.groups is None:
         return torch.arange(len(features)), features.y
     _, unit = features.groups.unique(return_inverse=True)
-    labels = torch.zeros(int(unit.max()) + 1, dtype=torch.int64)
-    return unit, labels.scatter_(0, unit, features.y)
+    by_rarity = torch.bincount(features.y).argsort(stable=True)
+    rank = by_rarity.argsort()[features.y]
+    rarest = torch.zeros(int(unit.max()) + 1, dtype=torch.int64).scatter_reduce_(
+        0, unit, rank, "amin", include_self=False
+    )
+    return unit, by_rarity[rarest]
+
+
+def units_per_class(features: Features, classes: int) -> Tensor:
+    """(K,) units with a row of the class."""
+    pairs = torch.stack([units(features)[0], features.y]).unique(dim=1)
+    return torch.bincount(pairs[1], minlength=classes)
 
 
 def stratified_folds(features: Features, folds: int, seed: int = 0) -> Tensor:
@@ -111,6 +125,9 @@ def held_out(
     Without a given C the one of :data:`GRID` is taken whose held-out rows lose least; a weaker penalty starts where a
     stronger one ended, and the first that loses more is the last tried.
     """
+    number = int(units(features)[0].max()) + 1
+    if number < folds:
+        raise InputError(f"expected {folds} rows or groups for cross_fit={folds}, got {number}; take fewer folds")
     fold = stratified_folds(features, folds, seed)
     rows = [(fold == one).nonzero().flatten() for one in range(folds)]
     rest = [(fold != one).nonzero().flatten() for one in range(folds)]

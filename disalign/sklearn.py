@@ -1,11 +1,13 @@
 """A scikit-learn estimator: a linear or cosine probe on features, calibrated by DisAlign."""
 
+import numbers
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             is, otherwise one of its kind is trained anew.
         C: inverse L2 penalty of stage one, as in ``LogisticRegression``; ``None``: the folds choose, or 1 without.
         penalty: of the calibration; ``None``: 0.1 with the anchor of logit adjustment, else 0.01.
-        random_state: an integer, of the folds.
+        random_state: of the folds, as scikit-learn has it.
 
     Attributes:
         classes_: (K,) sorted labels.
@@ -53,7 +55,7 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         classifier: Any = "linear",
         C: float | None = None,
         penalty: float | None = None,
-        random_state: int = 0,
+        random_state: Any = 0,
     ) -> None:
         self.rho = rho
         self.cross_fit = cross_fit
@@ -77,16 +79,19 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         if len(self.classes_) < 2:
             raise InputError(f"expected examples of 2 classes or more, got one class: {self.classes_[0]}")
         features = Features.from_arrays(X, labels)
+        seed = self.random_state
+        if not isinstance(seed, numbers.Integral):
+            seed = check_random_state(seed).randint(2**31)
         self.calibrated_ = fit(
             features,
-            _as_module(self.classifier, features.x),
+            _as_module(self.classifier, self.classes_, features.x),
             self.rho,
             cross_fit=min(self.cross_fit, len(features)),
             anchor=self.anchor,
             confidence=self.confidence,
             penalty=self.penalty,
             C=self.C,
-            seed=self.random_state,
+            seed=seed,
         )
         self.stage_one_ = nn.Sequential(_Cast(features.x.dtype), plain_classifier(self.calibrated_))
         self.calibration_ = self.calibrated_.calibration
@@ -123,17 +128,25 @@ class _Cast(nn.Module):
         return x.to(self.dtype)
 
 
-def _as_module(classifier: Any, x: Tensor) -> Any:
+def _as_module(classifier: Any, classes: npt.NDArray[Any], x: Tensor) -> Any:
     """A classifier for :func:`disalign.fit`, whatever it is given as, in the features' dtype."""
+    if isinstance(classifier, str):
+        return classifier
     if isinstance(classifier, nn.Module):
         return plain_classifier(classifier).to(x.dtype)
-    if not hasattr(classifier, "coef_"):
-        return classifier
-    weight, bias = (torch.as_tensor(value, dtype=x.dtype) for value in (classifier.coef_, classifier.intercept_))
-    if len(weight) == 1:  # of two classes scikit-learn scores the second alone
-        weight, bias = (torch.cat([torch.zeros_like(value), value]) for value in (weight, bias))
-    module = nn.Linear(weight.shape[1], len(weight), dtype=x.dtype)
+    rows = 1 if len(classes) == 2 else len(classes)  # of two classes scikit-learn scores the second alone
+    weight, known = (np.asarray(getattr(classifier, name, None)) for name in ("coef_", "classes_"))
+    if weight.shape != (rows, x.shape[1]) or not np.array_equal(known, classes):
+        raise InputError(
+            "expected 'linear', 'cosine', a module, or a fitted linear classifier of scikit-learn with a row of coef_ "
+            f"for each of the same classes, got {type(classifier).__name__}"
+        )
+    coefficients = torch.as_tensor(weight, dtype=x.dtype)
+    bias = torch.as_tensor(np.broadcast_to(classifier.intercept_, (rows,)).copy(), dtype=x.dtype)
+    if rows == 1:
+        coefficients, bias = (torch.cat([torch.zeros_like(value), value]) for value in (coefficients, bias))
+    module = nn.Linear(x.shape[1], len(classes), dtype=x.dtype)
     with torch.no_grad():
-        module.weight.copy_(weight)
+        module.weight.copy_(coefficients)
         module.bias.copy_(bias)
     return module

@@ -34,8 +34,9 @@ class Part:
         if dist.is_available() and dist.is_initialized():
             rows = rows.tensor_split(dist.get_world_size())[dist.get_rank()]
         size = max(1, CHUNK.get(weight.device.type, CHUNK_ON_DEVICES) // max(weight.shape[:2]))
-        for chosen in rows.split(size) if len(rows) else ():
-            where: Any = slice(int(chosen[0]), int(chosen[-1]) + 1) if self.rows is None else chosen
+        for chosen in rows.split(size):  # one empty chunk where there are no rows, so that all ranks sum alike
+            whole = self.rows is None and len(chosen)
+            where: Any = slice(int(chosen[0]), int(chosen[-1]) + 1) if whole else chosen
             yield (
                 self.features.x[where].to(weight),
                 self.features.y[where].to(weight.device),
@@ -47,7 +48,7 @@ def total(parts: Sequence[Part], loss: Loss) -> Tensor:
     """The fp64 sum of a loss over all rows; without gradients."""
     with torch.no_grad():
         found = [loss(part.classifier, *chunk).double() for part in parts for chunk in part.chunks()]
-    return _over_ranks(torch.stack(found).sum(0) if found else torch.zeros((), dtype=torch.float64))
+    return _over_ranks(torch.stack(found).sum(0))
 
 
 def total_and_gradients(parts: Sequence[Part], loss: Loss, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

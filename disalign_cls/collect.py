@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -13,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from disalign import Features, InputError, collect
 from disalign.cli import config_errors
+from disalign.stage_two import require_same_classes
 
 
 def collect_features(
@@ -22,6 +26,7 @@ def collect_features(
     views: int = 0,
     out: str | PathLike[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Features, Any]:
     """Run a config's model once over one of its data sets, on the device that it is on.
 
@@ -32,6 +37,7 @@ def collect_features(
         views: 0 for every image once, under the evaluation's transforms; else that many views of each under the
             split's own, drawn anew, with weights that sum to 1 for each image, and never split over folds.
         out, dtype: :func:`disalign.collect`'s.
+        classes: that the data set must have, in this order; ``None`` where they are not known.
 
     Returns:
         The features, and the data set (without views) for its classes and counts.
@@ -47,6 +53,7 @@ def collect_features(
         if not views:
             description["transforms"] = config.test_dataloader.dataset.get("transforms", ())
         dataset = DATASETS.build(description)
+        require_same_classes(classes, dataset.metainfo["classes"], f"the {dataset.metainfo['split']} set")
         batch_size, workers = loading.batch_size, loading.get("num_workers", 0)
     images, copies = len(dataset), max(views, 1)
     rows = ConcatDataset([dataset] * copies) if views else dataset
@@ -72,7 +79,11 @@ def collect_features(
 
 
 def _describe(dataset: Any, description: dict, copies: int) -> str:
-    """The list's content and the transforms, whatever folder they lie in."""
-    names = [] if not isinstance(dataset.images, list) else dataset.images
-    content = hashlib.sha256(json.dumps([names, dataset.labels.tolist()]).encode()).hexdigest()
-    return f"{len(dataset)} images in {copies} views, list {content}, transforms {description['transforms']}"
+    """The images and labels, wherever they lie, and the transforms."""
+    digest = hashlib.sha256(dataset.labels.numpy().tobytes())
+    if isinstance(dataset.images, np.ndarray):
+        digest.update(np.ascontiguousarray(dataset.images).data)
+    else:
+        root = os.path.commonpath(dataset.images) if len(dataset.images) > 1 else ""
+        digest.update(json.dumps([os.path.relpath(path, root or None) for path in dataset.images]).encode())
+    return f"{len(dataset)} images in {copies} views, {digest.hexdigest()}, transforms {description['transforms']}"

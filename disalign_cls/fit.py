@@ -19,11 +19,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import METRICS
 
-from disalign import Features, InputError, fit, load_stage_one
+from disalign import Features, InputError, fit, generalized_reweight, load_stage_one
 from disalign.cli import command, config_errors, log_to_stderr
-from disalign.fitting import PENALTIES
+from disalign.fitting import PENALTIES, require_options
 from disalign.io import atomic_file, require_folder, require_place, write_json
-from disalign.stage_two import calibrations, require_same_classes
+from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
 from disalign_mmengine.cli import load_config, parser
 
@@ -66,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not calibrations(model):
         raise InputError(f"expected the config of a stage two, got {config.filename!r}, whose model has no calibration")
     rhos = list(dict.fromkeys(args.rho or [model.loss.rho]))
+    calibration = dict(config.model.get("calibration") or {})
+    chosen = {"cross_fit": args.cross_fit, "anchor": args.anchor, "penalty": args.penalty}
+    # All that can be refused before the pass.
+    require_options(**chosen, **{key: calibration[key] for key in calibration if key != "learn_magnitude"})
+    for rho in rhos:
+        generalized_reweight(torch.ones(1), rho)
     for rho in rhos:
         require_place(checkpoint_of(folder, rho), [path], "--work-dir", args.force)
     stage_one = load_checkpoint(path)
@@ -73,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(get_device()).eval()
 
     begun = time.perf_counter()
+    names = class_names(stage_one)
     dtype = torch.float16 if args.fp16 else torch.float32
     kept_in = Path(args.features) if args.features else None
-    train, dataset = collect_features(model, config, "train", args.views, kept_in and kept_in / "train", dtype)
-    require_same_classes(dataset.metainfo["classes"], class_names(stage_one), repr(path))
+    train, dataset = collect_features(model, config, "train", args.views, kept_in and kept_in / "train", dtype, names)
     passed = time.perf_counter() - begun
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
@@ -84,16 +90,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             train,
             model.classifier,
             rhos,
-            cross_fit=args.cross_fit,
-            anchor=args.anchor,
-            penalty=args.penalty,
             zero_count=model.loss.zero_count,
-            **config.model.get("calibration", {}),
+            **chosen,
+            **calibration,
         )
     for warning in told:
         print(f"warning: {warning.message}", file=sys.stderr)
     fitted = time.perf_counter() - begun - passed
-    test, evaluated = collect_features(model, config, "test", out=kept_in and kept_in / "test", dtype=dtype)
+    test, evaluated = collect_features(
+        model, config, "test", out=kept_in and kept_in / "test", dtype=dtype, classes=names
+    )
     for rho, classifier in found.items():
         model.classifier.load_state_dict(classifier.state_dict())
         model.loss.rho = rho

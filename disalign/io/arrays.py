@@ -66,7 +66,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         shapes = {str(name): (np.dtype(dtype), *map(int, shape)) for name, (dtype, *shape) in record["arrays"].items()}
         found = {int(block): int(value) for block, value in record["checksums"].items()}
         return {"rows": int(record["rows"]), "arrays": shapes, "checksums": found, "facts": record["facts"]}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"expected a record of features in {os.fspath(path)!r}, but: {first_line(error)}; {_AGAIN}"
         ) from None
@@ -171,11 +171,12 @@ class Filling:
             self._require_room(self.size())
             self._write(self._own_path())  # first: from now on the files in this folder are ours
             create_arrays(self.folder, self.rows, self.shapes)
+        whole = len(self._checksums) == number_of_blocks(self.rows)
+        if not whole:
             arrays = self.open("r+")
             for name, rows in known.items():
                 arrays[name][:] = rows
                 arrays[name].flush()  # type: ignore[attr-defined]
-        whole = len(self._checksums) == number_of_blocks(self.rows)
         self._keep(self.folder / RECORD if whole else self._own_path())
 
     def open(self, mode: str) -> dict[str, npt.NDArray[Any]]:

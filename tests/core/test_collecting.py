@@ -27,16 +27,16 @@ ROWS = 2 * BLOCK + 300
 class Images(Dataset):
     """Row i is a function of i; counts how often it is asked."""
 
-    def __init__(self, rows=ROWS, factor=1.0):
-        self.rows, self.factor, self.read = rows, factor, []
+    def __init__(self, rows=ROWS, factor=1.0, shift=0, first=0):
+        self.rows, self.factor, self.shift, self.first, self.read = rows, factor, shift, first, []
 
     def __len__(self):
         return self.rows
 
     def __getitem__(self, row):
         self.read.append(row)
-        generator = torch.Generator().manual_seed(row)
-        return self.factor * torch.randn(5, generator=generator), row % 3
+        generator = torch.Generator().manual_seed(row + self.first)
+        return self.factor * torch.randn(5, generator=generator), (row + self.shift) % 3
 
     def __repr__(self):
         return f"Images({self.rows})"
@@ -53,6 +53,11 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.head(self.trunk(x))
+
+
+def spread(rows=ROWS):
+    """The rows that a pass into a folder compares with what is there."""
+    return {place * (rows - 1) // 15 for place in range(16)}
 
 
 def expected(network, data):
@@ -96,6 +101,18 @@ def test_without_a_classifier_the_output_is_the_feature():
     assert torch.equal(features.x, collected(network, Images(100)).x)
 
 
+def test_a_layer_that_writes_to_its_input_and_is_called_by_name():
+    class InPlace(Network):
+        def forward(self, x):
+            features = self.trunk(x)
+            scores = self.head(input=features)
+            features.zero_()
+            return scores
+
+    model = InPlace()
+    torch.testing.assert_close(collected(model, Images(50)).x, expected(model, Images(50)), rtol=1e-5, atol=1e-6)
+
+
 def test_pooled_features_of_a_convolution():
     network = nn.Sequential(nn.Linear(5, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1))
     assert collected(network, Images(10), "2").x.shape == (10, 8)
@@ -137,7 +154,7 @@ def test_a_whole_pass_is_opened_and_not_run_again(tmp_path):
     first = collected(network, Images(), out=tmp_path)
     data = Images()
     again = collected(network, data, out=tmp_path)
-    assert set(data.read) == {0, 1}  # looks whether they come out again
+    assert set(data.read) == spread()  # looks whether they come out again
     assert torch.equal(first.x, again.x)
     assert again.provenance == first.provenance
     assert torch.equal(disalign.Features.open(tmp_path).x, first.x)
@@ -161,6 +178,8 @@ OTHERS = {
     "class_counts": lambda out: collected(Network(), Images(), out=out, class_counts=[900, 900, 900]),
     "classifier": lambda out: collected(Network(), Images(), "trunk.3", out=out),
     "transforms": lambda out: collected(Network(), Images(factor=2.0), out=out),
+    "labels": lambda out: collected(Network(), Images(shift=1), out=out),
+    "another list of a folder without a name": lambda out: collected(Network(), Images(first=1), out=out),
 }
 
 
@@ -168,7 +187,8 @@ OTHERS = {
 def test_features_of_others_are_refused_and_kept(what, tmp_path):
     collected(Network(), Images(), out=tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    sentence = "of the first examples in .* to come out again" if what == "transforms" else f"some of another .*{what}"
+    named = what in ("trunk", "rows", "data", "arrays", "weights or groups", "class_counts", "classifier")
+    sentence = f"some of another .*{what}" if named else "to come out again, but some differ"
     with pytest.raises(InputError, match=sentence):
         OTHERS[what](tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before}
@@ -189,7 +209,18 @@ def test_changed_blocks_are_collected_again(tmp_path):
     data = Images()
     again = collected(Network(), data, out=tmp_path)
     assert torch.equal(again.x, first)
-    assert set(data.read) == {0, 1, *range(BLOCK, 2 * BLOCK)}
+    assert set(data.read) == spread() | {*range(BLOCK, 2 * BLOCK)}
+
+
+@pytest.mark.parametrize("name", ["weights", "groups"])
+def test_changed_weights_and_groups_are_written_again(name, tmp_path):
+    given = {"weights": np.linspace(1, 2, ROWS), "groups": np.arange(ROWS) // 2}
+    collected(Network(), Images(), out=tmp_path, **given)
+    rows = np.load(tmp_path / f"{name}.npy", mmap_mode="r+")
+    rows[:] = 99
+    rows.flush()
+    again = collected(Network(), Images(), out=tmp_path, **given)
+    assert getattr(again, name).tolist() == given[name].tolist()
 
 
 @pytest.mark.parametrize("name", ["x.npy", "y.npy"])
@@ -208,7 +239,7 @@ def test_killed_it_goes_on(tmp_path):
 
         class Slow(Images):
             def __getitem__(self, row):
-                if row >= {BLOCK + 100}:
+                if len(self.read) > {BLOCK + 100}:
                     time.sleep(60)
                 return super().__getitem__(row)
 
@@ -225,7 +256,7 @@ def test_killed_it_goes_on(tmp_path):
         disalign.Features.open(tmp_path / "out")
     data = Images()
     features = collected(Network(), data, out=tmp_path / "out")
-    assert set(data.read) == {0, 1, *range(BLOCK, ROWS)}
+    assert set(data.read) == spread() | {*range(BLOCK, ROWS)}
     assert torch.equal(features.x, collected(Network(), Images()).x)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "record.json",
@@ -253,8 +284,9 @@ def test_two_processes_share_the_rows_and_get_all(kept, tmp_path):
     for found in ((x, y), (x_2, y_2)):
         assert torch.equal(found[0], alone.x)
         assert torch.equal(found[1], alone.y)
-    assert first == [*range(BLOCK), *range(2 * BLOCK, ROWS)]
-    assert second == [0, 1, *range(BLOCK, 2 * BLOCK)]
+    compared = spread() if kept else {0}
+    assert set(first) == compared | {*range(BLOCK), *range(2 * BLOCK, ROWS)}
+    assert set(second) == compared | {*range(BLOCK, 2 * BLOCK)}
 
 
 class WithNaN(Images):
@@ -268,14 +300,49 @@ class Tokens(nn.Module):
         return x[:, None].expand(-1, 3, -1)
 
 
+class Twice(Network):
+    def forward(self, x):
+        return super().forward(x) + super().forward(-x)
+
+
+class Never(Network):
+    def forward(self, x):
+        return self.trunk(x) @ self.head.weight.T
+
+
+def dropping(rows):
+    return torch.utils.data.default_collate(rows[1:] or rows)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(torch.ones(5), 0)])
+
+
 REFUSED = {
+    "a classifier that runs twice": (
+        lambda: collected(Twice(), Images(9)),
+        "but it ran 2 times",
+    ),
+    "a classifier that never runs": (
+        lambda: collected(Never(), Images(9)),
+        "but it ran 0 times",
+    ),
+    "a collate function that drops rows": (
+        lambda: disalign.collect(Network(), loader(Images(9), collate_fn=dropping), "head"),
+        "expected 9 examples in a batch, got 8",
+    ),
+    "a stream": (lambda: collected(Network(), Stream()), "expected a data set with a length, got Stream"),
+    "weights of another length": (lambda: collected(Network(), Images(9), weights=[1.0]), "expected 9 weights"),
+    "negative weights": (lambda: collected(Network(), Images(2), weights=[1.0, -1.0]), "not negative"),
+    "fractions as labels": (lambda: collected(Network(), Images(9, shift=0.5)), "expected one whole label per sample"),
     "NaN": (lambda: collected(Network(), WithNaN(100)), "NaN or infinity in 2 rows: 70, 71"),
     "no data": (lambda: collected(Network(), Images(0)), "expected a data set with examples, got an empty one"),
     "no such layer": (lambda: collected(Network(), Images(9), "fc"), "expected a module of the model as classifier"),
     "another's layer": (lambda: collected(Network(), Images(9), nn.Linear(8, 3)), "expected a module of the model"),
     "tokens": (
         lambda: collected(Tokens(), Images(9), None),
-        "features of shape (n, d) and n labels, got (2, 3, 5)",
+        "features of shape (n, d) and n labels, got (1, 3, 5)",
     ),
     "a dtype": (lambda: collected(Network(), Images(9), dtype=torch.bfloat16), "got torch.bfloat16"),
     "batches": (
@@ -307,7 +374,7 @@ def test_too_little_room_is_said_before_the_pass(tmp_path, monkeypatch):
     data = Images()
     with pytest.raises(InputError, match="MiB free for the features in"):
         collected(Network(), data, out=tmp_path)
-    assert set(data.read) == {0, 1}
+    assert set(data.read) == spread()
 
 
 def test_two_passes_at_once_into_one_folder_are_refused(tmp_path):

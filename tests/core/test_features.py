@@ -52,6 +52,18 @@ def test_labels_of_any_whole_dtype(kind):
     assert torch.equal(Features.from_arrays(x, y.astype(kind)).y, torch.from_numpy(y))
 
 
+@pytest.mark.parametrize("layout", [lambda x: x[::-1], lambda x: x.astype(">f4"), np.asfortranarray])
+def test_arrays_of_any_layout(layout):
+    x, y = arrays()
+    assert torch.equal(Features.from_arrays(layout(x), y).x, torch.tensor(layout(x).astype(np.float32).copy()))
+    assert Features.from_arrays(x, y.astype(np.uint16)).y.tolist() == y.tolist()
+
+
+def test_a_provenance_that_is_not_json_is_kept_as_text(tmp_path):
+    Features.from_arrays(X, Y, provenance={"path": tmp_path}).save(tmp_path / "x")
+    assert Features.open(tmp_path / "x").provenance == {"path": str(tmp_path)}
+
+
 def with_nan(x, *rows):
     x = x.copy()
     x[list(rows), 1] = np.nan
@@ -76,6 +88,9 @@ REFUSED = {
     "soft labels": ((X, Y / 2), "expected one whole label per sample"),
     "a label of three thousand million": ((X, np.where(Y == 1, 3_000_000_000, Y)), "got 3000000000"),
     "negative weights": ((X, Y, np.where(Y == 1, -1, 1)), "expected weights that are finite, not negative"),
+    "words as labels": ((X, [str(label) for label in Y]), "expected arrays of numbers, got list"),
+    "ragged rows": (([[1.0], [1.0, 2.0]], [0, 1]), "expected arrays of numbers, got list"),
+    "fractions as groups": ((X, Y, None, None, Y + 0.5), "expected whole numbers as groups"),
     "no weight": ((X, Y, np.zeros(1500)), "not all zero"),
 }
 
@@ -139,6 +154,8 @@ DAMAGED = {
     "a record of another version": lambda f: set_record(f, format=2),
     "a record of odd types": lambda f: set_record(f, arrays={"x": 3}),
     "a record of more rows": lambda f: set_record(f, rows=10**12),
+    "a record of infinitely many rows": lambda f: set_record(f, rows=float("inf")),
+    "a record of an odd provenance": lambda f: set_record(f, facts={"class_counts": None, "provenance": 5}),
     "a record of other arrays": lambda f: set_record(f, arrays={"z": ["<i8"]}, checksums={}),
     "an unfinished record": lambda f: set_record(f, checksums={}),
     "a pickle": lambda f: np.save(f / "y.npy", np.array([None] * 1500), allow_pickle=True),

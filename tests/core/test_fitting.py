@@ -171,24 +171,40 @@ def test_chunks_only_limit_the_memory(monkeypatch):
     assert parameters(disalign.fit(features, classifier)) == pytest.approx(one, abs=1e-5)
 
 
+def fitted_by_ranks():
+    background = draw([60, 30, 12, 40], class_counts=[60, 30, 12], background=True)
+    one_row = Features.from_arrays(torch.ones(1, WIDTH), [0], class_counts=COUNTS)
+    anchored = {"confidence": "one", "anchor": "logit_adjust"}
+    return [
+        disalign.fit(draw(), linear()),
+        disalign.fit(draw(), linear(), confidence="one"),
+        disalign.fit(draw(), linear(), **anchored),
+        disalign.fit(background, linear(4), 0.8),
+        disalign.fit(one_row, linear()),  # the second rank has no row
+    ]
+
+
 def rank_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    found = disalign.fit(draw(), linear()), disalign.fit(draw(), linear(), confidence="one")
-    torch.save([one.state_dict() for one in found], f"{folder}/{rank}")
+    crossed = disalign.fit(draw(), "linear", C=1.0, confidence="one").fit_report
+    found = [one.state_dict() for one in fitted_by_ranks()]
+    torch.save((found, crossed.out_of_fold_accuracy), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
 def test_two_processes_find_what_one_does(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
-    alone = disalign.fit(draw(), linear()), disalign.fit(draw(), linear(), confidence="one")
-    for first, second, one in zip(*ranks, alone, strict=True):
+    ranks, accuracies = zip(*ranks, strict=True)
+    for first, second, one in zip(*ranks, fitted_by_ranks(), strict=True):
         for name, tensor in one.state_dict().items():
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-5)
+    alone = disalign.fit(draw(), "linear", C=1.0, confidence="one").fit_report.out_of_fold_accuracy
+    assert accuracies == (pytest.approx(alone), pytest.approx(alone))
 
 
 def test_a_strong_penalty_holds_the_start_and_the_anchor():
@@ -368,7 +384,7 @@ def test_a_class_of_one_example_is_left_out(anchor, caplog):
     anchored = math.log(weights_of([40, 20, 10, 1], 1.0)[3]) if anchor == "logit_adjust" else 0
     assert float(found.calibration.margin[3].detach()) == pytest.approx(anchored, rel=1e-6)
     assert (found.calibration.magnitude[:3] != 1).all()
-    assert "1 classes of one example keep magnitude 1 and margin at the anchor: 3" in caplog.text
+    assert "1 classes have too few examples to learn from, and keep magnitude 1" in caplog.text
 
 
 def test_the_folds_choose_the_penalty():
@@ -413,6 +429,18 @@ def widened(features, seed=8):
     return torch.cat([features.x, 0.3 * noise], 1), features.y
 
 
+class Normalised(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.normalize(x))
+
+
+def broken():
+    classifier = linear()
+    with torch.no_grad():
+        classifier.weight[0, 0] = math.nan
+    return classifier
+
+
 REFUSED = {
     "cross_fit 1": ({"cross_fit": 1}, "expected cross_fit 0, or 2 or more folds, got 1"),
     "a zero-shot classifier": (
@@ -422,10 +450,37 @@ REFUSED = {
     "an anchor with a confidence": ({"anchor": "logit_adjust"}, "expected anchor 'zero', or 'logit_adjust' with conf"),
     "an unknown anchor": ({"anchor": "one"}, "got 'one' with 'learnt'"),
     "a negative penalty": ({"penalty": -1.0}, "expected a finite penalty >= 0, got -1.0"),
-    "another solver": ({"solver": "adam"}, "expected solver 'lbfgs', or 'sgd' with its recipe, got 'adam'"),
-    "a recipe for L-BFGS": ({"lr": 0.1}, "got 'lbfgs' with lr"),
-    "folds under SGD": ({"solver": "sgd", "cross_fit": 5}, "expected either cross_fit or solver='sgd'"),
+    "another solver": ({"solver": "adam"}, "expected solver 'lbfgs' or 'sgd', got 'adam'"),
+    "a recipe for L-BFGS": ({"lr": 0.1}, "or with solver='sgd' epochs, batch_size, lr,"),
+    "folds under SGD": (
+        {"solver": "sgd", "cross_fit": 5},
+        "expected solver='sgd' without cross_fit",
+    ),
     "folds beside a split": ({"calibration_features": draw(), "cross_fit": 5}, "either cross_fit or calibration_feat"),
+    "a penalty under SGD": ({"solver": "sgd", "penalty": 1.0}, "expected solver='sgd' without cross_fit"),
+    "SGD of no epochs": ({"solver": "sgd", "epochs": 0}, "expected 1 epoch and batch_size 1 or more, got 0"),
+    "SGD at a rate of nan": ({"solver": "sgd", "lr": math.nan}, "expected a finite number as the optimizer's lr"),
+    "SGD at a negative rate": ({"solver": "sgd", "lr": -1.0}, "expected options of SGD, but: Invalid learning rate"),
+    "C of 0": ({"classifier": "linear", "C": 0.0}, "expected a finite C > 0, got 0.0"),
+    "C of a word": ({"classifier": "linear", "C": "a"}, "expected a finite C > 0, got 'a'"),
+    "C for a given classifier": ({"C": 1.0}, "expected no C for a classifier that is not trained here"),
+    "folds of a half": ({"cross_fit": 2.5}, "expected cross_fit 0, or 2 or more folds, got 2.5"),
+    "more folds than rows": ({"cross_fit": 1000}, "expected 1000 rows or groups for cross_fit=1000, got 109"),
+    "a weightless background": ({"background_weight": 0.0}, "expected a finite background_weight > 0"),
+    "an anchor of a margin that stays": (
+        {"anchor": "logit_adjust", "confidence": "one", "learn_margin": False},
+        "a margin that is learnt, got 'logit_adjust' with 'one' and learn_margin=False",
+    ),
+    "a convolution": (
+        {"classifier": nn.Conv2d(WIDTH, 5, 1)},
+        "of features (N, d), got Conv2",
+    ),
+    "a sequence": ({"classifier": nn.Sequential(nn.Linear(WIDTH, 5))}, "of features (N, d), got Sequential"),
+    "a classifier of NaN": ({"classifier": broken()}, "expected a finite calibration at rho 1.0, got NaN"),
+    "a forward of its own in folds": (
+        {"classifier": Normalised(WIDTH, 5), "cross_fit": 5},
+        "expected a plain linear or cosine classifier to train anew, got Normalised",
+    ),
     "fewer classes": ({"classifier": nn.Linear(WIDTH, 4)}, "expected a classifier of 7 features and 5 outputs"),
     "another width": ({"classifier": nn.Linear(8, 5)}, "got 8 and 5"),
     "an unknown probe": ({"classifier": "quadratic"}, "expected a classifier 'linear' or 'cosine'"),
@@ -438,6 +493,55 @@ def test_refused(name):
     options, sentence = REFUSED[name]
     with pytest.raises(InputError, match=re.escape(sentence)):
         disalign.fit(draw(), **({"classifier": linear(), "rho": 1.0} | options))
+
+
+def test_a_forward_of_its_own_is_calibrated_on_its_own_scores():
+    features, classifier = draw(), Normalised(WIDTH, 5)
+    found = disalign.fit(features, classifier, 0.0)
+    plain = nn.functional.cross_entropy(classifier(features.x), features.y)
+    assert found.fit_report.solution.start == pytest.approx(float(plain.detach()), rel=1e-6)
+
+
+def test_a_class_in_one_group_is_left_out_and_one_in_two_is_not():
+    features = draw([40, 20, 10, 6])
+    groups = torch.arange(len(features))
+    groups[features.y == 3] = 1000  # all in one film
+    groups[(features.y == 2).nonzero()[:5]] = 1001  # in two films, one of them
+    groups[(features.y == 2).nonzero()[5:]] = 1000  # with the rarest class
+    grouped = Features.from_arrays(features.x, features.y, groups=groups)
+    report = disalign.fit(grouped, "linear", 1.0, confidence="one", C=1.0).fit_report
+    assert report.left_out == (3,)
+
+
+def test_a_class_without_rows_to_learn_from_keeps_the_anchor():
+    features, apart = draw([40, 20, 10, 5]), draw([20, 20, 20], class_counts=[20, 20, 20, 0])
+    options = {"calibration_features": apart, "confidence": "one", "anchor": "logit_adjust"}
+    found = disalign.fit(features, linear(4), 1.0, **options)
+    assert found.fit_report.left_out == (3,)
+    assert found.calibration.magnitude[3] == 1
+    assert float(found.calibration.margin[3].detach()) == pytest.approx(math.log(weights_of([40, 20, 10, 5], 1.0)[3]))
+
+
+def test_the_report_is_of_the_stage_one_that_comes_back():
+    features = Features.from_arrays(*by_heart())
+    given = nn.Linear(400, 3)
+    report = disalign.fit(features, given, cross_fit=5, C=100.0, confidence="one").fit_report
+    assert report.train_accuracy == 100
+    assert disalign.fit(features, given).fit_report.C is None
+
+
+def test_sgd_weighs_its_rows():
+    features = draw()
+    weighted = Features.from_arrays(features.x, features.y, np.where(np.arange(len(features)) % 2, 1.0, 0.0))
+    found = disalign.fit(weighted, linear(), solver="sgd", batch_size=len(features))
+    half = Features.from_arrays(features.x[1::2], features.y[1::2], class_counts=features.class_counts)
+    expected = disalign.fit(half, linear(), solver="sgd", batch_size=len(features))
+    assert parameters(found) == pytest.approx(parameters(expected), abs=1e-5)
+
+
+def test_a_copy_of_stage_one_follows_train():
+    plain = plain_classifier(disalign.fit(draw(), linear()))
+    assert plain.train().training
 
 
 def test_a_zero_shot_classifier_is_calibrated_on_its_own_scores():

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
@@ -89,6 +90,37 @@ def test_a_fitted_classifier_of_scikit_learn():
     found = DisAlignClassifier(classifier=reference, cross_fit=0).fit(X[two], y[two])
     scores = found.stage_one_(torch.from_numpy(X)).softmax(1).detach().numpy()
     assert scores == pytest.approx(reference.predict_proba(X))
+
+
+def refused_classifiers():
+    X, y = draw()
+    return {
+        "other classes": LogisticRegression().fit(X, np.char.upper(y)),
+        "pairs": SVC(kernel="linear").fit(X, y),
+        "a pipeline": make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y),
+        "not fitted": LogisticRegression(),
+    }
+
+
+@pytest.mark.parametrize("name", ["other classes", "pairs", "a pipeline", "not fitted"])
+def test_a_classifier_that_does_not_score_these_classes_is_refused(name):
+    X, y = draw()
+    with pytest.raises(disalign.InputError, match="a fitted linear classifier of scikit-learn"):
+        DisAlignClassifier(classifier=refused_classifiers()[name], cross_fit=0).fit(X, y)
+
+
+def test_a_classifier_without_an_intercept():
+    X, y = draw()
+    two = np.isin(y, NAMES[:2])
+    reference = LinearSVC(fit_intercept=False).fit(X[two], y[two])
+    found = DisAlignClassifier(classifier=reference, cross_fit=0).fit(X[two], y[two])
+    scores = found.stage_one_.eval()(torch.from_numpy(X)).detach().numpy()
+    assert scores[:, 1] - scores[:, 0] == pytest.approx(reference.decision_function(X))
+
+
+@pytest.mark.parametrize("random_state", [None, 3, np.random.RandomState(3)])
+def test_random_states(random_state):
+    assert DisAlignClassifier(C=1.0, random_state=random_state).fit(*draw()).fit_report_.cross_fit == 5
 
 
 def test_a_fitted_module():
