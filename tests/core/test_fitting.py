@@ -289,6 +289,27 @@ def test_a_background_is_not_calibrated_and_weighs_as_said():
     assert found.fit_report.solution.start == pytest.approx(float((w * losses).sum() / w.sum()), rel=1e-6)
 
 
+@pytest.mark.slow
+def test_as_many_classes_as_inaturalist_has():
+    counts = disalign.load_class_counts("inaturalist2018")
+    classes = len(counts)
+    torch.manual_seed(0)
+    centres, y = torch.randn(classes, 16), torch.arange(classes)
+    features = Features.from_arrays(centres + torch.randn(classes, 16), y, class_counts=counts)
+    classifier = nn.Linear(16, classes)
+    with torch.no_grad():
+        classifier.weight.copy_(centres)
+        classifier.bias.copy_(counts.log() - centres.square().sum(1) / 2)
+    found = disalign.fit(features, classifier, 1.0, confidence="one", anchor="logit_adjust")
+    losses = nn.functional.cross_entropy(classifier(features.x), y, reduction="none").double()
+    w = torch.from_numpy(weights_of(counts, 1.0))
+    anchored = 0.05 * float(w.log().square().sum())  # the penalty of a margin of 0
+    start = float((w * losses).sum() / w.sum()) + anchored
+    assert found.fit_report.solution.start == pytest.approx(start, rel=1e-6)
+    right = [(model(features.x).argmax(1) == y).double().mean() for model in (classifier, found)]
+    assert right[1] > right[0]
+
+
 def test_half_precision_features_and_importance_weights():
     full = draw()
     features = Features.from_arrays(full.x.half(), full.y)
