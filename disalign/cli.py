@@ -1,16 +1,23 @@
 """What all commands share: the shipped configs, and one sentence with exit status 2 for bad input."""
 
+import argparse
 import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import ParamSpec
 
+import torch
+
 from .errors import InputError, input_errors
+from .fitting import PENALTIES
+from .functional import generalized_reweight
+from .io import require_place
 
 P = ParamSpec("P")
 
@@ -39,6 +46,46 @@ def log_to_stderr() -> None:
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
+
+
+@contextmanager
+def warnings_to_stderr() -> Iterator[None]:
+    """Within it a warning is one line on stderr, without the place in the code that it comes from."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in told:
+        print(f"warning: {warning.message}", file=sys.stderr)
+
+
+def fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of all commands that learn a calibration by :func:`disalign.fit`."""
+    parser.add_argument("--stage-one", help="stage one's checkpoint; default: the config's")
+    parser.add_argument(
+        "--rho", type=float, nargs="+", help="scales of eq. 11, a checkpoint each; default: the config's"
+    )
+    parser.add_argument("--features", help="folder to keep features in, and to take them from the next time")
+    parser.add_argument("--fp16", action="store_true", help="keep them in half precision")
+    parser.add_argument(
+        "--anchor", choices=tuple(PENALTIES), default="zero", help="of the margin; logit_adjust needs confidence 'one'"
+    )
+    parser.add_argument("--penalty", type=float, help="lambda; default: 0.01, with --anchor logit_adjust 0.1")
+    parser.add_argument("--force", action="store_true", help="replace checkpoints of an earlier fit")
+
+
+def fit_places(folder: Path, rhos: Sequence[float], stage_one: str, force: bool) -> dict[float, Path]:
+    """Where the checkpoint of each rho goes; what can't be done is refused before the pass.
+
+    Raises:
+        InputError: no stage one, a rho that is none, or a place that is taken (see ``--force``) or can't be written.
+    """
+    if not stage_one:
+        raise InputError("expected the stage-one checkpoint, got none; give it: --stage-one FILE")
+    places = {rho: folder / f"fit_rho-{rho:g}.pth" for rho in rhos}
+    for rho, path in places.items():
+        generalized_reweight(torch.ones(1), rho)
+        require_place(path, [stage_one], "the checkpoint", force)
+    return places
 
 
 #: What a config that does not fit raises while a framework builds from it.

@@ -2,14 +2,16 @@
 
 import datetime
 import hashlib
+import itertools
 import json
 import logging
+import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.hub import tqdm  # the real one where it is installed
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from .counts import ClassCounts, load_class_counts
 from .errors import InputError, some
@@ -26,7 +28,7 @@ from .freezing import fingerprints, frozen_tensors
 from .functional import check_labels
 from .hand_over import plain_names
 from .io import locked_folder, require_folder
-from .io.arrays import BLOCK, Arrays, Filling, Shapes, number_of_blocks
+from .io.arrays import BLOCK, NO_ROWS, RECORD, Arrays, Parts, read_arrays, require_room
 from .io.images import MOST_CLASSES
 
 log = logging.getLogger("disalign")
@@ -36,8 +38,8 @@ SAMPLE = 16
 
 #: Runs a model on a batch; from both to the batch's labels (n,) and the model's output.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]
-#: From rows of the data set to pieces of it in that order: where in the rows, features (n, d), labels (n,).
-Pass = Callable[[Sequence[int]], Iterator[tuple[int, Tensor, Tensor]]]
+#: From items to pieces of them in that order, none of items of two blocks: of how many items it is, and its rows.
+Pass = Callable[[Sequence[int]], Iterator[tuple[int, Mapping[str, Any]]]]
 
 
 def run_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -100,53 +102,134 @@ def collect(
     if not rows:
         raise InputError("expected a data set with examples, got an empty one")
     given = Features.from_arrays(torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.long), weights, groups=groups)
-    known = {"weights": given.weights.numpy()} | ({} if given.groups is None else {"groups": given.groups.numpy()})
+    known = {"weights": given.weights} | ({} if given.groups is None else {"groups": given.groups})
     counts = None if class_counts is None else load_class_counts(class_counts)
     num_labels = MOST_CLASSES if counts is None else len(counts)
-    with _input_of(layer) as seen, _evaluating(model):
+    with _input_of(layer) as seen, evaluating(model):
 
         @torch.no_grad()
-        def run(chosen: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-            done = 0
-            batches = _batches(loader, chosen)
-            for batch in batches:
+        def run(chosen: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+            batches, loaded = _batches(loader, chosen)
+            for asked, batch in zip(batches, loaded, strict=True):
                 seen.clear()
                 labels, output = step(model, batch)
                 labels = check_labels(torch.as_tensor(labels).cpu(), num_labels, ignore_index=None)
                 x = _as_rows(_only(seen, name) if layer else output, labels).to("cpu", dtype)
-                asked = min(batches.batch_size or 1, len(chosen) - done)
-                if len(x) != asked:
+                if len(x) != len(asked):
                     raise InputError(
-                        f"expected {asked} examples in a batch, got {len(x)}; let the collate function keep all"
+                        f"expected {len(asked)} examples in a batch, got {len(x)}; let the collate function keep all"
                     )
-                require_finite_rows(x, chosen[done])
-                yield done, x, labels
-                done += len(x)
+                require_finite_rows(x, asked[0])
+                yield len(x), {"x": x, "y": labels} | {key: values[asked] for key, values in known.items()}
 
         # Spread over the set: they tell another list or transform from the one that a folder was filled with.
         sampled = [0] if out is None else sorted({place * (rows - 1) // (SAMPLE - 1) for place in range(SAMPLE)})
-        found = [(x, y) for _, x, y in run(sampled)]
-        sample, sample_labels = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
-        shapes = {"x": (sample.numpy().dtype, sample.shape[1]), "y": (np.dtype(np.int64),)}
-        shapes |= {key: (array.dtype, *array.shape[1:]) for key, array in known.items()}
+        sample = _joined([arrays for _, arrays in run(sampled)])
         source = {
             "trunk": trunk_digest(model, name),
             "classifier": name,
             # Objects without a repr of their own show their address.
             "data": re.sub(r" at 0x[0-9a-f]+", "", repr(loader.dataset)) if data is None else data,
-            "weights or groups": _digest({key: torch.from_numpy(array) for key, array in known.items()}),
+            "rows": rows,
+            "arrays": [sample["x"].dtype.str, sample["x"].shape[1]],
+            "weights or groups": _digest(known),
             "class_counts": None if counts is None else counts.tolist(),
         }
-        made = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, **source}
-        if out is not None:
-            facts = {"source": source, "class_counts": source["class_counts"], "provenance": made}
-            require_folder(out)
-            compared = None if random else (sampled, sample, sample_labels)
-            _in_folder(Filling(out, rows, shapes, facts, _place()[0]), compared, known, run)
-            return Features.open(out)
-        arrays = known | _in_memory(rows, shapes, run)
-    tensors: dict[str, Any] = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    return Features.from_arrays(**tensors, class_counts=counts, provenance=made)
+        size = rows * sum(array[0].nbytes for array in sample.values())
+
+        def compare(stored: Callable[[int], Arrays | None]) -> None:
+            _require_alike({row: stored(row) for row in sampled}, sample, out)
+
+        return run_pass(rows, run, source, out, size=size, compare=None if random else compare, class_counts=counts)
+
+
+def run_pass(
+    items: int,
+    run: Pass,
+    source: Mapping[str, Any],
+    out: str | PathLike[str] | None = None,
+    *,
+    size: int,
+    block: int = BLOCK,
+    compare: Callable[[Callable[[int], Arrays | None]], None] | None = None,
+    **facts: Any,
+) -> Features:
+    """Run a pass over items (images), of any number of rows each, in memory or in a folder, and over all ranks.
+
+    Args:
+        items: how many there are.
+        run: the pass.
+        source: plain values that say what the rows are from; the rows of another source in ``out`` are refused.
+        out: :func:`collect`'s.
+        size: bytes of all rows, or more.
+        block: items that a killed pass loses at most, on each rank.
+        compare: looks at the rows that are there already, given a function from an item, of one row, to its row.
+        facts: ``class_counts``, ``background`` and ``totals`` of :meth:`Features.from_arrays`.
+    """
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    made = {"date": datetime.date.today().isoformat(), "versions": versions, **source}
+    number, (rank, ranks) = -(-items // block), _place()
+    if out is None:
+        kept = dict(_blocks(items, run, range(number)[rank::ranks], block))
+        if ranks > 1:
+            shares: list[Any] = [None] * ranks
+            dist.all_gather_object(shares, kept)
+            kept = {place: arrays for share in shares for place, arrays in share.items()}
+        arrays: Any = _joined([kept[place] for place in sorted(kept)])
+        if not len(arrays["y"]):
+            raise InputError(NO_ROWS)
+        return Features.from_arrays(**arrays, **facts, provenance=made)
+    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in facts.items()}
+    require_folder(out)
+    parts = Parts(out, number, {"source": source, **plain, "provenance": made})
+    with locked_folder(out, "out") if rank == 0 else nullcontext():
+        if rank == 0:
+            log.info("features of %d examples take up to %.1f MiB in %s", items, size / 2**20, out)
+            parts.prepare()
+        _barrier()
+        missing = parts.missing()
+        if rank == 0 and missing:
+            require_room(out, size * len(missing) // number)
+        if compare is not None:
+            compare(_stored(parts, block))
+        _barrier()  # all know what is missing before one fills it
+        for place, arrays in _blocks(items, run, missing[rank::ranks], block):
+            parts.write(place, arrays)
+        _barrier()
+        if rank == 0:
+            parts.finish()
+        _barrier()
+    return Features.open(out)
+
+
+def _blocks(items: int, run: Pass, blocks: Sequence[int], block: int) -> Iterator[tuple[int, Arrays]]:
+    """The rows of some blocks of the items, block by block."""
+    wanted = [range(place * block, min((place + 1) * block, items)) for place in blocks]
+    pieces = run([item for items in wanted for item in items]) if wanted else iter(())
+    with _bar(sum(map(len, wanted))) as bar:
+        for place, chosen in zip(blocks, wanted, strict=True):
+            done, found = 0, []
+            while done < len(chosen):
+                number, arrays = next(pieces)
+                done += number
+                found.append(arrays)
+                bar.update(number)
+            yield place, _joined(found)
+
+
+def _joined(pieces: Sequence[Mapping[str, Any]]) -> Arrays:
+    return {name: np.concatenate([np.asarray(piece[name]) for piece in pieces]) for name in pieces[0]}
+
+
+def _stored(parts: Parts, block: int) -> Callable[[int], Arrays | None]:
+    """From an item, each of which has one row, to its row, if it is there."""
+    whole = read_arrays(parts.folder)[0] if (parts.folder / RECORD).exists() else None
+
+    def row(item: int) -> Arrays | None:
+        arrays, place = (parts.read(item // block), item % block) if whole is None else (whole, item)
+        return None if arrays is None else {name: array[place] for name, array in arrays.items()}
+
+    return row
 
 
 def trunk_digest(model: nn.Module, classifier: str = "") -> str:
@@ -197,7 +280,7 @@ def _only(seen: list[Any], name: str) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -207,12 +290,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _batches(loader: DataLoader[Any], chosen: Sequence[int]) -> DataLoader[Any]:
+def _batches(loader: DataLoader[Any], chosen: Sequence[int]) -> tuple[list[list[int]], DataLoader[Any]]:
+    """The rows in batches as the loader's, none of rows of two blocks, and what loads them."""
     size = loader.batch_size or int(getattr(loader.batch_sampler, "batch_size", 1))
-    workers = loader.num_workers if len(chosen) > size else 0
-    return DataLoader(
-        Subset(loader.dataset, chosen),
-        batch_size=size,
+    blocks = [list(rows) for _, rows in itertools.groupby(chosen, lambda row: row // BLOCK)]
+    batches = [rows[start : start + size] for rows in blocks for start in range(0, len(rows), size)]
+    workers = loader.num_workers if len(batches) > 1 else 0
+    return batches, DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -242,72 +328,21 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _share(blocks: Sequence[int], rows: int) -> list[int]:
-    """The rows of those of the blocks that fall to this rank."""
-    rank, ranks = _place()
-    return [row for block in blocks[rank::ranks] for row in range(block * BLOCK, min((block + 1) * BLOCK, rows))]
-
-
 @contextmanager
-def _bar(rows: int, total: int, width: int) -> Iterator[Any]:
+def _bar(items: int) -> Iterator[Any]:
     quiet = _place()[0] > 0 or not sys.stderr.isatty()
-    with tqdm(total=rows, desc=f"{total:,} x {width} features", unit="row", disable=quiet) as bar:
+    with tqdm(total=items, desc="features", unit="example", disable=quiet) as bar:
         yield bar
 
 
-def _in_memory(rows: int, shapes: Shapes, run: Pass) -> dict[str, Any]:
-    chosen = _share(range(number_of_blocks(rows)), rows)
-    arrays = {name: np.zeros((len(chosen), *shapes[name][1:]), shapes[name][0]) for name in ("x", "y")}
-    with _bar(len(chosen), rows, shapes["x"][1]) as bar:
-        for start, x, y in run(chosen) if chosen else ():
-            arrays["x"][start : start + len(x)], arrays["y"][start : start + len(x)] = x.numpy(), y.numpy()
-            bar.update(len(x))
-    if _place()[1] == 1:
-        return arrays
-    parts: list[Any] = [None] * _place()[1]
-    dist.all_gather_object(parts, (chosen, arrays))
-    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    return {name: np.concatenate([part[name] for _, part in parts])[order] for name in arrays}
-
-
-def _in_folder(
-    filling: Filling, compared: tuple[list[int], Tensor, Tensor] | None, known: Mapping[str, Any], run: Pass
-) -> None:
-    first = filling.rank == 0
-    with locked_folder(filling.folder, "out") if first else nullcontext():
-        if first:
-            log.info("features of %d rows take %.0f MiB in %s", filling.rows, filling.size() / 2**20, filling.folder)
-            filling.prepare(known)
-        _barrier()
-        arrays, missing = filling.open("r+"), filling.missing()
-        if compared is not None:
-            _require_alike(arrays, missing, *compared, filling.folder)
-        _barrier()  # all know what is missing before one fills it
-        chosen = _share(missing, filling.rows)
-        with _bar(len(chosen), filling.rows, arrays["x"].shape[1]) as bar:
-            for start, x, y in run(chosen) if chosen else ():
-                rows = chosen[start : start + len(x)]
-                arrays["x"][rows], arrays["y"][rows] = x.numpy(), y.numpy()
-                for row in rows:
-                    if (row + 1) % BLOCK == 0 or row + 1 == filling.rows:
-                        filling.filled(arrays, row // BLOCK)
-                bar.update(len(x))
-        _barrier()
-        if first:
-            filling.finish()
-        _barrier()
-
-
-def _require_alike(
-    arrays: Arrays, missing: Sequence[int], rows: Sequence[int], x: Tensor, y: Tensor, folder: Path
-) -> None:
+def _require_alike(stored: Mapping[int, Arrays | None], found: Arrays, folder: Any) -> None:
     """Refuse stored rows that this pass does not find again, but for what devices and mixed precision round."""
-    places = [place for place, row in enumerate(rows) if row // BLOCK not in missing]
-    chosen = [rows[place] for place in places]
-    stored, found = torch.from_numpy(arrays["x"][chosen]).float(), x[places].float()
-    close = not places or torch.allclose(stored, found, rtol=0.05, atol=0.05 * float(stored.abs().max()))
-    if not close or arrays["y"][chosen].tolist() != y[places].tolist():
+    pairs = [(row, place) for place, row in enumerate(stored.values()) if row is not None]
+    theirs = np.array([row["x"] for row, _ in pairs], np.float32)
+    ours = found["x"][[place for _, place in pairs]].astype(np.float32)
+    close = not pairs or np.allclose(theirs, ours, rtol=0.05, atol=0.05 * float(np.abs(theirs).max()))
+    if not close or any(row["y"] != found["y"][place] for row, place in pairs):
         raise InputError(
-            f"expected the features and labels in {str(folder)!r} to come out again, but some differ: other images, "
-            "labels or transforms; give another folder, or delete this one"
+            f"expected the features and labels in {os.fspath(folder)!r} to come out again, but some differ: other "
+            "images, labels or transforms; give another folder, or delete this one"
         )

@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from torch import Tensor
 from .counts import ClassCounts, load_class_counts
 from .errors import InputError, first_line, some
 from .functional import check_labels
-from .io import atomic_file
-from .io.arrays import BLOCK, RECORD, checksum, number_of_blocks, read_arrays, require_new, write_record
+from .io.arrays import BLOCK, read_arrays, require_new, save_arrays
 from .io.images import MOST_CLASSES
 
+#: What has one row an example.
+ARRAYS = ("x", "y", "weights", "groups", "bilinear")
 DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
@@ -36,6 +36,10 @@ class Features:
         class_counts: (K,) int64 examples per class of the *whole* training set, of which this may be a part.
         groups: (N,) int64; rows of one number belong together (views of one image, frames of one film), whatever their
             labels, and are never split over folds. ``None`` where each row stands for itself.
+        bilinear: (N, G) weights of the G cells of a feature map that a pixel's scores are interpolated from; ``x`` is
+            then (N, G, d). ``None`` where each row has scores of its own.
+        totals: (K,) fp64, or (K + 1,) with a background, what the weights of each label sum to over the whole training
+            set, where it is known and the rows are a sample of it; ``None`` for their own sums.
         background: whether label K stands for a detector's background, which ``class_counts`` leave out.
         provenance: plain values: the trunk, the data, the date and the versions that they come from.
     """
@@ -47,6 +51,8 @@ class Features:
     groups: Tensor | None = None
     background: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    bilinear: Tensor | None = None
+    totals: Tensor | None = None
 
     @classmethod
     def from_arrays(
@@ -58,6 +64,8 @@ class Features:
         groups: Tensor | npt.NDArray[Any] | Sequence[int] | None = None,
         background: bool = False,
         provenance: Mapping[str, Any] | None = None,
+        bilinear: Tensor | npt.NDArray[Any] | None = None,
+        totals: Tensor | npt.NDArray[Any] | Sequence[float] | None = None,
     ) -> "Features":
         """Take features and labels that are there already; ``x`` is not copied.
 
@@ -69,11 +77,19 @@ class Features:
                 or negative weights.
         """
         x, y, background = as_tensor(x), as_tensor(y), bool(background)
-        if x.dim() != 2 or x.dtype not in DTYPES or not x.numel():
+        if x.dim() != 2 + (bilinear is not None) or x.dtype not in DTYPES or not x.numel():
             raise InputError(
-                f"expected features of shape (N, d) in fp16, fp32 or fp64, one row an example, got {x.dtype} of shape "
-                f"{tuple(x.shape)}; pool or flatten them"
+                f"expected features of shape {'(N, d)' if bilinear is None else '(N, G, d)'} in fp16, fp32 or fp64, "
+                f"one row an example, got {x.dtype} of shape {tuple(x.shape)}; pool or flatten them"
             )
+        if bilinear is not None:
+            bilinear = as_tensor(bilinear)
+            if bilinear.shape != x.shape[:2]:
+                raise InputError(
+                    f"expected bilinear weights of shape {tuple(x.shape[:2])}, one for each cell of a row, got "
+                    f"{tuple(bilinear.shape)}"
+                )
+            require_finite_rows(bilinear)
         _require_rows(x, y, "labels")
         counts = None if class_counts is None else load_class_counts(class_counts)
         labels = min(int(y.max()) + 1, MOST_CLASSES) if counts is None else len(counts) + background
@@ -92,7 +108,11 @@ class Features:
         require_finite_rows(x)
         if counts is None:
             counts = load_class_counts(torch.bincount(y)[: labels - background])
-        return cls(x, y, weights, counts, groups, background, dict(provenance or {}))
+        if totals is not None:
+            totals = as_tensor(totals).double()
+            if totals.shape != (labels,) or not (totals.isfinite().all() and (totals >= 0).all() and totals.any()):
+                raise InputError(f"expected totals of {labels} labels, finite, not negative and not all zero")
+        return cls(x, y, weights, counts, groups, background, dict(provenance or {}), bilinear, totals)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Features":
@@ -103,9 +123,11 @@ class Features:
         """
         arrays, facts = read_arrays(folder)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if not {"x", "y"} <= tensors.keys() <= {"x", "y", "weights", "groups"}:
+        if not {"x", "y"} <= tensors.keys() <= set(ARRAYS):
             raise InputError(f"expected features x and labels y in {os.fspath(folder)!r}, got {some(tensors)}")
-        kept: dict[str, Any] = {name: facts.get(name) for name in ("class_counts", "background", "provenance")}
+        kept: dict[str, Any] = {
+            name: facts.get(name) for name in ("class_counts", "background", "provenance", "totals")
+        }
         if not isinstance(kept["provenance"], dict):
             raise InputError(
                 f"expected the provenance of features in {os.fspath(folder)!r} as a JSON object; collect anew"
@@ -116,27 +138,24 @@ class Features:
         """Write to a new folder: .npy files, and a record with their checksums that appears last."""
         require_new(folder)
         facts = {"class_counts": self.class_counts.tolist(), "background": self.background}
+        facts["totals"] = None if self.totals is None else self.totals.tolist()
         facts["provenance"] = json.loads(json.dumps(dict(self.provenance), default=str))
-        arrays = {"x": self.x, "y": self.y, "weights": self.weights, "groups": self.groups}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
         found = {name: tensor.cpu().numpy() for name, tensor in arrays.items() if tensor is not None}
-        for name, array in found.items():
-            with atomic_file(Path(folder) / f"{name}.npy") as file:
-                np.save(file, array, allow_pickle=False)
-        checksums = {block: checksum(found, block) for block in range(number_of_blocks(len(self)))}
-        shapes = {name: (array.dtype, *array.shape[1:]) for name, array in found.items()}
-        write_record(Path(folder) / RECORD, len(self), shapes, checksums, facts)
+        save_arrays(folder, len(self), [found], facts)
 
     def __len__(self) -> int:
         return len(self.y)
 
     def part(self, rows: Tensor) -> "Features":
         """Some of the rows, as a part of the same training set; ``rows`` are (n,) int64 or (N,) bool. Copies them."""
-        groups = None if self.groups is None else self.groups[rows]
-        return replace(self, x=self.x[rows], y=self.y[rows], weights=self.weights[rows], groups=groups)
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return replace(self, **{name: tensor[rows] for name, tensor in arrays.items() if tensor is not None})
 
     def __repr__(self) -> str:
         kind = str(self.x.dtype).removeprefix("torch.")
-        return f"Features({len(self):,} x {self.x.shape[1]} {kind}, {len(self.class_counts)} classes)"
+        shape = " x ".join(f"{size:,}" for size in self.x.shape)
+        return f"Features({shape} {kind}, {len(self.class_counts)} classes)"
 
 
 def as_tensor(values: Any) -> Tensor:
@@ -165,7 +184,9 @@ def _require_rows(x: Tensor, values: Tensor, what: str) -> None:
 
 def require_finite_rows(x: Tensor, first: int = 0) -> None:
     """Refuse features with NaN or infinity; ``first`` is the number of the first row, for the message."""
-    finite = torch.cat([block.isfinite().all(1) for block in x.split(BLOCK)])  # in blocks: x may not fit in memory
+    finite = torch.cat(
+        [block.isfinite().flatten(1).all(1) for block in x.split(BLOCK)]
+    )  # in blocks: x may not fit in memory
     wrong = ((~finite).nonzero().flatten() + first).tolist()
     if wrong:
         raise InputError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import InputError, input_errors, some
 from .features import Features
 from .freezing import freeze_except
-from .functional import generalized_reweight, grw_cross_entropy
+from .functional import check_background_weight, class_weights, grw_cross_entropy
 from .modules import (
     AdaptiveCalibration,
     Calibrated,
@@ -27,7 +27,7 @@ from .modules import (
     sizes,
 )
 from .probes import accuracy, held_out, new_classifier, train_classifier, units_per_class
-from .solver import Part, Solution, minimise, total, total_and_gradients
+from .solver import Chunk, Part, Solution, minimise, total, total_and_gradients
 from .stage_two import keep_magnitude_from_decay, require_finite_settings
 
 #: lambda by anchor (docs/fit.md has a table): logit adjustment's margin is worth a stronger pull than stage one's.
@@ -75,7 +75,7 @@ def fit(
     penalty: float | None = None,
     C: float | None = None,
     calibration_features: Features | None = None,
-    background_weight: float = 1.0,
+    background_weight: float | str = 1.0,
     zero_count: str = "error",
     solver: str = "lbfgs",
     seed: int = 0,
@@ -132,6 +132,8 @@ def fit(
         recipe=recipe,
     )
     _require_teachers(classifier, cross_fit, calibration_features, C)
+    if features.bilinear is not None and (isinstance(classifier, str) or cross_fit or solver == "sgd"):
+        raise InputError("expected a given classifier, cross_fit=0 and solver='lbfgs' for features of pixels; set them")
     penalty = PENALTIES[anchor] if penalty is None else penalty
     learns_from = features if calibration_features is None else calibration_features
     given = None if isinstance(classifier, str) else plain_classifier(classifier)
@@ -164,9 +166,8 @@ def fit(
             confidence=confidence,
         )
         freeze_except(found, ["calibration"])
-        weight = generalized_reweight(features.class_counts, rho, zero_count=zero_count)
-        if features.background:
-            weight = torch.cat([weight, torch.tensor([float(background_weight)])])
+        background = background_weight if features.background else None
+        weight = class_weights(features.class_counts, rho, zero_count=zero_count, background_weight=background)
         weight = weight.to(found.calibration.magnitude.device)
         if solver == "sgd":
             solution = sgd(found, learns_from, weight, seed=seed, **recipe)
@@ -214,13 +215,20 @@ def _lbfgs(
     if "margin" in parameters:
         with torch.no_grad():
             calibration.margin[held] = anchor[held].to(calibration.margin)
-    denominator = float(total(parts, lambda _, x, y, weights: (weight[y] * weights).sum()))
+    totals = parts[0].features.totals
+    if totals is None:
+        denominator = float(total(parts, lambda _, chunk: (weight[chunk.y] * chunk.weights).sum()))
+    else:
+        denominator = float((weight * totals.to(weight)).sum())
 
-    def loss(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits = classifier(x).double()
-        losses = grw_cross_entropy(calibration(logits, x), y, weight, "none")
-        return (losses * weights).sum() / denominator
+    def loss(classifier: nn.Module, chunk: Chunk) -> Tensor:
+        def calibrated(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                logits = classifier(x).double()
+            return cast(Tensor, calibration(logits, x))
+
+        losses = grw_cross_entropy(chunk.scores(calibrated), chunk.y, weight, "none")
+        return (losses * chunk.weights).sum() / denominator
 
     def evaluate() -> tuple[Tensor, list[Tensor]]:
         value, gradients = total_and_gradients(parts, loss, list(parameters.values()))
@@ -339,7 +347,7 @@ def require_options(
     cross_fit: int = 0,
     penalty: float | None = None,
     C: float | None = None,
-    background_weight: float = 1.0,
+    background_weight: float | str = 1.0,
     solver: str = "lbfgs",
     recipe: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
@@ -356,11 +364,10 @@ def require_options(
             "expected anchor 'zero', or 'logit_adjust' with confidence='one' and a margin that is learnt, got "
             f"{anchor!r} with {confidence!r}{learnt}"
         )
-    for name, value, least in (
-        ("penalty", penalty, 0.0),
-        ("C", C, 1e-30),
-        ("background_weight", background_weight, 1e-30),
-    ):
+    check_background_weight(background_weight)
+    if background_weight == 0:
+        raise InputError("expected a background_weight > 0, got 0; leave the background's rows out")
+    for name, value, least in (("penalty", penalty, 0.0), ("C", C, 1e-30)):
         if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= least):
             raise InputError(f"expected a finite {name} {'> 0' if least else '>= 0'}, got {value!r}")
     if solver not in ("lbfgs", "sgd"):
@@ -400,8 +407,8 @@ def _require_fit(classifier: nn.Module, features: Features) -> None:
         )
     width, outputs = sizes(classifier)
     expected = len(features.class_counts) + features.background
-    if (width, outputs) != (features.x.shape[1], expected):
+    if (width, outputs) != (features.x.shape[-1], expected):
         raise InputError(
-            f"expected a classifier of {features.x.shape[1]} features and {expected} outputs for {features!r}, got "
+            f"expected a classifier of {features.x.shape[-1]} features and {expected} outputs for {features!r}, got "
             f"{width} and {outputs}; give Features the class_counts of all classes"
         )

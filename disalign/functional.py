@@ -122,6 +122,48 @@ def generalized_reweight(
     return weights.float()
 
 
+def class_weights(
+    class_counts: Tensor,
+    rho: float,
+    normalize: str = "mean",
+    zero_count: str = "error",
+    background_weight: float | str | None = None,
+) -> Tensor:
+    """:func:`generalized_reweight`, and behind it the weight of a detector's background, if there is one.
+
+    Args:
+        class_counts, rho, normalize, zero_count: as there; counts n, weights w.
+        background_weight: a number (official: 1, beside foreground weights that average 1); or ``"balanced"``,
+            sum(n w) / sum(n): the classes' mean weight over their examples, which leaves the balance of foreground and
+            background as it is in the data.
+
+    Returns:
+        (K,) fp32 weights, or (K + 1,) with a background.
+
+    Raises:
+        InputError: as there, and see :func:`check_background_weight`.
+    """
+    weight = generalized_reweight(class_counts, rho, normalize, zero_count)
+    if background_weight is None:
+        return weight
+    check_background_weight(background_weight)
+    if background_weight == "balanced":
+        counts = torch.as_tensor(class_counts).to(torch.float64)
+        background_weight = float((counts * weight).sum() / counts.sum())
+    return torch.cat([weight, torch.tensor([float(background_weight)])])
+
+
+def check_background_weight(value: float | str) -> None:
+    """Refuse what is no weight of a background.
+
+    Raises:
+        InputError: it is neither ``"balanced"`` nor a finite number >= 0.
+    """
+    number = isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0
+    if not (number or value == "balanced"):
+        raise InputError(f"expected a finite background weight >= 0, or 'balanced', got {value!r}")
+
+
 def check_labels(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> Tensor:
     """Refuse labels outside [0, num_classes) that are not ``ignore_index``; on the CPU only, where the check is free.
 

@@ -1,6 +1,5 @@
 """The generalized re-weighted loss as a module."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from .counts import ClassCounts, load_class_counts
 from .errors import InputError
-from .functional import REDUCTIONS, generalized_reweight, grw_cross_entropy, grw_denominator
+from .functional import REDUCTIONS, check_background_weight, class_weights, grw_cross_entropy, grw_denominator
 
 
 class GRWCrossEntropyLoss(nn.Module):
@@ -23,7 +22,8 @@ class GRWCrossEntropyLoss(nn.Module):
         rho: scale of eq. 11 (official: 1.2 classification, 0.8 LVIS, 0.2 ADE20K).
         reduction, ignore_index: see :func:`disalign.functional.grw_cross_entropy`.
         normalize, zero_count: see :func:`disalign.functional.generalized_reweight`.
-        background_weight: weight of one more class behind the K counted ones, a detector's background (official: 1).
+        background_weight: weight of one more class behind the K counted ones, a detector's background (official: 1), or
+            ``"balanced"``; see :func:`disalign.functional.class_weights`.
         sync: in distributed training divide a mean by the global batch's denominator, so that the gradient, which DDP
             averages over ranks, does not depend on the number of GPUs. Every rank must then call the loss, an empty
             batch included. Off in evaluation (``eval()`` or ``torch.no_grad()``).
@@ -45,13 +45,13 @@ class GRWCrossEntropyLoss(nn.Module):
         normalize: str = "mean",
         zero_count: str = "error",
         sync: bool = True,
-        background_weight: float | None = None,
+        background_weight: float | str | None = None,
     ) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise InputError(f"expected a reduction among {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if background_weight is not None and not (math.isfinite(background_weight) and background_weight >= 0):
-            raise InputError(f"expected a finite background weight >= 0, got {background_weight!r}")
+        if background_weight is not None:
+            check_background_weight(background_weight)
         self.rho = rho
         self.reduction = reduction
         self.ignore_index = ignore_index
@@ -68,9 +68,7 @@ class GRWCrossEntropyLoss(nn.Module):
     def set_class_counts(self, class_counts: ClassCounts) -> None:
         """Compute the weights from anything :func:`disalign.load_class_counts` takes."""
         counts = load_class_counts(class_counts)
-        weight = generalized_reweight(counts, self.rho, self.normalize, self.zero_count)
-        if self.background_weight is not None:
-            weight = torch.cat([weight, torch.tensor([float(self.background_weight)])])
+        weight = class_weights(counts, self.rho, self.normalize, self.zero_count, self.background_weight)
         self.class_counts = counts
         self.weight = weight if self.weight is None else weight.to(self.weight.device)
 

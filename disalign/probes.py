@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .features import Features
 from .modules import CosineClassifier, sizes
-from .solver import Part, Solution, minimise, total, total_and_gradients
+from .solver import Chunk, Part, Solution, minimise, total, total_and_gradients
 
 #: Inverse L2 penalties among which held-out folds choose, from strong to weak.
 GRID = tuple(10.0**power for power in range(-3, 4))
@@ -74,8 +73,8 @@ def train_classifier(classifier: nn.Module, features: Features, C: float, rows: 
     seen = float(features.weights.sum() if rows is None else features.weights[rows].sum())
     parameters = list(classifier.parameters())
 
-    def loss(*chunk: Any) -> Tensor:
-        return _cross_entropy(*chunk) / seen
+    def loss(classifier: nn.Module, chunk: Chunk) -> Tensor:
+        return _cross_entropy(classifier, chunk) / seen
 
     def penalty(values: Sequence[Tensor]) -> Tensor:
         if isinstance(classifier, CosineClassifier):
@@ -146,15 +145,16 @@ def held_out(
     return best[1:]
 
 
-def _cross_entropy(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    return (F.cross_entropy(classifier(x), y, reduction="none") * weights).sum()
+def _cross_entropy(classifier: nn.Module, chunk: Chunk) -> Tensor:
+    return (F.cross_entropy(chunk.scores(classifier), chunk.y, reduction="none") * chunk.weights).sum()
 
 
 def accuracy(parts: Sequence[Part]) -> float:
     """Percent of the rows, by their weights, that their classifiers get right."""
 
-    def hits(classifier: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        return torch.stack([(weights * (classifier(x).argmax(1) == y)).sum(), weights.sum()])
+    def hits(classifier: nn.Module, chunk: Chunk) -> Tensor:
+        right = chunk.scores(classifier).argmax(1) == chunk.y
+        return torch.stack([(chunk.weights * right).sum(), chunk.weights.sum()])
 
     right, all_of_them = total(parts, hits)
     return 100 * float(right / all_of_them)

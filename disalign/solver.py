@@ -1,8 +1,9 @@
 """Sums over all rows of features, and the L-BFGS that minimises them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,25 @@ from .features import Features
 CHUNK = {"cpu": 1 << 20}
 CHUNK_ON_DEVICES = 1 << 25
 
-#: From features (n, d) in fp32 or better, labels (n,) and importance weights (n,) fp64 to a scalar.
-Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+class Chunk(NamedTuple):
+    """Some rows on the classifier's device: :class:`Features`' arrays, ``x`` in fp32 or better."""
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    bilinear: Tensor | None
+
+    def scores(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, C) scores of the rows; ``score`` goes from features (m, d) to (m, C), and a pixel's are interpolated."""
+        if self.bilinear is None:
+            return score(self.x)
+        cells: Tensor = score(self.x.flatten(0, 1)).unflatten(0, self.bilinear.shape)  # type: ignore[no-untyped-call]
+        return (cells * self.bilinear.to(cells)[..., None]).sum(1)
+
+
+#: From a classifier and a chunk of rows to a scalar, or a few.
+Loss = Callable[[nn.Module, Chunk], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,27 +45,29 @@ class Part:
     #: (n,) int64; ``None`` for all, which are then not copied.
     rows: Tensor | None = None
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Features, labels and importance weights on the classifier's device; in distributed training a rank's."""
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows, in distributed training this rank's share of them, a few at a time."""
         weight = cast(Tensor, self.classifier.weight)
         rows = torch.arange(len(self.features)) if self.rows is None else self.rows
         if dist.is_available() and dist.is_initialized():
             rows = rows.tensor_split(dist.get_world_size())[dist.get_rank()]
-        size = max(1, CHUNK.get(weight.device.type, CHUNK_ON_DEVICES) // max(weight.shape[:2]))
+        widest = max(weight.shape[:2]) * math.prod(self.features.x.shape[1:-1])
+        size = max(1, CHUNK.get(weight.device.type, CHUNK_ON_DEVICES) // widest)
         for chosen in rows.split(size):  # one empty chunk where there are no rows, so that all ranks sum alike
             whole = self.rows is None and len(chosen)
             where: Any = slice(int(chosen[0]), int(chosen[-1]) + 1) if whole else chosen
-            yield (
+            yield Chunk(
                 self.features.x[where].to(weight),
                 self.features.y[where].to(weight.device),
                 self.features.weights[where].to(weight.device),
+                None if self.features.bilinear is None else self.features.bilinear[where].to(weight.device),
             )
 
 
 def total(parts: Sequence[Part], loss: Loss) -> Tensor:
     """The fp64 sum of a loss over all rows; without gradients."""
     with torch.no_grad():
-        found = [loss(part.classifier, *chunk).double() for part in parts for chunk in part.chunks()]
+        found = [loss(part.classifier, chunk).double() for part in parts for chunk in part.chunks()]
     return _over_ranks(torch.stack(found).sum(0))
 
 
@@ -57,7 +77,7 @@ def total_and_gradients(parts: Sequence[Part], loss: Loss, parameters: Sequence[
     sums[0] = sums[0].to(parameters[0].device)
     for part in parts:
         for chunk in part.chunks():
-            value = loss(part.classifier, *chunk)
+            value = loss(part.classifier, chunk)
             for summed, found in zip(sums, (value.detach(), *torch.autograd.grad(value, parameters)), strict=True):
                 summed += found
     found, *gradients = [_over_ranks(summed) for summed in sums]

@@ -8,9 +8,7 @@ checkpoint that CONFIG tests, exports and folds as any other, and prints stage o
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import METRICS
 
-from disalign import Features, InputError, fit, generalized_reweight, load_stage_one
-from disalign.cli import command, config_errors, log_to_stderr
-from disalign.fitting import PENALTIES, require_options
-from disalign.io import atomic_file, require_folder, require_place, write_json
+from disalign import Features, InputError, fit, load_stage_one
+from disalign.cli import command, config_errors, fit_arguments, fit_places, log_to_stderr, warnings_to_stderr
+from disalign.fitting import require_options
+from disalign.io import require_folder, write_json
 from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
 from disalign_mmengine.cli import load_config, parser
+from disalign_mmengine.saving import save_fit
 
 from .cli import build_model
 from .collect import collect_features
@@ -34,25 +33,12 @@ from .collect import collect_features
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--stage-one", help="stage one's checkpoint; default: the config's stage_one")
-    arguments.add_argument(
-        "--rho", type=float, nargs="+", help="scales of eq. 11, a checkpoint each; default: CONFIG's"
-    )
-    arguments.add_argument("--features", help="folder to keep features in, and to take them from the next time")
-    arguments.add_argument("--fp16", action="store_true", help="keep them in half precision")
+    fit_arguments(arguments)
     arguments.add_argument("--views", type=int, default=0, help="random views of each image, not the image once")
     arguments.add_argument(
         "--cross-fit", type=int, default=0, help="folds; stage one's classifier is then trained anew"
     )
-    arguments.add_argument(
-        "--anchor",
-        choices=tuple(PENALTIES),
-        default="zero",
-        help="of the margin; logit_adjust goes with --cfg-options model.calibration.confidence=one",
-    )
-    arguments.add_argument("--penalty", type=float, help="lambda; default: 0.01, with --anchor logit_adjust 0.1")
     arguments.add_argument("--work-dir", help="for checkpoints and results; default: work_dirs/CONFIG'S NAME")
-    arguments.add_argument("--force", action="store_true", help="replace checkpoints of an earlier fit")
     args = arguments.parse_args(argv)
 
     log_to_stderr()
@@ -60,20 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
     require_folder(folder)
     path = args.stage_one or config.get("stage_one")
-    if not path:
-        raise InputError("expected the stage-one checkpoint, got none; give it: --stage-one FILE")
     model: Any = build_model(config)
     if not calibrations(model):
         raise InputError(f"expected the config of a stage two, got {config.filename!r}, whose model has no calibration")
-    rhos = list(dict.fromkeys(args.rho or [model.loss.rho]))
+    places = fit_places(folder, args.rho or [model.loss.rho], path, args.force)
     calibration = dict(config.model.get("calibration") or {})
     chosen = {"cross_fit": args.cross_fit, "anchor": args.anchor, "penalty": args.penalty}
-    # All that can be refused before the pass.
     require_options(**chosen, **{key: calibration[key] for key in calibration if key != "learn_magnitude"})
-    for rho in rhos:
-        generalized_reweight(torch.ones(1), rho)
-    for rho in rhos:
-        require_place(checkpoint_of(folder, rho), [path], "--work-dir", args.force)
     stage_one = load_checkpoint(path)
     print(f"{os.path.basename(path)}: {load_stage_one(model, stage_one, name=path)}")
     model.to(get_device()).eval()
@@ -84,18 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept_in = Path(args.features) if args.features else None
     train, dataset = collect_features(model, config, "train", args.views, kept_in and kept_in / "train", dtype, names)
     passed = time.perf_counter() - begun
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        found = fit(
-            train,
-            model.classifier,
-            rhos,
-            zero_count=model.loss.zero_count,
-            **chosen,
-            **calibration,
-        )
-    for warning in told:
-        print(f"warning: {warning.message}", file=sys.stderr)
+    with warnings_to_stderr():
+        found = fit(train, model.classifier, [*places], zero_count=model.loss.zero_count, **chosen, **calibration)
     fitted = time.perf_counter() - begun - passed
     test, evaluated = collect_features(
         model, config, "test", out=kept_in and kept_in / "test", dtype=dtype, classes=names
@@ -104,25 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.classifier.load_state_dict(classifier.state_dict())
         model.loss.rho = rho
         model.set_class_counts(train.class_counts)
-        save(checkpoint_of(folder, rho), model, dataset.metainfo["classes"], classifier.fit_report)
+        save_fit(places[rho], model, dataset.metainfo["classes"], model.metadata(), classifier.fit_report)
         print(f"\nrho {rho:g}")
         write_json(folder / f"results_test_fit_rho-{rho:g}.json", evaluate(model, test, evaluated, config))
     print(f"\npass over {len(train)} rows {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
     if len(found) == 1:
-        print(f"test it again: python -m disalign_cls.test {args.config} {checkpoint_of(folder, rhos[0])}")
-
-
-def checkpoint_of(folder: Path, rho: float) -> Path:
-    return folder / f"fit_rho-{rho:g}.pth"
-
-
-def save(path: Path, model: Any, classes: Sequence[str] | None, report: Any) -> None:
-    """A checkpoint as the Runner writes it: the whole model, the classes, and what it was learnt with."""
-    facts = model.metadata() | {"fit": {key: value for key, value in asdict(report).items() if key != "seconds"}}
-    meta = {"dataset_meta": {"classes": classes and list(classes)}, "disalign": facts}
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    with atomic_file(path) as file:
-        torch.save({"meta": meta, "state_dict": state}, file)
+        print(f"test it again: python -m disalign_cls.test {args.config} {next(iter(places.values()))}")
 
 
 def evaluate(model: Any, features: Features, dataset: Any, config: Config) -> dict:

@@ -4,15 +4,19 @@ import glob
 import os
 import zipfile
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
+from torch import nn
 
+from disalign import FitReport
 from disalign.io import atomic_file
 
 from .checkpoints import load_checkpoint
@@ -106,6 +110,17 @@ class WholeCheckpointHook(CheckpointHook):
                 if path.stat().st_mtime > since and (known is None or self.is_better_than[key](score, known)):
                     hub.update_info(f"best_score{end}", score)
                     hub.update_info(f"best_ckpt{end}", str(path))
+
+
+def save_fit(
+    path: str | os.PathLike[str], model: nn.Module, classes: Sequence[str] | None, facts: dict, report: FitReport
+) -> None:
+    """Write a model that :func:`disalign.fit` calibrated as the Runner writes it: tensors, classes, metadata."""
+    fit = {key: value for key, value in asdict(report).items() if key != "seconds"}
+    meta = {"dataset_meta": {"classes": classes and list(classes)}, "disalign": facts | {"fit": fit}}
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with atomic_file(path) as file:
+        torch.save({"meta": meta, "state_dict": state}, file)
 
 
 def latest_checkpoint(work_dir: str) -> str | None:

@@ -1,10 +1,13 @@
 """A folder of arrays with one row an example: .npy files that are mapped, and a record with their checksums."""
 
-import math
+import json
+import logging
 import os
 import shutil
+import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, first_line
-from .files import read_json, require_folder, write_json
+from .files import atomic_file, read_json, require_folder, write_json
 
 #: The file that makes a folder one of arrays.
 RECORD = "record.json"
+#: The file that tells of a pass into a folder that has not ended.
+BEGUN = "begun.json"
 #: Rows that share a checksum.
 BLOCK = 1024
+log = logging.getLogger("disalign")
+
+NO_ROWS = "expected rows to learn from, got none; are there labels in the data?"
 _AGAIN = "delete the folder and collect the features again"
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -100,13 +108,6 @@ def open_arrays(folder: str | os.PathLike[str], record: Mapping[str, Any], mode:
     return arrays
 
 
-def create_arrays(folder: str | os.PathLike[str], rows: int, shapes: Shapes) -> None:
-    """New arrays of zeros in a folder."""
-    for name, (dtype, *shape) in shapes.items():
-        path = os.path.join(folder, f"{name}.npy")
-        np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (rows, *shape))
-
-
 def read_arrays(folder: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Map a folder that holds all of its blocks, each with the checksum it was written with; and its facts.
 
@@ -131,113 +132,113 @@ def require_new(folder: str | os.PathLike[str]) -> None:
         raise InputError(f"expected a new or empty folder for features, got {os.fspath(folder)!r}; give another")
 
 
-class Filling:
-    """A folder of arrays that one or more processes fill block by block, and that a killed one leaves in order.
+def save_arrays(folder: str | os.PathLike[str], rows: int, pieces: Iterable[Arrays], facts: Mapping[str, Any]) -> None:
+    """Write pieces of arrays, ``rows`` in all, one after another; the record that makes them count appears last."""
+    shapes: dict[str, tuple[Any, ...]] = {}
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for piece in pieces:
+            for name, array in piece.items():
+                if name not in files:
+                    shapes[name] = (array.dtype, *array.shape[1:])
+                    files[name] = stack.enter_context(atomic_file(Path(folder) / f"{name}.npy"))
+                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": (rows, *array.shape[1:])}
+                    np.lib.format.write_array_header_2_0(files[name], header)
+                files[name].write(np.ascontiguousarray(array).view(np.uint8).data)
+    arrays = open_arrays(folder, {"rows": rows, "arrays": shapes}, "r")
+    checksums = {block: checksum(arrays, block) for block in range(number_of_blocks(rows))}
+    write_record(Path(folder) / RECORD, rows, shapes, checksums, facts)
 
-    A block counts once its checksum is in a record: each rank writes its own, and :meth:`finish` makes them one.
+
+class Parts:
+    """A folder that one or more processes fill part by part, and that a killed one leaves in order.
+
+    Each part is a file of its own, which appears whole, until all are there and :meth:`finish` makes them one.
 
     Args:
         folder: for the arrays.
-        rows, shapes: of them.
+        number: of parts.
         facts: for the record. An earlier pass goes on if its ``facts["source"]`` is the same.
-        rank: of this process; the methods for the first rank are called before or after all others are done.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], rows: int, shapes: Shapes, facts: Mapping[str, Any], rank: int = 0
-    ) -> None:
-        self.folder, self.rows, self.facts, self.rank = Path(folder), rows, facts, rank
-        self.shapes = {name: (np.dtype(dtype), *shape) for name, (dtype, *shape) in shapes.items()}
-        self._checksums: dict[int, int] = {}
+    def __init__(self, folder: str | os.PathLike[str], number: int, facts: Mapping[str, Any]) -> None:
+        self.folder, self.number, self.facts = Path(folder), number, facts
 
-    def prepare(self, known: Arrays) -> None:
-        """First rank: make the arrays, the ``known`` ones filled, or look what an earlier pass left of them.
+    def prepare(self) -> None:
+        """First rank, before all others: take the folder, or what an earlier pass left in it.
 
         Raises:
-            InputError: other files in the folder, arrays of another source, or too little room.
+            InputError: other files in the folder, or arrays of another source.
         """
-        records = self._records()
-        if not records:
+        begun, record = self.folder / BEGUN, self.folder / RECORD
+        if record.exists():
+            self._go_on(read_record(record)["facts"])
+            try:
+                read_arrays(self.folder)
+                return
+            except InputError as error:
+                log.warning("%s; they are collected again", error)
+                write_json(begun, self.facts)
+                record.unlink()
+        elif begun.exists():
+            self._go_on(read_json(begun, "the source of features"))
+        else:
             require_new(self.folder)
-        for record in records:
-            self._require_same_source(record)
-            self.facts = record["facts"]
-        self._checksums = {block: value for record in records for block, value in record["checksums"].items()}
-        try:
-            for block in changed_blocks(self.open("r+"), self._checksums):
-                del self._checksums[block]
-        except InputError:  # missing or truncated
-            self._checksums = {}
-            self._require_room(self.size())
-            self._write(self._own_path())  # first: from now on the files in this folder are ours
-            create_arrays(self.folder, self.rows, self.shapes)
-        whole = len(self._checksums) == number_of_blocks(self.rows)
-        if not whole:
-            arrays = self.open("r+")
-            for name, rows in known.items():
-                arrays[name][:] = rows
-                arrays[name].flush()  # type: ignore[attr-defined]
-        self._keep(self.folder / RECORD if whole else self._own_path())
-
-    def open(self, mode: str) -> dict[str, npt.NDArray[Any]]:
-        """Map the arrays, see :func:`open_arrays`."""
-        return open_arrays(self.folder, {"rows": self.rows, "arrays": self.shapes}, mode)
+            write_json(begun, self.facts)
 
     def missing(self) -> list[int]:
-        """The blocks that no rank has filled yet."""
-        done = {block for record in self._records() for block in record["checksums"]}
-        return [block for block in range(number_of_blocks(self.rows)) if block not in done]
+        """The parts that are not there yet, or not whole."""
+        if (self.folder / RECORD).exists():
+            return []
+        return [part for part in range(self.number) if self.read(part) is None]
 
-    def filled(self, arrays: Arrays, block: int) -> None:
-        """Record a block that this rank has written to the arrays."""
-        for array in arrays.values():
-            array.flush()  # type: ignore[attr-defined]
-        self._checksums[block] = checksum(arrays, block)
-        self._write(self._own_path())
+    def read(self, part: int) -> Arrays | None:
+        """One part, before :meth:`finish`; ``None`` if it is not whole."""
+        try:
+            with open(self._path(part), "rb") as file:
+                return dict(np.load(file, allow_pickle=False))  # reads all, and compares its checksums
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def write(self, part: int, arrays: Arrays) -> None:
+        with atomic_file(self._path(part)) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def finish(self) -> None:
-        """First rank: make the records of all ranks one, which tells that the arrays are whole."""
-        self._checksums = {block: value for record in self._records() for block, value in record["checksums"].items()}
-        self._keep(self.folder / RECORD)
+        """First rank, after all others: make the parts one. They stay until that is done."""
+        if (self.folder / RECORD).exists():
+            return
+        rows = 0
+        for part in range(self.number):
+            with np.load(self._path(part), allow_pickle=False) as found:
+                rows += len(found["y"])
+        if not rows:
+            raise InputError(NO_ROWS)
+        save_arrays(self.folder, rows, (self.read(part) or {} for part in range(self.number)), self.facts)
+        for path in (self.folder / BEGUN, *map(self._path, range(self.number))):
+            path.unlink()
 
-    def _own_path(self) -> Path:
-        return self.folder / f"rank{self.rank}.{RECORD}"
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:06}.npz"
 
-    def _write(self, path: Path) -> None:
-        write_record(path, self.rows, self.shapes, self._checksums, self.facts)
-
-    def _keep(self, path: Path) -> None:
-        """Write this record, and remove those that it comprises."""
-        self._write(path)
-        for other in self._paths():
-            if other != path:
-                other.unlink()
-
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob(f"*{RECORD}"))
-
-    def _records(self) -> list[dict[str, Any]]:
-        return [read_record(path) for path in self._paths()]
-
-    def _require_same_source(self, record: Mapping[str, Any]) -> None:
-        ours = {**self.facts["source"], "rows": self.rows, "arrays": self.shapes}
-        theirs = {**record["facts"].get("source", {}), "rows": record["rows"], "arrays": record["arrays"]}
-        other = [name for name, value in ours.items() if theirs.get(name) != value]
+    def _go_on(self, facts: Any) -> None:
+        """Take over the facts of an earlier pass, if it had the same source."""
+        theirs = facts.get("source") if isinstance(facts, dict) else None
+        ours = json.loads(json.dumps(self.facts["source"]))
+        other = [name for name, value in ours.items() if not isinstance(theirs, dict) or theirs.get(name) != value]
         if other:
             raise InputError(
                 f"expected features of this trunk and data in {str(self.folder)!r}, got some of another "
                 f"{', '.join(other)}; give another folder, or delete this one"
             )
+        self.facts = facts
 
-    def size(self) -> int:
-        """Bytes of the arrays."""
-        row: int = sum(dtype.itemsize * math.prod(shape) for dtype, *shape in self.shapes.values())
-        return self.rows * row
 
-    def _require_room(self, need: int) -> None:
-        room = shutil.disk_usage(self.folder).free
-        if need > room:
-            raise InputError(
-                f"expected {need / 2**20:,.0f} MiB free for the features in {str(self.folder)!r}, got "
-                f"{room / 2**20:,.0f}; free some, give another folder, or keep fp16"
-            )
+def require_room(folder: str | os.PathLike[str], size: int) -> None:
+    """Refuse a folder on a disk with less room than the bytes of arrays, twice: their parts stay to the end."""
+    room = shutil.disk_usage(folder).free
+    if 2 * size > room:
+        raise InputError(
+            f"expected {2 * size / 2**20:,.0f} MiB free for the features in {os.fspath(folder)!r}, got "
+            f"{room / 2**20:,.0f}; free some, give another folder, or keep fp16"
+        )

@@ -201,15 +201,53 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert (tmp_path / "x.npy").read_text() == "mine"
 
 
-def test_changed_blocks_are_collected_again(tmp_path):
+def test_changed_rows_are_collected_again(tmp_path, caplog):
     first = collected(Network(), Images(), out=tmp_path).x.clone()
     rows = np.load(tmp_path / "x.npy", mmap_mode="r+")
     rows[BLOCK + 5] += 1
     rows.flush()
+    assert torch.equal(collected(Network(), Images(), out=tmp_path).x, first)
+    assert "1 of 3 blocks of rows changed since" in caplog.text
+    assert "they are collected again" in caplog.text
+
+
+class Interrupted(Images):
+    """Ends a pass in the third block."""
+
+    def __getitem__(self, row):
+        if row > 2 * BLOCK and row not in spread():
+            raise KeyboardInterrupt
+        return super().__getitem__(row)
+
+
+DAMAGE = {
+    "truncated": lambda path: os.truncate(path, 500),
+    "changed": lambda path: path.write_bytes(path.read_bytes().replace(b"\x01", b"\x02")),
+    "missing": lambda path: path.unlink(),
+    "foreign": lambda path: path.write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_parts_of_a_pass_that_ended_early_are_collected_again(damage, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        collected(Network(), Interrupted(), out=tmp_path)
+    DAMAGE[damage](tmp_path / "part-000001.npz")
     data = Images()
-    again = collected(Network(), data, out=tmp_path)
-    assert torch.equal(again.x, first)
-    assert set(data.read) == spread() | {*range(BLOCK, 2 * BLOCK)}
+    features = collected(Network(), data, out=tmp_path)
+    assert set(data.read) == spread() | {*range(BLOCK, ROWS)}
+    assert torch.equal(features.x, collected(Network(), Images()).x)
+
+
+def test_a_pass_that_ended_early_of_others_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        collected(Network(), Interrupted(), out=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="some of another trunk"):
+        collected(Network(1), Images(), out=tmp_path)
+    with pytest.raises(InputError, match="to come out again, but some differ"):
+        collected(Network(), Images(factor=2.0), out=tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["weights", "groups"])
@@ -245,10 +283,10 @@ def test_killed_it_goes_on(tmp_path):
 
         collected(Network(), Slow(), out={str(tmp_path / "out")!r})
     """
-    record = tmp_path / "out" / "rank0.record.json"
+    first = tmp_path / "out" / "part-000000.npz"
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)]) as process:
         until = time.monotonic() + 120
-        while not (record.exists() and '"0":' in record.read_text()) and time.monotonic() < until:
+        while not first.exists() and time.monotonic() < until:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -365,7 +403,7 @@ def test_the_need_of_disk_is_said_before_the_pass(tmp_path, caplog):
     with caplog.at_level("INFO", "disalign"):
         collected(Network(), data, out=tmp_path / "said in time")
     size = ROWS * (8 * 4 + 8 + 8)
-    assert f"features of {ROWS} rows take {size / 2**20:.0f} MiB in" in caplog.text
+    assert f"features of {ROWS} examples take up to {size / 2**20:.1f} MiB in" in caplog.text
 
 
 def test_too_little_room_is_said_before_the_pass(tmp_path, monkeypatch):

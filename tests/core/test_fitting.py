@@ -487,7 +487,7 @@ REFUSED = {
     "C for a given classifier": ({"C": 1.0}, "expected no C for a classifier that is not trained here"),
     "folds of a half": ({"cross_fit": 2.5}, "expected cross_fit 0, or 2 or more folds, got 2.5"),
     "more folds than rows": ({"cross_fit": 1000}, "expected 1000 rows or groups for cross_fit=1000, got 109"),
-    "a weightless background": ({"background_weight": 0.0}, "expected a finite background_weight > 0"),
+    "a weightless background": ({"background_weight": 0.0}, "expected a background_weight > 0"),
     "an anchor of a margin that stays": (
         {"anchor": "logit_adjust", "confidence": "one", "learn_margin": False},
         "a margin that is learnt, got 'logit_adjust' with 'one' and learn_margin=False",
