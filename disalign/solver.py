@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
         """(n, C) scores of the rows; ``score`` goes from features (m, d) to (m, C), and a pixel's are interpolated."""
         if self.bilinear is None:
             return score(self.x)
-        cells: Tensor = score(self.x.flatten(0, 1)).unflatten(0, self.bilinear.shape)  # type: ignore[no-untyped-call]
+        cells: Tensor = score(self.x.flatten(0, 1)).unflatten(0, self.bilinear.shape)
         return (cells * self.bilinear.to(cells)[..., None]).sum(1)
 
 
