@@ -58,14 +58,16 @@ def warnings_to_stderr() -> Iterator[None]:
         print(f"warning: {warning.message}", file=sys.stderr)
 
 
-def fit_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of all commands that learn a calibration by :func:`disalign.fit`."""
+def fit_arguments(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
+    """The options of all commands that learn a calibration by :func:`disalign.fit`; ``dtype`` is a default."""
     parser.add_argument("--stage-one", help="stage one's checkpoint; default: the config's")
     parser.add_argument(
         "--rho", type=float, nargs="+", help="scales of eq. 11, a checkpoint each; default: the config's"
     )
     parser.add_argument("--features", help="folder to keep features in, and to take them from the next time")
-    parser.add_argument("--fp16", action="store_true", help="keep them in half precision")
+    parser.add_argument(
+        "--dtype", choices=("float16", "float32"), default=dtype, help="of features that are kept (%(default)s)"
+    )
     parser.add_argument(
         "--anchor", choices=tuple(PENALTIES), default="zero", help="of the margin; logit_adjust needs confidence 'one'"
     )

@@ -232,9 +232,9 @@ def _stored(parts: Parts, block: int) -> Callable[[int], Arrays | None]:
     return row
 
 
-def trunk_digest(model: nn.Module, classifier: str = "") -> str:
-    """SHA-256 of all tensors of a network but its classifier's, wherever DDP or ``torch.compile`` wraps it."""
-    return _digest(plain_names(frozen_tensors(model, [classifier])))
+def trunk_digest(model: nn.Module, *left_out: str) -> str:
+    """SHA-256 of all tensors of a network but those of some parts, wherever DDP or ``torch.compile`` wraps it."""
+    return _digest(plain_names(frozen_tensors(model, left_out)))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -150,11 +150,12 @@ def _cross_entropy(classifier: nn.Module, chunk: Chunk) -> Tensor:
 
 
 def accuracy(parts: Sequence[Part]) -> float:
-    """Percent of the rows, by their weights, that their classifiers get right."""
+    """Percent of the rows, by their weights, that their classifiers get right; a background's rows do not count."""
+    classes = len(parts[0].features.class_counts)
 
     def hits(classifier: nn.Module, chunk: Chunk) -> Tensor:
-        right = chunk.scores(classifier).argmax(1) == chunk.y
-        return torch.stack([(chunk.weights * right).sum(), chunk.weights.sum()])
+        right, counted = chunk.scores(classifier).argmax(1) == chunk.y, chunk.weights * (chunk.y < classes)
+        return torch.stack([(counted * right).sum(), counted.sum()])
 
     right, all_of_them = total(parts, hits)
-    return 100 * float(right / all_of_them)
+    return 100 * float(right / all_of_them.clamp(min=1e-300))

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     begun = time.perf_counter()
     names = class_names(stage_one)
-    dtype = torch.float16 if args.fp16 else torch.float32
+    dtype = getattr(torch, args.dtype)
     kept_in = Path(args.features) if args.features else None
     train, dataset = collect_features(model, config, "train", args.views, kept_in and kept_in / "train", dtype, names)
     passed = time.perf_counter() - begun

@@ -27,7 +27,9 @@ def add_disalign_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISALIGN.COUNT_UNIT = "instances"
     # Of eq. 9: "weighted_mean" divides by the summed weights (official), "mean" by the number of RoIs (the paper).
     cfg.MODEL.DISALIGN.REDUCTION = "weighted_mean"
-    # w of the background, beside foreground weights that average 1 (official: 1).
+    # w of the background: "fixed" (the release), BACKGROUND_WEIGHT beside foreground weights that average 1; or
+    # "balanced", the classes' mean weight over their examples, which keeps stage one's balance of fore- and background.
+    cfg.MODEL.DISALIGN.BACKGROUND_BALANCE = "fixed"
     cfg.MODEL.DISALIGN.BACKGROUND_WEIGHT = 1.0
     # After stage two evaluate stage one too (once per stage-one file) and print both.
     cfg.MODEL.DISALIGN.EVAL_STAGE_ONE = True

@@ -62,7 +62,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         class_counts: Callable | object | None = None,
         rho: float = 0.8,
         reduction: str = "weighted_mean",
-        background_weight: float = 1.0,
+        background_weight: float | str = 1.0,
         **stock: Any,
     ) -> None:
         super().__init__(input_shape, **stock)
@@ -96,7 +96,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
             class_counts=partial(class_counts_from_config, cfg),  # unlike a lambda it pickles
             rho=disalign.RHO,
             reduction=disalign.REDUCTION,
-            background_weight=disalign.BACKGROUND_WEIGHT,
+            background_weight=_background_weight(disalign),
         )
         return ret
 
@@ -148,3 +148,13 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         for name, value in calibration.statistics().items():
             storage.put_scalar(f"disalign/{name}", float(value))
         return {"loss_cls": self.loss(scores, target) * self.loss_weight.get("loss_cls", 1.0)}
+
+
+def _background_weight(disalign: CfgNode) -> float | str:
+    if disalign.BACKGROUND_BALANCE not in ("fixed", "balanced"):
+        raise InputError(
+            "expected MODEL.DISALIGN.BACKGROUND_BALANCE 'fixed' or 'balanced', got "
+            f"{disalign.BACKGROUND_BALANCE!r}; correct it"
+        )
+    weight: float = disalign.BACKGROUND_WEIGHT
+    return "balanced" if disalign.BACKGROUND_BALANCE == "balanced" else weight

@@ -254,8 +254,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"expected complete data, got {len(problems)} problems (above); solve them, check again")
         print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
         return
-    try:
+    with launch_errors():
         launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+
+
+@contextmanager
+def launch_errors() -> Iterator[None]:
+    """Bad input that one of several processes met is bad input."""
+    try:
+        yield
     except torch.multiprocessing.ProcessRaisedException as error:
         if "disalign.errors.InputError: " not in str(error):
             raise

@@ -1,0 +1,204 @@
+"""What a frozen detector's box predictors see of the training set, for disalign.fit."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MapDataset, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.layers import cat
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from disalign import Features, InputError
+from disalign.collecting import run_pass, trunk_digest
+from disalign.hand_over import require_finite
+from disalign.sampling import inclusion_probabilities, repeat_factors, systematic_sample
+from disalign.stage_two import trained_parts
+
+from .datasets import CheckedMapper
+
+logger = logging.getLogger(__name__)
+
+#: Images that a killed pass loses at most.
+BLOCK = 128
+#: LVIS's threshold of repeat factors, where the config does not set its own.
+THRESHOLD = 1e-3
+
+
+def collect_features(
+    model: nn.Module,
+    cfg: CfgNode,
+    background: int = 16,
+    images: int | None = None,
+    out: str | PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> Iterator[Features]:
+    """Run a stage-two detector once over ``DATASETS.TRAIN``: the features of its sampled RoIs, for each cascade stage.
+
+    Proposals are drawn and labelled as in training (``label_and_sample_proposals``), the network is in eval mode and
+    sees every image once, under the evaluation's transforms. Of an image's sampled RoIs all foreground ones are kept
+    and, in a cascade stage as well, ``background`` of its N others with weight N / ``background``: given the sampled
+    RoIs, weighted sums have the sums over all of them as their expectation. A row takes d numbers.
+
+    Args:
+        model: frozen, see :func:`disalign_d2.freeze`, with stage one's weights; on the device that it is on.
+        cfg: names the datasets, transforms and workers.
+        background: RoIs of the background to keep of an image.
+        images: draw so many images, each with probability min(1, c r), r its repeat factor, and weight its rows by the
+            inverse; ``None`` for all.
+        out, dtype: :func:`disalign.collect`'s.
+        seed: of the images and RoIs drawn. The RoIs of an image depend on nothing else.
+
+    Yields:
+        Features of a stage, with a background and the class counts of the loss.
+
+    Raises:
+        InputError: no rows asked for; a model without a calibration; images that can't be read; features that are not
+            finite; features of another model or other data in ``out``.
+    """
+    if background < 1:
+        raise InputError(f"expected 1 or more RoIs of the background of an image, got {background}")
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    threshold = cfg.DATALOADER.REPEAT_THRESHOLD or THRESHOLD
+    probabilities = torch.ones(len(records), dtype=torch.float64)
+    if images is not None:
+        shown = [{one["category_id"] for one in record["annotations"]} for record in records]
+        probabilities = inclusion_probabilities(repeat_factors(shown, threshold), images)
+    drawn = systematic_sample(probabilities, seed).tolist()
+    heads: Any = model.roi_heads
+    predictors = heads.box_predictors()
+    for predictor in predictors:
+        predictor.resolve_class_counts()
+    stages, num_classes = len(predictors), predictors[0].num_classes
+    device = next(model.parameters()).device
+    data = MapDataset(records, _mapper(cfg))
+
+    @torch.no_grad()
+    def run(chosen: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        loader = DataLoader(
+            Subset(data, [drawn[item] for item in chosen]),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=trivial_batch_collator,
+        )
+        for item, inputs in zip(chosen, loader, strict=True):
+            image = drawn[item]
+            with _seeded(seed, image, device), torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED):
+                model(inputs)
+                rows = [_thinned(*kept, num_classes, background) for kept in seen]
+            x, y, weights = (torch.cat(values) for values in zip(*rows, strict=True))
+            x = x.to("cpu", dtype)
+            require_finite({records[image]["file_name"]: x}, " as features of images", "use float32, or other weights")
+            # A row's group says both its image and its cascade stage.
+            groups = [torch.full((len(kept),), image * stages + stage) for stage, (_, kept, _) in enumerate(rows)]
+            weights = weights.double().cpu() / probabilities[image]
+            yield 1, {"x": x, "y": y.cpu(), "weights": weights, "groups": torch.cat(groups)}
+
+    rois = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    most = background + int(rois * (cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION if stages == 1 else 1))
+    width = predictors[0].cls_score.in_features
+    source = {
+        "trunk": trunk_digest(model, *trained_parts(model)),
+        "data": _describe(records, cfg),
+        "sample": [background, images, seed, threshold if images else None],
+        "arrays": [str(dtype), width, stages],
+    }
+    with _recorded(model) as seen:
+        features = run_pass(
+            len(drawn),
+            run,
+            source,
+            out,
+            size=len(drawn) * stages * most * (width * dtype.itemsize + 24),
+            block=BLOCK,
+            class_counts=predictors[0].loss.class_counts,
+            background=True,
+        )
+    for stage in range(stages):
+        yield features if features.groups is None or stages == 1 else features.part(features.groups % stages == stage)
+
+
+def _mapper(cfg: CfgNode) -> CheckedMapper:
+    """Training's, for its annotations, but with the evaluation's transforms and without masks and keypoints."""
+    options = CheckedMapper.from_config(cfg, True)
+    options.update(
+        augmentations=build_augmentation(cfg, False), use_instance_mask=False, use_keypoint=False, recompute_boxes=False
+    )
+    return CheckedMapper(**options)
+
+
+@contextmanager
+def _seeded(seed: int, image: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed * 1_000_003 + image)
+        yield
+
+
+@contextmanager
+def _recorded(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within it the model trains, without a loss: for each box predictor the features (R, d) and labels (R,) it saw."""
+    predictors, training = model.roi_heads.box_predictors(), model.training
+    seen: list[Any] = [None] * len(predictors)
+    hooks = []
+    for stage, predictor in enumerate(predictors):
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, Tensor], stage: int = stage) -> None:
+            seen[stage] = (inputs[1],)
+
+        def losses(_: Any, proposals: Sequence[Any], stage: int = stage) -> dict:
+            seen[stage] += (cat([one.gt_classes for one in proposals]),)
+            return {}
+
+        hooks.append(predictor.cls_score.calibration.register_forward_pre_hook(keep))
+        predictor.losses = losses
+    model.train()
+    try:
+        with EventStorage(1):
+            yield seen
+    finally:
+        model.train(training)
+        for hook, predictor in zip(hooks, predictors, strict=True):
+            hook.remove()
+            del predictor.losses
+
+
+def _thinned(x: Tensor, y: Tensor, num_classes: int, background: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows of foreground, some of the background's, and their weights."""
+    foreground, others = (y != num_classes).nonzero().flatten(), (y == num_classes).nonzero().flatten()
+    kept = others[torch.randperm(len(others))[:background].to(others.device)]
+    weights = torch.ones(len(foreground) + len(kept), device=x.device)
+    weights[len(foreground) :] = len(others) / max(len(kept), 1)
+    rows = torch.cat([foreground, kept])
+    return x[rows], y[rows], weights
+
+
+def _describe(records: Sequence[dict], cfg: CfgNode) -> str:
+    """The images (by name and size) and their boxes, wherever they lie, and all that decides on proposals."""
+    paths = [record["file_name"] for record in records]
+    root = os.path.commonpath(paths) if len(paths) > 1 else os.path.dirname(paths[0])
+    digest = hashlib.sha256()
+    for path, record in zip(paths, records, strict=True):
+        boxes = [[*map(float, one["bbox"]), one["category_id"], one.get("iscrowd", 0)] for one in record["annotations"]]
+        size = os.path.getsize(path) if os.path.isfile(path) else None
+        digest.update(json.dumps([os.path.relpath(path, root), size, boxes]).encode())
+    settings = cfg.MODEL.clone()
+    settings.defrost()
+    for unrelated in ("WEIGHTS", "DISALIGN", "DEVICE"):
+        settings.pop(unrelated, None)
+    test = {key: value for key, value in cfg.INPUT.items() if key.endswith("_TEST") or key == "FORMAT"}
+    digest.update(f"{settings.dump()} {sorted(test.items())} {cfg.SOLVER.AMP.ENABLED}".encode())
+    return f"{len(records)} images, {digest.hexdigest()}"

@@ -1,0 +1,124 @@
+"""Stage two in one pass and seconds: python -m disalign_d2.fit CONFIG --stage-one FILE
+
+One pass of stage one over the training images, then a solver without a learning rate learns the 2K + d + 1 numbers of
+each box predictor (disalign.fit). CONFIG is a stage two's; its rho, counts and background count, its schedule does not.
+Writes a checkpoint that CONFIG evaluates as any other, and prints stage one's figures beside its own.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from disalign import AdaptiveCalibration, FitReport, InputError, fit
+from disalign.cli import command, config_errors, fit_arguments, fit_places, log_to_stderr, warnings_to_stderr
+from disalign.fitting import require_options
+from disalign.io import require_folder
+
+from .checkpoint import DisAlignCheckpointer
+from .collect import collect_features
+from .data_check import require_data
+from .freezing import build_model
+from .train_net import Trainer, launch_errors, refuse_other_stage, setup
+
+logger = logging.getLogger("disalign_d2")
+
+
+def run(args: Namespace) -> None:
+    """What each process does."""
+    log_to_stderr()
+    cfg = setup(args)
+    disalign = cfg.MODEL.DISALIGN
+    if not disalign.CALIBRATE:
+        raise InputError(f"expected the config of a stage two, got {args.config_file!r}, which does not calibrate")
+    folder = Path(cfg.OUTPUT_DIR)
+    require_folder(folder)
+    refuse_other_stage(cfg)
+    rhos = args.rho or [disalign.RHO]
+    places = fit_places(folder, rhos, cfg.MODEL.WEIGHTS, args.force)
+    chosen = {"anchor": args.anchor, "penalty": args.penalty}
+    learnt = {"confidence": disalign.CONFIDENCE, "learn_margin": disalign.MARGIN}
+    require_options(**chosen, **learnt)
+    if comm.is_main_process():
+        require_data(cfg, training=True)
+    comm.synchronize()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="disalign_d2")
+    with config_errors(args.config_file):
+        model: Any = build_model(cfg)
+    checkpointer = DisAlignCheckpointer(model, cfg.OUTPUT_DIR, training=True)
+    checkpointer.tag_last_checkpoint = lambda name: None  # a fit's is none to resume
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+
+    begun = time.perf_counter()
+    predictors = model.roi_heads.box_predictors()
+    dtype, found, rows, fitted = getattr(torch, args.dtype), [], 0, 0.0
+    features = collect_features(model, cfg, args.background, args.images, args.features, dtype, args.seed)
+    for predictor, learns_from in zip(predictors, features, strict=True):
+        started = time.perf_counter()
+        with warnings_to_stderr():
+            options = {"background_weight": predictor.loss.background_weight, "learn_magnitude": disalign.MAGNITUDE}
+            found.append(fit(learns_from, predictor.cls_score, rhos, **options, **learnt, **chosen))
+        fitted += time.perf_counter() - started
+        rows += len(learns_from)
+    passed = time.perf_counter() - begun - fitted
+    for rho, path in places.items():
+        for predictor, classifiers in zip(predictors, found, strict=True):
+            set_calibration(predictor, classifiers[rho].calibration, rho)
+        if comm.is_main_process():
+            reports = [plain(classifiers[rho].fit_report) for classifiers in found]
+            checkpointer.save(path.stem, fit=reports)
+        if len(places) == 1 or args.test:
+            logger.info("rho %g", rho)
+            Trainer.test(cfg, model)
+            if comm.is_main_process():
+                os.replace(folder / "results.json", folder / f"results_{path.stem}.json")
+        else:
+            logger.info("rho %g: evaluate %s with disalign_d2.train_net --eval-only", rho, path)
+    logger.info("pass over %d rows %.1f s, fit %.1f s; written to %s", rows, passed, fitted, folder)
+
+
+def set_calibration(predictor: Any, calibration: AdaptiveCalibration, rho: float) -> None:
+    """Give a box predictor what was learnt, and the rho that it was learnt with."""
+    predictor.cls_score.calibration.load_state_dict(calibration.state_dict())
+    predictor.loss.rho = rho
+    predictor.loss.set_class_counts(predictor.loss.class_counts)
+
+
+def plain(report: FitReport) -> dict[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name != "seconds"}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("config_file", metavar="config", help="a file, or the name of a shipped one below configs/")
+    fit_arguments(arguments, "float16")
+    arguments.add_argument("--images", type=int, help="of the training set, drawn by repeat factors; default: all")
+    arguments.add_argument(
+        "--background", type=int, default=16, help="RoIs of the background to keep of an image (%(default)s)"
+    )
+    arguments.add_argument("--seed", type=int, default=0, help="of the images and RoIs drawn (%(default)s)")
+    arguments.add_argument("--test", action="store_true", help="evaluate each of several rho")
+    arguments.add_argument("--num-gpus", type=int, default=1, help="processes (%(default)s)")
+    arguments.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings over the config's")
+    args = arguments.parse_args(argv)
+    if args.stage_one:
+        args.opts += ["MODEL.WEIGHTS", args.stage_one]
+    with launch_errors():
+        launch(run, args.num_gpus, dist_url="auto", args=(args,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
