@@ -49,7 +49,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         """As in Detectron2, with the calibration's counts and rho under ``"disalign"``."""
         losses = [module for module in self.model.modules() if isinstance(module, GRWCrossEntropyLoss)]
         if losses:  # a cascade's are alike
-            kwargs["disalign"] = losses[0].metadata()
+            kwargs["disalign"] = losses[0].metadata() | kwargs.get("disalign", {})
         super().save(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

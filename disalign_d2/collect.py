@@ -94,6 +94,7 @@ def collect_features(
             Subset(data, [drawn[item] for item in chosen]),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
+            generator=torch.Generator(),  # of its own: the global random numbers stay as they are
         )
         for item, inputs in zip(chosen, loader, strict=True):
             image = drawn[item]

@@ -78,8 +78,8 @@ def run(args: Namespace) -> None:
             set_calibration(predictor, classifiers[rho].calibration, rho)
         if comm.is_main_process():
             reports = [plain(classifiers[rho].fit_report) for classifiers in found]
-            checkpointer.save(path.stem, fit=reports)
-        if len(places) == 1 or args.test:
+            checkpointer.save(path.stem, disalign={"fit": reports})
+        if cfg.DATASETS.TEST and (len(places) == 1 or args.test):
             logger.info("rho %g", rho)
             Trainer.test(cfg, model)
             if comm.is_main_process():

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import disalign
 from disalign import InputError
+from disalign.collecting import run_pass
 from disalign.io.arrays import BLOCK
 
 ROWS = 2 * BLOCK + 300
@@ -441,3 +442,43 @@ def test_a_network_on_a_gpu(gpu_environment):
     program += f"from test_collecting import *\n{ON_A_GPU}"
     done = subprocess.run([sys.executable, "-c", program], env=gpu_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def of_any_number_of_rows(items=11, block=4, out=None, most=3, read=None):
+    """A pass in which item i has i % (most + 1) rows."""
+
+    def run(chosen):
+        for item in chosen:
+            if read is not None:
+                read.append(item)
+            rows = item % (most + 1)
+            labels = torch.full((rows,), item % 2)
+            yield 1, {"x": torch.full((rows, 2), float(item)), "y": labels, "weights": torch.ones(rows).double()}
+
+    return run_pass(items, run, {"trunk": "a"}, out, size=1000, block=block, class_counts=torch.tensor([5, 6]))
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_items_of_any_number_of_rows(block, tmp_path):
+    expected = [item for item in range(11) for _ in range(item % 4)]
+    for out in (None, tmp_path / "rows"):
+        features = of_any_number_of_rows(block=block, out=out)
+        assert features.x[:, 0].tolist() == expected
+        assert features.y.tolist() == [item % 2 for item in expected]
+        assert features.class_counts.tolist() == [5, 6]
+    read = []
+    of_any_number_of_rows(block=block, out=tmp_path / "rows", read=read)
+    assert not read
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_pass_without_rows_is_refused(kept, tmp_path):
+    with pytest.raises(InputError, match="expected rows to learn from, got none"):
+        of_any_number_of_rows(out=tmp_path if kept else None, most=0)
+
+
+def test_provenance_names_the_versions():
+    provenance = of_any_number_of_rows().provenance
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert set(provenance["versions"]) == {"python", "torch", "numpy"}
+    assert provenance["trunk"] == "a"

@@ -121,6 +121,39 @@ def test_a_background_is_kept(tmp_path):
     assert Features.open(tmp_path).background
 
 
+def test_cells_and_totals_are_kept(tmp_path):
+    x = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+    bilinear, totals = np.full((3, 4), 0.25, np.float32), [5.0, 0.0, 2.5]
+    features = Features.from_arrays(x, [0, 1, 2], bilinear=bilinear, totals=totals)
+    features.save(tmp_path)
+    found = Features.open(tmp_path)
+    assert torch.equal(found.x, features.x)
+    assert found.bilinear.tolist() == bilinear.tolist()
+    assert found.totals.tolist() == totals
+    part = found.part(torch.tensor([2]))
+    assert part.x.tolist() == x[2:].tolist()
+    assert part.bilinear.shape == (1, 4)
+    assert part.totals.tolist() == totals
+    assert repr(found) == "Features(3 x 4 x 6 float32, 3 classes)"
+
+
+CELLS = {
+    "cells without weights": ({}, "expected features of shape (N, d) in"),
+    "weights of other cells": ({"bilinear": np.ones((3, 5))}, "expected bilinear weights of shape (3, 4)"),
+    "weights that are NaN": ({"bilinear": np.full((3, 4), np.nan)}, "expected finite features, got NaN or infinity"),
+    "totals of other classes": ({"bilinear": np.ones((3, 4)), "totals": [1.0]}, "expected totals of 3 labels"),
+    "no totals": ({"bilinear": np.ones((3, 4)), "totals": [0.0] * 3}, "expected totals of 3 labels"),
+    "NaN in totals": ({"bilinear": np.ones((3, 4)), "totals": [1, 1, np.nan]}, "expected totals of 3 labels"),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_that_do_not_fit_are_refused(name):
+    options, sentence = CELLS[name]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        Features.from_arrays(np.zeros((3, 4, 6), np.float32), [0, 1, 2], **options)
+
+
 def test_what_is_opened_never_writes_to_its_files(tmp_path):
     Features.from_arrays(X, Y).save(tmp_path)
     before = (tmp_path / "x.npy").read_bytes()

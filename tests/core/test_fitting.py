@@ -289,6 +289,84 @@ def test_a_background_is_not_calibrated_and_weighs_as_said():
     assert found.fit_report.solution.start == pytest.approx(float((w * losses).sum() / w.sum()), rel=1e-6)
 
 
+def test_a_balanced_background_is_the_losss():
+    counts = [50, 20, 5, 40]
+    features = draw(counts, class_counts=[50, 20, 5], background=True)
+    classifier = linear(4)
+    balanced = disalign.GRWCrossEntropyLoss([50, 20, 5], 0.8, background_weight="balanced").weight[-1]
+    found = disalign.fit(features, classifier, 0.8, background_weight="balanced")
+    same = disalign.fit(features, classifier, 0.8, background_weight=float(balanced))
+    assert parameters(found).tolist() == parameters(same).tolist()
+
+
+def test_accuracy_is_of_the_foreground():
+    features = draw([50, 20, 5, 400], class_counts=[50, 20, 5], background=True)
+    classifier = linear(4)
+    right = (classifier(features.x).argmax(1) == features.y)[:75].double().mean()
+    assert probes.accuracy([solver.Part(classifier, features)]) == pytest.approx(100 * float(right))
+
+
+def pixels(rows=60, cells=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cells, WIDTH, generator=generator)
+    bilinear = torch.rand(rows, cells, generator=generator)
+    bilinear /= bilinear.sum(1, keepdim=True)
+    y = torch.randint(0, 5, (rows,), generator=generator)
+    return Features.from_arrays(x, y, bilinear=bilinear, class_counts=COUNTS)
+
+
+def test_a_pixel_has_the_interpolated_calibrated_scores_of_its_cells():
+    features, classifier = pixels(), linear()
+    found = disalign.fit(features, classifier, 0.5, penalty=0.1)
+
+    def objective(calibrated):
+        scores = torch.stack([calibrated(features.x[:, cell]) for cell in range(4)], 1).double()
+        mixed = torch.einsum("ngk,ng->nk", scores, features.bilinear.double())
+        w = torch.from_numpy(weights_of(COUNTS, 0.5))[features.y]
+        losses = nn.functional.cross_entropy(mixed, features.y, reduction="none")
+        theta = parameters(calibrated) - identity()
+        return float((w * losses).sum() / w.sum()) + 0.05 * float((theta[:-1] ** 2).sum())
+
+    start = disalign.calibrate_classifier(plain_classifier(classifier))
+    solution = found.fit_report.solution
+    assert [solution.start, solution.end] == pytest.approx([objective(start), objective(found)], rel=1e-6)
+    assert solution.end < solution.start
+
+
+def test_pixels_on_one_cell_are_ordinary_rows():
+    features, classifier = draw(), linear()
+    x = torch.stack([features.x, 99 + torch.randn_like(features.x)], 1)
+    on_one = Features.from_arrays(x, features.y, bilinear=torch.tensor([[1.0, 0.0]]).expand(len(x), 2))
+    found, expected = disalign.fit(on_one, classifier), disalign.fit(features, classifier)
+    assert parameters(found) == pytest.approx(parameters(expected), abs=1e-6)
+
+
+def test_chunks_of_pixels_are_no_larger_than_others(monkeypatch):
+    monkeypatch.setitem(solver.CHUNK, "cpu", 8 * 4 * WIDTH)
+    part = solver.Part(linear(), pixels())
+    assert [len(chunk.x) for chunk in part.chunks()] == [8] * 7 + [4]
+    assert torch.equal(torch.cat([chunk.bilinear for chunk in part.chunks()]), pixels().bilinear)
+
+
+@pytest.mark.parametrize("options", [{"classifier": "linear"}, {"cross_fit": 2}, {"solver": "sgd"}])
+def test_pixels_are_not_trained_on_anew(options):
+    given = {"classifier": linear(), **options}
+    with pytest.raises(InputError, match="for features of pixels"):
+        disalign.fit(pixels(), given.pop("classifier"), **given)
+
+
+def test_totals_of_the_whole_set_divide_a_samples_loss():
+    features, classifier = draw(), linear()
+    sample = Features.from_arrays(
+        features.x[::2], features.y[::2], weights=torch.full((55,), 2.5), class_counts=COUNTS, totals=[60, 30, 12, 5, 2]
+    )
+    found = disalign.fit(sample, classifier, 1.0, confidence="one")
+    losses = nn.functional.cross_entropy(classifier(sample.x), sample.y, reduction="none").double()
+    w = weights_of(COUNTS, 1.0)
+    expected = (torch.from_numpy(w)[sample.y] * losses * 2.5).sum() / (w * np.array(COUNTS)).sum()
+    assert found.fit_report.solution.start == pytest.approx(float(expected), rel=1e-6)
+
+
 @pytest.mark.slow
 def test_as_many_classes_as_inaturalist_has():
     counts = disalign.load_class_counts("inaturalist2018")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from disalign import InputError, calibrate, generalized_reweight, grw_cross_entropy
-from disalign.functional import grw_denominator
+from disalign.functional import check_background_weight, class_weights, grw_denominator
 
 SHAPES = [(4, 5), (2, 5, 3, 2)]
 INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -426,3 +426,18 @@ def test_labels_of_every_whole_dtype_give_the_same_loss(dtype, reduction):
 def test_a_wrong_label_of_any_dtype_is_refused(dtype):
     with pytest.raises(InputError, match=r"expected labels in \[0, 3\)"):
         grw_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 3], dtype=dtype), torch.ones(3))
+
+
+def test_a_balanced_background_weighs_as_much_as_the_classes_on_average():
+    counts = torch.tensor([900, 90, 9, 1])
+    weight = class_weights(counts, 0.8, background_weight="balanced")
+    examples = [label for label, count in enumerate(counts.tolist()) for _ in range(count)]
+    assert float(weight[-1]) == pytest.approx(sum(float(weight[label]) for label in examples) / 1000, rel=1e-5)
+    assert torch.equal(weight[:-1], generalized_reweight(counts, 0.8))
+    assert class_weights(counts, 0.0, background_weight="balanced").tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "even", None])
+def test_a_background_weight_that_is_none_is_refused(value):
+    with pytest.raises(InputError, match="expected a finite background weight >= 0, or 'balanced', got"):
+        check_background_weight(value)

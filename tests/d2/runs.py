@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -100,12 +101,19 @@ def write_config(folder: Path, data: dict, name: str = "config", **kind) -> Path
 
 
 def main(config, output, *options, flags=()) -> int:
-    """Exit status of the command, in this process; its loggers end with it."""
+    """Exit status of the command, in this process."""
+    with quiet():
+        return train_net.main(arguments(config, output, *options, flags=flags))
+
+
+@contextmanager
+def quiet():
+    """Within it a command runs without the report on the machine, and its loggers end with it."""
     setup_logger.cache_clear()
     try:
-        # The report on the machine takes longer than all the rest.
+        # The report takes longer than all the rest.
         with mock.patch.object(defaults, "collect_env_info", return_value=""):
-            return train_net.main(arguments(config, output, *options, flags=flags))
+            yield
     finally:
         for name in ("detectron2", "fvcore", "disalign_d2"):
             logger = logging.getLogger(name)
