@@ -10,7 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "doctor": "disalign_tools.doctor.__main__",
     "features": "disalign_tools.features",
-    "fit": "disalign_cls.fit",
+    "fit": "disalign_tools.fit",
 }
 
 
