@@ -16,14 +16,15 @@ FRAMEWORKS = {"disalign_cls.fit": "timm", "disalign_mmseg.fit": "mmseg", "disali
 
 
 @pytest.mark.parametrize("module", CONFIGS)
-def test_the_framework_is_the_configs(module, capfd):
+def test_the_framework_is_the_configs(module, tmp_path, monkeypatch, capfd):
     pytest.importorskip(
         {"disalign_cls.fit": "timm", "disalign_mmseg.fit": "mmseg", "disalign_d2.fit": "detectron2"}[module]
     )
     assert fit.host_of(CONFIGS[module]).__name__ == module
-    # The command is told all arguments: here that there is no stage one.
-    assert console.main(["fit", CONFIGS[module], "--rho", "1.0"]) == 2
-    assert "expected the stage-one checkpoint, got none" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    # The command is told all arguments.
+    assert console.main(["fit", CONFIGS[module], "--stage-one", "one.pth", "--rho", "-1"]) == 2
+    assert "expected a finite rho >= 0, got -1" in capfd.readouterr().err
 
 
 def test_a_missing_framework_is_named(monkeypatch, capfd):
