@@ -119,7 +119,7 @@ def collect(
                     raise InputError(
                         f"expected {len(asked)} examples in a batch, got {len(x)}; let the collate function keep all"
                     )
-                require_finite_rows(x, asked[0])
+                require_finite_rows(x, asked)
                 yield len(x), {"x": x, "y": labels} | {key: values[asked] for key, values in known.items()}
 
         # Spread over the set: they tell another list or transform from the one that a folder was filled with.

@@ -182,14 +182,14 @@ def _require_rows(x: Tensor, values: Tensor, what: str) -> None:
         raise InputError(f"expected {len(x)} {what}, one for each row of the features, got shape {tuple(values.shape)}")
 
 
-def require_finite_rows(x: Tensor, first: int = 0) -> None:
-    """Refuse features with NaN or infinity; ``first`` is the number of the first row, for the message."""
-    finite = torch.cat(
-        [block.isfinite().flatten(1).all(1) for block in x.split(BLOCK)]
-    )  # in blocks: x may not fit in memory
-    wrong = ((~finite).nonzero().flatten() + first).tolist()
+def require_finite_rows(x: Tensor, rows: Sequence[int] | None = None) -> None:
+    """Refuse features with NaN or infinity; ``rows`` are the numbers of the rows, for the message."""
+    # In blocks: x may not fit in memory.
+    finite = torch.cat([block.isfinite().flatten(1).all(1) for block in x.split(BLOCK)])
+    wrong = (~finite).nonzero().flatten().tolist()
     if wrong:
+        named = wrong if rows is None else [rows[place] for place in wrong]
         raise InputError(
-            f"expected finite features, got NaN or infinity in {len(wrong)} rows: {some(wrong)}; leave these examples "
+            f"expected finite features, got NaN or infinity in {len(wrong)} rows: {some(named)}; leave these examples "
             "out, or use a wider dtype"
         )

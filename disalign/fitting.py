@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import InputError, input_errors, some
 from .features import Features
 from .freezing import freeze_except
-from .functional import check_background_weight, class_weights, grw_cross_entropy
+from .functional import check_background_weight, class_weights, grw_cross_entropy, grw_mean
 from .modules import (
     AdaptiveCalibration,
     Calibrated,
@@ -148,6 +148,8 @@ def fit(
         unseen = accuracy(parts)
         examples = units_per_class(features, len(examples)) - 1
     left_out = (examples <= 0).nonzero().flatten().tolist()
+    if len(left_out) == len(examples):
+        raise InputError("expected a class with two examples to hold one out, got none; set cross_fit=0")
     if stage_one is not given:
         C = 1.0 if C is None else C
         train_classifier(stage_one, features, C)
@@ -298,7 +300,7 @@ def sgd(
             y = features.y[rows].to(weight.device)
             importance = features.weights[rows].to(weight)
             losses = grw_cross_entropy(classifier(x.to(dtype)), y, weight, "none")
-            loss = (losses * importance).sum() / (weight[y] * importance).sum()
+            loss = grw_mean((losses * importance).sum(), (weight[y] * importance).sum())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, max_norm)

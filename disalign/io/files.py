@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from ..errors import InputError, first_line
-from .locks import try_lock
+from .locks import is_at, try_lock
 
 #: The end of the names of files that are being written.
 TEMPORARY = ".disalign-tmp"
@@ -68,18 +68,25 @@ def _beside(path: str, mode: str) -> Iterator[IO[Any]]:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
-    temporary = os.path.join(folder, f".{secrets.token_hex(8)}{TEMPORARY}")
-    try:
-        with open(temporary, mode.replace("w", "x")) as file:
-            try_lock(file)
+    with _new_file(folder, mode) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
+            raise
+
+
+def _new_file(folder: str, mode: str) -> IO[Any]:
+    """A temporary file of one's own, locked; until it is, another process may take it for a leftover."""
+    while True:
+        file = open(os.path.join(folder, f".{secrets.token_hex(8)}{TEMPORARY}"), mode.replace("w", "x"))  # noqa: SIM115  # its user closes it
+        if try_lock(file) and is_at(file, file.name):
+            return file
+        file.close()
 
 
 def remove_leftovers(folder: str) -> None:

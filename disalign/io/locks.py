@@ -54,7 +54,7 @@ def locked_folder(folder: str | os.PathLike[str], option: str) -> Iterator[None]
     with open(path, "a+") as file:
         # Not inherited: workers that outlive a killed run by some seconds would hold it. Another run may just have
         # ended, and taken the file with it.
-        if not (try_lock(file, inherited=False) and _is_at(file, path)):
+        if not (try_lock(file, inherited=False) and is_at(file, path)):
             file.seek(0)
             raise InputError(
                 f"expected a folder of this run's own as {option}, but another run writes to {os.fspath(folder)!r} "
@@ -70,7 +70,8 @@ def locked_folder(folder: str | os.PathLike[str], option: str) -> Iterator[None]
                 os.unlink(path)
 
 
-def _is_at(file: IO[Any], path: str) -> bool:
+def is_at(file: IO[Any], path: str) -> bool:
+    """Whether an open file is still the one at a path."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from datetime import timedelta
@@ -161,13 +162,78 @@ def test_a_whole_pass_is_opened_and_not_run_again(tmp_path):
     assert torch.equal(disalign.Features.open(tmp_path).x, first.x)
 
 
-def test_weights_and_groups_are_kept(tmp_path):
+@pytest.mark.parametrize("kept", ["in memory", "in a folder"])
+def test_weights_and_groups_are_kept(kept, tmp_path):
     given = {"weights": [1.0, 2.0] * 50, "groups": list(range(50)) * 2, "class_counts": [100, 200, 300]}
-    collected(Network(), Images(100), out=tmp_path, **given)
-    features = disalign.Features.open(tmp_path)
+    features = collected(Network(), Images(100), out=None if kept == "in memory" else tmp_path, **given)
     assert features.weights.tolist() == given["weights"]
     assert features.groups.tolist() == given["groups"]
     assert features.class_counts.tolist() == given["class_counts"]
+
+
+def test_what_is_opened_again_keeps_its_date(tmp_path):
+    collected(Network(), Images(100), out=tmp_path)
+    record = (tmp_path / "record.json").read_text()
+    (tmp_path / "record.json").write_text(re.sub(r'"date": "[0-9-]+"', '"date": "2001-01-01"', record))
+    assert collected(Network(), Images(100), out=tmp_path).provenance["date"] == "2001-01-01"
+
+
+def test_only_the_trunk_is_compared_wherever_it_is_wrapped(tmp_path):
+    network = Network()
+    collected(network, Images(100), out=tmp_path)
+    with torch.no_grad():
+        network.head.weight += 1
+    data = Images(100)
+    collected(nn.DataParallel(network), data, network.head, out=tmp_path / "wrapped")
+    again = collected(network, data, out=tmp_path)
+    assert again.provenance["trunk"] == disalign.Features.open(tmp_path / "wrapped").provenance["trunk"]
+
+
+class Drawn(Images):
+    """No two passes agree."""
+
+    def __getitem__(self, row):
+        x, y = super().__getitem__(row)
+        return x + torch.randn(5), y
+
+    __repr__ = object.__repr__
+
+
+def test_random_rows_are_not_compared_if_this_is_said(tmp_path):
+    first = collected(Network(), Drawn(), out=tmp_path, random=True)
+    assert torch.equal(collected(Network(), Drawn(), out=tmp_path, random=True).x, first.x)
+    with pytest.raises(InputError, match="to come out again, but some differ"):
+        collected(Network(), Drawn(), out=tmp_path)
+
+
+def test_a_pass_killed_while_its_parts_become_one_goes_on(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.lib.format.write_array_header_2_0", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collected(Network(), Images(100), out=tmp_path)
+    data = Images(100)
+    assert torch.equal(collected(Network(), data, out=tmp_path).x, collected(Network(), Images(100)).x)
+    assert set(data.read) == spread(100)
+
+
+def test_the_loaders_batches_and_workers(tmp_path):
+    def double(_):
+        torch.utils.data.get_worker_info().dataset.factor = 2.0
+
+    seen, network, data = [], Network(), Images(100)
+
+    def step(model, batch):
+        seen.append(len(batch[1]))
+        return batch[1], model(batch[0])
+
+    sampler = torch.utils.data.BatchSampler(range(100), 40, drop_last=False)
+    batches = DataLoader(data, batch_sampler=sampler, num_workers=1, worker_init_fn=double)
+    found = disalign.collect(network, batches, "head", step=step)
+    assert seen == [1, 40, 40, 20]
+    torch.testing.assert_close(found.x, expected(network, Images(100, factor=2.0)), rtol=1e-5, atol=1e-6)
 
 
 OTHERS = {
@@ -376,6 +442,10 @@ REFUSED = {
     "negative weights": (lambda: collected(Network(), Images(2), weights=[1.0, -1.0]), "not negative"),
     "fractions as labels": (lambda: collected(Network(), Images(9, shift=0.5)), "expected one whole label per sample"),
     "NaN": (lambda: collected(Network(), WithNaN(100)), "NaN or infinity in 2 rows: 70, 71"),
+    "NaN among the rows that are compared": (
+        lambda: collected(Network(), WithNaN(71), out=tempfile.mkdtemp()),
+        "NaN or infinity in 1 rows: 70",
+    ),
     "no data": (lambda: collected(Network(), Images(0)), "expected a data set with examples, got an empty one"),
     "no such layer": (lambda: collected(Network(), Images(9), "fc"), "expected a module of the model as classifier"),
     "another's layer": (lambda: collected(Network(), Images(9), nn.Linear(8, 3)), "expected a module of the model"),
@@ -387,6 +457,10 @@ REFUSED = {
     "batches": (
         lambda: disalign.collect(Network(), loader(Images(9), collate_fn=lambda rows: rows[0][0]), "head"),
         "expected batches of (inputs, labels), or mappings with 'labels', got Tensor",
+    ),
+    "a mapping without labels": (
+        lambda: disalign.collect(Network(), loader(Images(9), collate_fn=lambda rows: {"x": rows[0][0]}), "head"),
+        "expected batches of (inputs, labels), or mappings with 'labels', got dict",
     ),
     "labels": (lambda: collected(Network(), Images(9), class_counts=[4, 5]), "expected labels in [0, 2), got 2"),
 }

@@ -31,8 +31,12 @@ def test_counts_and_weights_come_from_the_labels():
 
 
 def test_a_part_keeps_the_counts_of_the_whole():
-    features = Features.from_arrays(*arrays(), groups=range(2500))
+    x, y = arrays()
+    y[[1, 3]] = 2, 3
+    features = Features.from_arrays(x, y, np.linspace(1, 2, 2500), groups=range(2500))
     part = features.part(torch.tensor([3, 1]))
+    assert part.y.tolist() == [3, 2]
+    assert torch.equal(part.weights, features.weights[[3, 1]])
     assert part.class_counts is features.class_counts
     assert part.groups.tolist() == [3, 1]
     assert torch.equal(part.x, features.x[[3, 1]])
@@ -91,6 +95,9 @@ REFUSED = {
     "words as labels": ((X, [str(label) for label in Y]), "expected arrays of numbers, got list"),
     "ragged rows": (([[1.0], [1.0, 2.0]], [0, 1]), "expected arrays of numbers, got list"),
     "fractions as groups": ((X, Y, None, None, Y + 0.5), "expected whole numbers as groups"),
+    "infinite weights": ((X, Y, np.where(Y == 1, np.inf, 1)), "expected weights that are finite"),
+    "fewer weights": ((X, Y, np.ones(1499)), "expected 1500 weights, one for each row of the features"),
+    "fewer groups": ((X, Y, None, None, Y[:-1]), "expected 1500 groups, one for each row of the features"),
     "no weight": ((X, Y, np.zeros(1500)), "not all zero"),
 }
 
@@ -177,6 +184,8 @@ def set_record(folder, **values):
 DAMAGED = {
     "a flipped bit of a feature": lambda f: flip(f / "x.npy", -1),
     "a flipped bit of a label": lambda f: flip(f / "y.npy", -8),
+    "a flipped bit of a block's last row": lambda f: flip(f / "x.npy", -(1500 - BLOCK) * 24 - 1),
+    "a flipped bit of a block's first row": lambda f: flip(f / "x.npy", -(1500 - BLOCK) * 24),
     "a flipped bit of a header": lambda f: flip(f / "x.npy", 3),
     "a truncated file": lambda f: os.truncate(f / "x.npy", 1000),
     "an empty file": lambda f: os.truncate(f / "y.npy", 0),
@@ -185,6 +194,8 @@ DAMAGED = {
     "a truncated record": lambda f: os.truncate(f / "record.json", 50),
     "another record": lambda f: (f / "record.json").write_text("[]"),
     "a record of another version": lambda f: set_record(f, format=2),
+    "a record of blocks of another size": lambda f: set_record(f, block=512),
+    "a record of another dtype": lambda f: set_record(f, arrays={"x": ["<f8", 6], "y": ["<i8"], "weights": ["<f8"]}),
     "a record of odd types": lambda f: set_record(f, arrays={"x": 3}),
     "a record of more rows": lambda f: set_record(f, rows=10**12),
     "a record of infinitely many rows": lambda f: set_record(f, rows=float("inf")),

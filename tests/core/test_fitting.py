@@ -189,22 +189,25 @@ def rank_of_two(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    crossed = disalign.fit(draw(), "linear", C=1.0, confidence="one").fit_report
+    crossed = disalign.fit(draw(), "linear", C=1.0, confidence="one")
     found = [one.state_dict() for one in fitted_by_ranks()]
-    torch.save((found, crossed.out_of_fold_accuracy), f"{folder}/{rank}")
+    torch.save((found, crossed.fit_report.out_of_fold_accuracy, crossed.weight.detach()), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
 def test_two_processes_find_what_one_does(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
-    ranks, accuracies = zip(*ranks, strict=True)
+    ranks, accuracies, probed = zip(*ranks, strict=True)
     for first, second, one in zip(*ranks, fitted_by_ranks(), strict=True):
         for name, tensor in one.state_dict().items():
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-5)
-    alone = disalign.fit(draw(), "linear", C=1.0, confidence="one").fit_report.out_of_fold_accuracy
-    assert accuracies == (pytest.approx(alone), pytest.approx(alone))
+    alone = disalign.fit(draw(), "linear", C=1.0, confidence="one")
+    unseen = alone.fit_report.out_of_fold_accuracy
+    assert accuracies == (pytest.approx(unseen), pytest.approx(unseen))
+    for weight in probed:
+        torch.testing.assert_close(weight, alone.weight, rtol=0, atol=0.01)
 
 
 def test_a_strong_penalty_holds_the_start_and_the_anchor():
@@ -346,6 +349,21 @@ def test_chunks_of_pixels_are_no_larger_than_others(monkeypatch):
     part = solver.Part(linear(), pixels())
     assert [len(chunk.x) for chunk in part.chunks()] == [8] * 7 + [4]
     assert torch.equal(torch.cat([chunk.bilinear for chunk in part.chunks()]), pixels().bilinear)
+
+
+def test_folds_of_classes_of_one_example_are_refused():
+    features = Features.from_arrays(torch.randn(5, 3), range(5))
+    with pytest.raises(InputError, match="expected a class with two examples to hold one out, got none"):
+        disalign.fit(features, "linear", C=1.0, confidence="one")
+
+
+def test_minibatches_without_weight_change_nothing():
+    torch.manual_seed(0)
+    x, y, weights = torch.randn(8, WIDTH), [0, 1] * 4, [1.0, 1.0] + [0.0] * 6
+    steps = {"solver": "sgd", "batch_size": 2, "epochs": 3, "weight_decay": 0.0, "momentum": 0.0}
+    found = disalign.fit(Features.from_arrays(x, y, weights), linear(2), **steps)
+    assert all(tensor.isfinite().all() for tensor in found.state_dict().values())
+    assert (found.calibration.magnitude != 1).all()
 
 
 @pytest.mark.parametrize("options", [{"classifier": "linear"}, {"cross_fit": 2}, {"solver": "sgd"}])
@@ -636,6 +654,184 @@ def test_sgd_weighs_its_rows():
     half = Features.from_arrays(features.x[1::2], features.y[1::2], class_counts=features.class_counts)
     expected = disalign.fit(half, linear(), solver="sgd", batch_size=len(features))
     assert parameters(found) == pytest.approx(parameters(expected), abs=1e-5)
+
+
+def held_out_scores(features, **options):
+    """(N, K) of the linear classifiers that have not seen the rows."""
+    parts, _ = probes.held_out("linear", features, 5, 1.0, **options)
+    scores = torch.empty(len(features), len(features.class_counts))
+    for part in parts:
+        scores[part.rows] = part.classifier(features.x[part.rows]).detach()
+    return scores
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_held_out_scores_teach_but_not_those_of_a_class_that_is_left_out(seed):
+    counts = [40, 20, 10, 1]
+    features = draw(counts)
+    found = disalign.fit(features, "linear", 1.0, confidence="one", C=1.0, seed=seed)
+    losses = nn.functional.cross_entropy(held_out_scores(features, seed=seed), features.y, reduction="none").numpy()
+    w = np.append(weights_of(counts, 1.0)[:3], 0)[features.y]
+    assert found.fit_report.solution.start == pytest.approx((w * losses).sum() / w.sum(), rel=1e-5)
+
+
+def test_a_background_of_one_example_is_left_out():
+    features = draw([40, 20, 10, 1], class_counts=[40, 20, 10], background=True)
+    found = disalign.fit(features, "linear", 1.0, confidence="one", C=1.0)
+    assert found.fit_report.left_out == (3,)
+    assert (found.calibration.magnitude != 1).all()
+
+
+def test_the_anchor_is_less_the_backgrounds_weight():
+    features = draw([50, 20, 5, 40], class_counts=[50, 20, 5], background=True)
+    options = {"confidence": "one", "anchor": "logit_adjust", "penalty": 1e4, "background_weight": 0.5}
+    margin = disalign.fit(features, linear(4), 1.0, **options).calibration.margin.detach().numpy()
+    assert margin == pytest.approx(np.log(weights_of([50, 20, 5], 1.0)) - math.log(0.5), abs=1e-3)
+
+
+def test_a_class_that_the_training_set_lacks():
+    features = draw([40, 20, 10], class_counts=[40, 20, 10, 0])
+    with pytest.raises(InputError, match="expected at least one training example per class, got none for class 3"):
+        disalign.fit(features, linear(4))
+    found = disalign.fit(features, linear(4), 1.0, zero_count="exclude")
+    assert found.fit_report.left_out == (3,)
+    losses = nn.functional.cross_entropy(linear(4)(features.x), features.y, reduction="none").detach().numpy()
+    w = weights_of([40, 20, 10], 1.0)[features.y]
+    assert found.fit_report.solution.start == pytest.approx((w * losses).sum() / w.sum(), rel=1e-5)
+
+
+def test_folds_are_five_where_stage_one_is_trained_here_on_these_rows_alone():
+    given = [{"classifier": linear()}, {"calibration_features": draw(seed=1)}, {"solver": "sgd", "epochs": 1}]
+    found = [disalign.fit(draw(), **{"classifier": "linear", "C": None} | options) for options in given]
+    assert [one.fit_report.cross_fit for one in found] == [0, 0, 0]
+    assert disalign.fit(draw(), C=1.0).fit_report.cross_fit == 5
+
+
+def test_without_folds_the_inverse_penalty_is_one():
+    found, expected = (disalign.fit(draw(), "linear", cross_fit=0, C=C) for C in (None, 1.0))
+    assert found.fit_report.C == 1
+    assert torch.equal(found.weight, expected.weight)
+
+
+def test_a_solver_that_stops_early_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(fitting, "minimise", lambda *given: solver.minimise(*given, most=3))
+    assert not disalign.fit(draw(), linear()).fit_report.solution.converged
+    assert "the solver stopped after 3 evaluations, before it had converged" in caplog.text
+
+
+def test_scores_of_rows_that_taught_no_one_are_no_cause_for_a_warning(recwarn):
+    features, apart = Features.from_arrays(*by_heart()), Features.from_arrays(*by_heart(seed=1))
+    report = disalign.fit(features, "linear", C=100.0, calibration_features=apart).fit_report
+    assert (report.train_accuracy, report.cross_fit) == (100, 0)
+    corners = torch.eye(3)
+    disalign.fit(Features.from_arrays(corners, range(3)), ZeroShotClassifier(corners, 10.0))
+    assert not recwarn
+
+
+def test_a_given_classifier_that_knows_less_than_the_folds_is_said():
+    features, given = draw(), linear()
+    own = 100 * float((given(features.x).argmax(1) == features.y).double().mean())
+    with pytest.warns(UserWarning, match=f"and stage one {own:.1f} % of its training set"):
+        disalign.fit(features, given, cross_fit=5, C=1.0)
+
+
+SGD = {"epochs": 3, "batch_size": 32, "lr": 0.2, "momentum": 0.5, "weight_decay": 0.1, "max_norm": 0.05, "seed": 4}
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"schedule": 5}])
+def test_sgd_step_by_step(options):
+    features, classifier = draw(weights=np.linspace(0.5, 2, sum(COUNTS)), dtype=torch.float64), linear()
+    found = disalign.fit(features, classifier.double(), 1.2, confidence="one", solver="sgd", **SGD, **options)
+    z, w = classifier(features.x).detach(), torch.from_numpy(weights_of(COUNTS, 1.2))[features.y] * features.weights
+    theta, velocity = torch.cat([torch.ones(5), torch.zeros(5)]).double().requires_grad_(), 0
+    decay, epochs, summed = 0.1 * (torch.arange(10) >= 5), options.get("schedule", 3), [0.0, 0.0, 0.0]
+    for epoch in range(3):
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(4 + epoch))
+        for rows in order.split(32):
+            scores = theta[:5] * z[rows] + theta[5:]
+            losses = scores.logsumexp(1) - scores[torch.arange(len(rows)), features.y[rows]]
+            loss = (w[rows] * losses).sum() / w[rows].sum()
+            (gradient,) = torch.autograd.grad(loss, theta)
+            gradient = gradient * min(1, 0.05 / float(gradient.norm())) + decay * theta.detach()
+            velocity = 0.5 * velocity + gradient
+            step = gradient + 0.5 * velocity if "nesterov" in options else velocity
+            theta = (theta - 0.1 * (1 + math.cos(math.pi * epoch / epochs)) * step).detach().requires_grad_()
+            summed[epoch] += float(loss.detach()) * len(rows) / len(features)
+    assert parameters(found)[:10] == pytest.approx(theta.detach().numpy(), abs=1e-5)
+    solution = found.fit_report.solution
+    assert [solution.start, solution.end] == pytest.approx([summed[0], summed[2]], rel=1e-5)
+    assert solution.evaluations == 3 * 4
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_probe_ends_at_its_own_objective(kind):
+    features = draw(weights=np.linspace(0.5, 2, sum(COUNTS)), dtype=torch.float64)
+    found = probes.new_classifier(kind, features)
+    end = probes.train_classifier(found, features, 0.3).end
+    x, weight, total = features.x, found.weight.detach(), float(features.weights.sum())
+    if kind == "linear":
+        scores, squares = x @ weight.T + found.bias.detach(), weight.square().sum()
+    else:
+        scale = float(found.scale.detach())
+        cosines = (x / x.norm(dim=1, keepdim=True)) @ (weight / weight.norm(dim=1, keepdim=True)).T
+        scores, squares = scale * cosines, 5 * scale**2
+    losses = scores.logsumexp(1) - scores[torch.arange(len(x)), features.y]
+    expected = (features.weights * losses).sum() / total + squares / (2 * 0.3 * total)
+    assert end == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_a_cosine_probe_starts_at_mean_directions():
+    features = draw(dtype=torch.float64)
+    directions = features.x.numpy() / np.linalg.norm(features.x.numpy(), axis=1, keepdims=True)
+    sums = np.stack([directions[features.y.numpy() == label].sum(0) for label in range(5)])
+    found = probes.new_classifier("cosine", features).weight.detach().numpy()
+    assert found == pytest.approx(sums / np.linalg.norm(sums, axis=1, keepdims=True), abs=1e-6)
+
+
+def test_a_probe_like_another_is_of_its_kind():
+    features = draw(dtype=torch.float16)
+    plain = probes.new_classifier(nn.Linear(1, 1, bias=False), features)
+    assert plain.bias is None
+    assert plain.weight.dtype == torch.float32
+    fixed = probes.new_classifier(CosineClassifier(1, 1, scale=7.0, learn_scale=False), features)
+    probes.train_classifier(fixed, features, 1.0)
+    assert float(fixed.scale) == 7
+    assert [name for name, _ in fixed.named_parameters()] == ["weight"]
+    assert isinstance(probes.new_classifier(CosineClassifier(1, 1), features).scale, nn.Parameter)
+
+
+def test_the_folds_choice_is_the_best_of_the_grid_and_comes_back():
+    features = draw(weights=np.linspace(0.5, 2, sum(COUNTS)))
+    parts, chosen = probes.held_out("linear", features, 5, None, 0)
+    tried = {C: probes.held_out("linear", features, 5, C, 0)[0] for C in probes.GRID}
+
+    def lost(parts):
+        losses = [
+            nn.functional.cross_entropy(part.classifier(features.x[part.rows]), features.y[part.rows], reduction="none")
+            for part in parts
+        ]
+        return float((torch.cat(losses) * features.weights[torch.cat([part.rows for part in parts])]).sum())
+
+    assert chosen == min(tried, key=lambda C: lost(tried[C]))
+    assert lost(parts) == pytest.approx(lost(tried[chosen]), rel=1e-3)
+
+
+def test_accuracy_counts_rows_by_their_weights():
+    x, y = torch.eye(3), torch.tensor([0, 1, 0])
+    classifier = nn.Linear(3, 3)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.eye(3))
+        classifier.bias.zero_()
+    features = Features.from_arrays(x, y, [1.0, 2.0, 5.0])
+    assert probes.accuracy([solver.Part(classifier, features)]) == 37.5
+
+
+def test_films_with_a_rare_class_are_dealt_out_evenly():
+    films = torch.arange(20).repeat_interleave(4)
+    y = torch.zeros(80, dtype=torch.int64)
+    y[:20:4] = 1  # a row of each of the first five films
+    fold = probes.stratified_folds(Features.from_arrays(torch.zeros(80, 1), y, groups=films), 5)
+    assert fold[y == 1].sort().values.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_copy_of_stage_one_follows_train():

@@ -681,3 +681,23 @@ def test_json_that_breaks_the_reader_is_one_sentence(text, tmp_path):
 def test_a_path_that_can_be_none_is_one_sentence(read, path):
     with pytest.raises(InputError, match=r"^expected .*; |but: .+$"):
         read(path)
+
+
+def test_a_new_file_that_another_process_takes_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
+    """Between its creation and its lock it is nobody's."""
+    from disalign.io import files
+
+    lock, taken = files.try_lock, []
+
+    def late(file, *given):
+        if not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        return lock(file, *given)
+
+    monkeypatch.setattr(files, "try_lock", late)
+    with files.atomic_file(tmp_path / "here", "w") as file:
+        file.write("whole")
+    assert taken
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert (tmp_path / "here").read_text() == "whole"

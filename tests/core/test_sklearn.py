@@ -53,6 +53,24 @@ def test_it_is_what_fit_finds():
     assert found.fit_report_.cross_fit == 5
 
 
+def test_its_options_are_those_of_fit():
+    X, y = draw()
+    options = {"cross_fit": 3, "confidence": "learnt", "anchor": "zero", "penalty": 0.3, "C": 0.2}
+    found = DisAlignClassifier(0.5, random_state=4, **options).fit(X, y)
+    features = disalign.Features.from_arrays(X, np.searchsorted(NAMES, y))
+    expected = disalign.fit(features, "linear", 0.5, seed=4, **options)
+    assert found.decision_function(X) == pytest.approx(expected(torch.from_numpy(X)).detach().numpy())
+
+
+def test_of_two_classes_the_second_is_decided_for_above_zero():
+    X, y = draw((60, 30))
+    found = DisAlignClassifier(C=1.0).fit(X, y)
+    decided = found.decision_function(X)
+    assert NAMES[(decided > 0).astype(int)].tolist() == found.predict(X).tolist()
+    odds = found.predict_proba(X)
+    assert decided == pytest.approx(np.log(odds[:, 1] / odds[:, 0]))
+
+
 def test_it_gains_where_classes_are_rare():
     X, y = draw()
     test, truth = draw((200,) * 4, seed=1)
@@ -121,6 +139,22 @@ def test_a_classifier_without_an_intercept():
 @pytest.mark.parametrize("random_state", [None, 3, np.random.RandomState(3)])
 def test_random_states(random_state):
     assert DisAlignClassifier(C=1.0, random_state=random_state).fit(*draw()).fit_report_.cross_fit == 5
+
+
+def test_a_random_state_draws_the_folds():
+    X, y = draw()
+    seeds = [np.random.RandomState(3).randint(2**31), np.random.RandomState(3), np.random.RandomState(4)]
+    one, same, other = (DisAlignClassifier(C=1.0, random_state=seed).fit(X, y).decision_function(X) for seed in seeds)
+    assert (one == same).all()
+    assert not (one == other).all()
+
+
+def test_a_fitted_module_of_another_dtype():
+    X, y = draw()
+    given = nn.Linear(6, 4)
+    found = DisAlignClassifier(classifier=given, cross_fit=0).fit(X, y)
+    assert found.stage_one_(torch.from_numpy(X)).dtype == torch.float64
+    assert given.weight.dtype == torch.float32
 
 
 def test_a_fitted_module():

@@ -81,7 +81,63 @@ def test_another_list_into_the_same_folder_is_refused(images, weights, tmp_path,
     assert run(images / "train", weights, tmp_path) == 0
     (images / "shorter.txt").write_text("train/ant/0.png 0\ntrain/bee/0.png 1")
     assert run(images / "shorter.txt", weights, tmp_path, "--data-root", str(images)) == 2
-    assert "got some of another data, weights or groups, rows" in capsys.readouterr().err
+    assert "got some of another data, rows, weights or groups" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["labels", "paths", "transforms"])
+def test_a_list_of_the_same_length_that_differs_is_refused(what, images, weights, tmp_path, capsys, monkeypatch):
+    (tmp_path / "one.txt").write_text("train/ant/0.png 0\ntrain/bee/0.png 1")
+    other = {"labels": "train/ant/0.png 1\ntrain/bee/0.png 0", "paths": "train/ant/1.png 0\ntrain/bee/0.png 1"}
+    (tmp_path / "other.txt").write_text(other.get(what, (tmp_path / "one.txt").read_text()))
+    root = ("--data-root", str(images))
+    assert run(tmp_path / "one.txt", weights, tmp_path / "x", *root) == 0
+    if what == "transforms":
+        monkeypatch.setattr(features_command, "transform_of", lambda _: timm.data.create_transform(64))
+    assert run(tmp_path / "other.txt", weights, tmp_path / "x", *root) == 2
+    assert "got some of another data;" in capsys.readouterr().err
+
+
+LISTS = {
+    "a missing image": ("train/ant/0.png 0\ntrain/ant/9.png 0", "but of 2 named there 1 are missing"),
+    "a negative label": ("train/ant/0.png 0\ntrain/bee/0.png -1", "expected labels from 0 on"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_refused_lists(name, images, weights, tmp_path, capsys):
+    lines, sentence = LISTS[name]
+    (tmp_path / "list.txt").write_text(lines)
+    assert run(tmp_path / "list.txt", weights, tmp_path / "x", "--data-root", str(images)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_trunk_is_the_model_up_to_its_classifier(weights):
+    whole = timm.create_model(MODEL, num_classes=7).eval()
+    whole.load_state_dict(torch.load(weights))
+    x = torch.randn(2, 3, 64, 64)
+    before = whole.forward_head(whole.forward_features(x), pre_logits=True)
+    assert torch.equal(load_trunk(f"timm:{MODEL}", weights)(x), before)
+
+
+def test_pretrained_weights_are_fetched_where_none_are_given(weights, monkeypatch):
+    asked, create = [], timm.create_model
+
+    def offline(name, pretrained, **options):
+        asked.append(pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    load_trunk(f"timm:{MODEL}", None)
+    load_trunk(f"timm:{MODEL}", weights)
+    assert asked == [True, False]
+
+
+def test_batches_are_as_large_as_said(images, weights, tmp_path, monkeypatch):
+    trunk, seen = load_trunk(f"timm:{MODEL}", weights), []
+    trunk.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(features_command, "load_trunk", lambda *_: trunk)
+    assert run(images / "train", weights, tmp_path, "--batch-size", "3") == 0
+    assert seen[-3:] == [3, 3, 1]
 
 
 REFUSED = {
