@@ -166,6 +166,31 @@ def interpolate_at(logits: Tensor, positions: Tensor, size: Sequence[int], align
     return F.grid_sample(logits, grid, "bilinear", "border", align_corners).squeeze(2)
 
 
+def cells_at(positions: Tensor, grid: Sequence[int], size: Sequence[int], align_corners: bool) -> tuple[Tensor, Tensor]:
+    """The cells of the logits, and their weights, that :func:`interpolate_at` makes the scores at positions from.
+
+    Args:
+        positions: (n,) int64, row * W + column.
+        grid: (h, w).
+        size: (H, W).
+        align_corners: as in ``F.interpolate``.
+
+    Returns:
+        (n, 4) int64 cells, row * w + column; and (n, 4) fp64 weights, which sum to 1.
+    """
+    height, width = size
+    cells, shares = [], []
+    for index, new, old in ((positions // width, height, grid[0]), (positions % width, width, grid[1])):
+        from_edge = (_normalised(index, new, align_corners) + 1) / 2
+        place = (from_edge * (old - 1) if align_corners else from_edge * old - 0.5).clamp(0, old - 1)
+        first = place.floor()
+        cells.append(torch.stack([first, (first + 1).clamp(max=old - 1)], dim=-1).long())
+        shares.append(torch.stack([first + 1 - place, place - first], dim=-1))
+    (rows, columns), (down, across) = cells, shares
+    index = rows.unsqueeze(-1) * grid[1] + columns.unsqueeze(-2)
+    return index.flatten(-2), (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)
+
+
 def _normalised(index: Tensor, size: int, align_corners: bool) -> Tensor:
     """``grid_sample``'s coordinates, -1 to 1 from edge to edge, or from the first pixel's centre to the last one's."""
     if align_corners:
