@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from disalign import InputError
 from disalign_mmseg import upsampling
 from disalign_mmseg.upsampling import (
+    cells_at,
     interpolate_at,
     interpolation_matrix,
     sample_pixels,
@@ -221,6 +222,31 @@ def test_interpolation_at_every_position(sizes, align_corners):
     expected = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=align_corners).flatten(2)
     expected = expected.gather(2, positions.unsqueeze(1).expand(-1, K, -1))
     torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_cells_and_weights_make_the_interpolation(sizes, align_corners):
+    grid, size = sizes
+    logits = data(*sizes)[0].detach()
+    positions = torch.arange(size[0] * size[1])[torch.randperm(size[0] * size[1])]
+    index, weight = cells_at(positions, grid, size, align_corners)
+    assert (index.shape, index.dtype) == ((len(positions), 4), torch.int64)
+    assert (weight.shape, weight.dtype) == (index.shape, torch.float64)
+    assert index.min() >= 0
+    assert index.max() < grid[0] * grid[1]
+    assert weight.min() >= 0
+    torch.testing.assert_close(weight.sum(1), torch.ones(len(positions), dtype=torch.float64))
+    mixed = (logits.double().flatten(2)[..., index] * weight).sum(-1)
+    exact = interpolate_at(logits.double(), positions.expand(2, -1), size, align_corners)
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=1e-12)
+    plain = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).flatten(2)[..., positions]
+    torch.testing.assert_close(mixed.float(), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_cells_at_no_positions():
+    index, weight = cells_at(torch.zeros(0, dtype=torch.long), (3, 4), (6, 8), False)
+    assert index.shape == weight.shape == (0, 4)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
