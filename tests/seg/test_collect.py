@@ -306,7 +306,7 @@ def rank_of_two(rank, folder, store):
 
 
 def test_two_processes_share_the_images_and_get_all(folder, tmp_path):
-    torch.multiprocessing.spawn(rank_of_two, (str(folder), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(rank_of_two, (str(folder), str(tmp_path)), nprocs=2, start_method="fork")
     alone = collected(folder, class_counts=None, images=4)
     shares = []
     for rank in range(2):
