@@ -77,15 +77,15 @@ def command_to_test(doc: str, adapt: Adapt, **switches: str) -> Callable:
             arguments.add_argument(f"--{name}", action="store_true", help=text)
         args = arguments.parse_args(argv)
         config = load_config(args.config, args.cfg_options)
+        config.load_from, config.stage_one = args.checkpoint, None
         adapt(config, args)
-        evaluate(config, args.checkpoint, args)
+        test(config, args)
 
     return main
 
 
-def evaluate(config: Config, checkpoint: str, args: argparse.Namespace) -> None:
-    """Test a checkpoint of the config's model by the config's Runner."""
-    config.load_from, config.stage_one = checkpoint, None
+def test(config: Config, args: argparse.Namespace) -> None:
+    """Evaluate the checkpoint that the config loads from, by its Runner."""
     runner = build_runner(config, args)
     with config_errors(config.filename):
         _ = runner.test_loop

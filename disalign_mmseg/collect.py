@@ -55,8 +55,9 @@ def require_sample(pixels: int, images: int | None = None) -> None:
     Raises:
         InputError: names it.
     """
-    if pixels < 1 or (images is not None and images < 1):
-        raise InputError(f"expected 1 or more pixels of 1 or more images, got {pixels} of {images or 'no'} images")
+    for what, number in (("pixels of each image", pixels), ("images", images)):
+        if number is not None and number < 1:
+            raise InputError(f"expected 1 or more {what}, got {number}; give more, or leave it out")
 
 
 def collect_features(

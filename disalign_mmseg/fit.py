@@ -27,7 +27,7 @@ from disalign.fitting import require_options
 from disalign.io import require_folder
 from disalign.stage_two import calibrations, require_same_classes
 from disalign_mmengine import checkpoints
-from disalign_mmengine.cli import evaluate, load_config, parser
+from disalign_mmengine.cli import load_config, parser, test
 from disalign_mmengine.hooks import stage_one_of
 from disalign_mmengine.saving import save_fit
 
@@ -104,9 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"\nrho {rho:g}")
             config = load_config(args.config, args.cfg_options)
             config.setdefault("runner_type", "DisAlignSegRunner")
+            config.load_from, config.stage_one = str(place), None
             # MMEngine's logs go by this name, and the time in seconds.
             config.experiment_name = f"{config.get('experiment_name', Path(config.filename).stem)}_{place.stem}"
-            evaluate(config, str(place), argparse.Namespace(work_dir=str(where), launcher="none"))
+            test(config, argparse.Namespace(work_dir=str(where), launcher="none"))
         else:
             print(f"test it: python -m disalign_mmseg.test {args.config} {place} --work-dir {where}")
 

@@ -433,8 +433,8 @@ REFUSED = {
     "a head that does not classify by conv_seg": (other_scores, "to classify by conv_seg, a 1x1 convolution"),
     "features that fp16 does not hold": (too_large_for_fp16, "a.jpg', got NaN or infinity in torch.float16"),
     "labels out of range": (wrong_label, "1154 are 7, the first at x 0, y 0"),
-    "no pixels": (lambda folder: collected(folder, pixels=0), "got 0 of no images"),
-    "no images": (lambda folder: collected(folder, images=0), "expected 1 or more pixels of 1 or more images"),
+    "no pixels": (lambda folder: collected(folder, pixels=0), "expected 1 or more pixels of each image, got 0"),
+    "no images": (lambda folder: collected(folder, images=0), "expected 1 or more images, got 0"),
     "a dtype": (lambda folder: collected(folder, dtype=torch.bfloat16), "got torch.bfloat16"),
     "other counts": (lambda folder: collected(folder, class_counts=[1, 2]), "the model's 5 classes, got 2"),
     "nothing but ignored pixels": (

@@ -186,8 +186,8 @@ REFUSED = {
     "a negative rho": ("two", ["--rho", "-1"], [], "expected a finite rho >= 0"),
     "an infinite penalty": ("two", ["--penalty", "inf"], [], "expected a finite penalty >= 0"),
     "an anchor with a learnt confidence": ("two", ["--anchor", "logit_adjust"], [], "expected anchor 'zero', or"),
-    "no pixels": ("two", ["--pixels", "0"], [], "expected 1 or more pixels of 1 or more images, got 0 of no images"),
-    "no images": ("two", ["--images", "0"], [], "expected 1 or more pixels of 1 or more images"),
+    "no pixels": ("two", ["--pixels", "0"], [], "expected 1 or more pixels of each image, got 0"),
+    "no images": ("two", ["--images", "0"], [], "expected 1 or more images, got 0"),
     "no evaluation": ("two", [], ["test_dataloader=None"], "expected a config that can be built in"),
     "no images there": ("two", [], ["train_dataloader.dataset.data_root=nowhere"], "expected images"),
 }
