@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.classifier.load_state_dict(classifier.state_dict())
         model.loss.rho = rho
         model.set_class_counts(train.class_counts)
-        save_fit(places[rho], model, dataset.metainfo["classes"], model.metadata(), classifier.fit_report)
+        save_fit(places[rho], model, dataset.metainfo, model.metadata(), classifier.fit_report)
         print(f"\nrho {rho:g}")
         write_json(folder / f"results_test_fit_rho-{rho:g}.json", evaluate(model, test, evaluated, config))
     print(f"\npass over {len(train)} rows {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")

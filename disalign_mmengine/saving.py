@@ -4,7 +4,7 @@ import glob
 import os
 import zipfile
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,12 @@ class WholeCheckpointHook(CheckpointHook):
 
 
 def save_fit(
-    path: str | os.PathLike[str], model: nn.Module, classes: Sequence[str] | None, facts: dict, report: FitReport
+    path: str | os.PathLike[str], model: nn.Module, dataset_meta: Mapping[str, Any], facts: dict, report: FitReport
 ) -> None:
-    """Write a model that :func:`disalign.fit` calibrated as the Runner writes it: tensors, classes, metadata."""
+    """Write a model that :func:`disalign.fit` calibrated as the Runner writes it: tensors, the data set's metadata,
+    and ours."""
     fit = {key: value for key, value in asdict(report).items() if key != "seconds"}
-    meta = {"dataset_meta": {"classes": classes and list(classes)}, "disalign": facts | {"fit": fit}}
+    meta = {"dataset_meta": dict(dataset_meta), "disalign": facts | {"fit": fit}}
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     with atomic_file(path) as file:
         torch.save({"meta": meta, "state_dict": state}, file)

@@ -26,12 +26,11 @@ from disalign.cli import command, config_errors, fit_arguments, fit_places, log_
 from disalign.fitting import require_options
 from disalign.io import require_folder
 from disalign.stage_two import calibrations, require_same_classes
-from disalign_mmengine import checkpoints
+from disalign_mmengine.checkpoints import class_names, load_checkpoint
 from disalign_mmengine.cli import load_config, parser, test
 from disalign_mmengine.hooks import stage_one_of
 from disalign_mmengine.saving import save_fit
 
-from .annotations import class_names
 from .collect import collect_features, require_sample, training_set
 from .data_check import check_dataset
 from .losses import GRWCrossEntropyLoss
@@ -61,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"anchor": args.anchor, "penalty": args.penalty}
     require_options(**chosen, **{key: calibration[key] for key in calibration if key != "learn_magnitude"})
     require_sample(args.pixels, args.images)
-    stage_one = checkpoints.load_checkpoint(path)
+    stage_one = load_checkpoint(path)
     dataset = training_set(config)
-    names = class_names(dataset)
-    require_same_classes(names, checkpoints.class_names(stage_one), repr(path))
+    require_same_classes(dataset.metainfo.get("classes"), class_names(stage_one), repr(path))
     print(f"{os.path.basename(path)}: {load_stage_one(model, stage_one, name=path)}")
     model.to(get_device()).eval()
     check_dataset(dataset, head.num_classes, head.ignore_index)
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         head.calibration.load_state_dict({name: learnt[name].reshape(tensor.shape) for name, tensor in own.items()})
         loss.rho = rho
         facts = loss.metadata() | {"total_pixels": record.get("total_pixels")}
-        save_fit(places[rho], model, names, facts, classifier.fit_report)
+        save_fit(places[rho], model, dataset.metainfo, facts, classifier.fit_report)
     print(f"pass over {len(features)} pixels {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
 
     for rho, place in places.items():

@@ -1,8 +1,11 @@
 """Features of drawn pixels: the sampled loss's own, whatever the pass goes through."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -449,3 +452,23 @@ def test_refused(name, folder):
     attempt, sentence = REFUSED[name]
     with pytest.raises(InputError, match=re.escape(sentence)):
         attempt(folder)
+
+
+ON_A_GPU = """
+register_all_modules(init_default_scope=True)
+model = calibrated_model()
+alone = collected(folder, model)
+features = collected(folder, model.cuda())
+assert {getattr(features, name).device.type for name in ARRAYS} == {"cpu"}
+assert torch.equal(features.y, alone.y) and torch.equal(features.bilinear, alone.bilinear)
+torch.testing.assert_close(features.x, alone.x, rtol=0.02, atol=0.02)
+assert features.provenance["trunk"] == alone.provenance["trunk"]
+"""
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu(folder, gpu_environment):
+    program = f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), *sys.path]!r}\n"
+    program += f"from seg.test_collect import *\nfolder = Path({str(folder)!r})\n{ON_A_GPU}"
+    done = subprocess.run([sys.executable, "-c", program], env=gpu_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
