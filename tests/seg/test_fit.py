@@ -1,6 +1,7 @@
 """Stage two by one pass and a solver, through the command."""
 
 import json
+import shutil
 
 import pytest
 
@@ -147,13 +148,37 @@ def test_counted_pixels_are_kept_and_divide_the_loss(configs, stage_one, tmp_pat
     assert kept.x.shape == (9 * 20, 4, 16)
 
 
-def test_the_heads_own_options(features, configs, stage_one, tmp_path, no_pass):
-    options = ["model.decode_head.calibration.confidence=one", "model.decode_head.calibration.learn_magnitude=False"]
-    flags = ("--features", str(features), "--anchor", "logit_adjust")
+OPTIONS = {
+    "all": dict(),
+    "margin alone": dict(confidence="one", learn_magnitude=False),
+    "magnitude alone": dict(confidence="one", learn_margin=False),
+}
+
+
+@pytest.mark.parametrize("chosen", OPTIONS.values(), ids=OPTIONS)
+def test_the_heads_own_options(chosen, features, configs, stage_one, tmp_path, no_pass):
+    options = [f"model.decode_head.calibration.{name}={value}" for name, value in chosen.items()]
+    flags = ("--features", str(features), "--rho", "0.2", "1")
     assert fit(configs.two, stage_one, tmp_path, *flags, options=options) == 0
     found = load(tmp_path / "fit_rho-0.2.pth")["state_dict"]
-    assert {name for name in found if "calibration" in name} == {"decode_head.calibration.margin"}
-    assert evaluate(configs.two, tmp_path / "fit_rho-0.2.pth", tmp_path / "test", *options) == 0
+    linear = torch.nn.Linear(16, 150)
+    linear.load_state_dict({name: found[f"decode_head.conv_seg.{name}"].squeeze() for name in ("weight", "bias")})
+    expected = disalign.fit(disalign.Features.open(features), linear, 0.2, **chosen)
+    learnt = {name: tensor.squeeze() for name, tensor in found.items() if "calibration" in name}
+    expected = expected.calibration.state_dict().items()
+    assert learnt.keys() == {f"decode_head.calibration.{name}" for name, _ in expected}
+    for name, tensor in expected:
+        torch.testing.assert_close(learnt[f"decode_head.calibration.{name}"], tensor.squeeze(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_margin_is_drawn_to_logit_adjustment(features, configs, stage_one, tmp_path, no_pass):
+    options = ["model.decode_head.calibration.confidence=one", "model.decode_head.calibration.learn_magnitude=False"]
+    flags = ("--features", str(features), "--anchor", "logit_adjust", "--penalty", "1e9", "--rho", "1")
+    assert fit(configs.two, stage_one, tmp_path, *flags, options=options) == 0
+    found, facts = (load(tmp_path / "fit_rho-1.pth")[key] for key in ("state_dict", "meta"))
+    weight = disalign.generalized_reweight(facts["disalign"]["class_counts"], 1.0)
+    torch.testing.assert_close(found["decode_head.calibration.margin"], weight.log(), rtol=1e-4, atol=1e-4)
+    assert evaluate(configs.two, tmp_path / "fit_rho-1.pth", tmp_path / "test", *options) == 0
 
 
 def test_features_of_another_stage_one_are_refused(features, configs, stage_one, tmp_path, capfd):
@@ -186,8 +211,8 @@ REFUSED = {
     "a negative rho": ("two", ["--rho", "-1"], [], "expected a finite rho >= 0"),
     "an infinite penalty": ("two", ["--penalty", "inf"], [], "expected a finite penalty >= 0"),
     "an anchor with a learnt confidence": ("two", ["--anchor", "logit_adjust"], [], "expected anchor 'zero', or"),
-    "no pixels": ("two", ["--pixels", "0"], [], "expected 1 or more pixels of each image, got 0"),
-    "no images": ("two", ["--images", "0"], [], "expected 1 or more images, got 0"),
+    "no pixels": ("two", ["--pixels", "0"], [COUNTED], "expected 1 or more pixels of each image, got 0"),
+    "no images": ("two", ["--images", "0"], [COUNTED], "expected 1 or more images, got 0"),
     "no evaluation": ("two", [], ["test_dataloader=None"], "expected a config that can be built in"),
     "no images there": ("two", [], ["train_dataloader.dataset.data_root=nowhere"], "expected images"),
 }
@@ -209,6 +234,14 @@ def test_another_loss_is_refused(configs, stage_one, tmp_path, capfd):
     (tmp_path / "other.py").write_text(text)
     assert fit(tmp_path / "other.py", stage_one, tmp_path / "w") == 2
     assert "expected GRWCrossEntropyLoss as the head's loss_decode, got CrossEntropyLoss" in capfd.readouterr().err
+
+
+def test_a_missing_annotation_is_refused_before_the_pass(ade, configs, stage_one, tmp_path, capfd, no_pass):
+    shutil.copytree(ade, tmp_path / "data")
+    (tmp_path / "data" / "annotations" / "training" / "ADE_train_00000009.png").unlink()
+    options = [f"train_dataloader.dataset.data_root={tmp_path / 'data'}"]
+    assert fit(configs.two, stage_one, tmp_path / "w", options=options) == 2
+    assert "expected 16 annotations of ADE20KDataset, but 1 are missing" in capfd.readouterr().err
 
 
 def test_a_stage_one_of_other_classes_is_refused(configs, stage_one, tmp_path, capfd):
