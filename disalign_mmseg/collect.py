@@ -66,7 +66,7 @@ def collect_features(
     pixels: int = 64,
     images: int | None = None,
     out: str | PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float16,
     *,
     class_counts: ClassCounts | None = None,
     totals: Sequence[float] | None = None,

@@ -40,7 +40,7 @@ from .pixel_counts import class_counts_of
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
-    fit_arguments(arguments)
+    fit_arguments(arguments, dtype="float16")
     arguments.add_argument("--pixels", type=int, default=64, help="of each image; default: 64")
     arguments.add_argument("--images", type=int, help="so many, rare classes more often; default: all")
     arguments.add_argument("--test", action="store_true", help="evaluate each of several rho, in a folder of its own")
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.pixels,
         args.images,
         args.features,
-        torch.float16 if args.fp16 else torch.float32,
+        getattr(torch, args.dtype),
         class_counts=loss.class_counts,
         totals=record.get("train_counts"),
         workers=config.train_dataloader.get("num_workers", 0),

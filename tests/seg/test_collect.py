@@ -75,7 +75,7 @@ def calibrated_model(config=FCN, divisor=None, align_corners=False, seed=0):
 
 
 def collected(folder, model=None, pixels=PIXELS, data=None, **options):
-    options.setdefault("class_counts", COUNTS)
+    options = {"class_counts": COUNTS, "dtype": torch.float32, **options}
     model = calibrated_model() if model is None else model
     return collect_features(model, dataset(folder) if data is None else data, pixels, **options)
 

@@ -136,7 +136,7 @@ def test_several_rho_are_tested_on_demand(features, configs, stage_one, tmp_path
 
 
 def test_counted_pixels_are_kept_and_divide_the_loss(configs, stage_one, tmp_path):
-    flags = ("--features", str(tmp_path / "kept"), "--images", "9", "--pixels", "20", "--fp16")
+    flags = ("--features", str(tmp_path / "kept"), "--images", "9", "--pixels", "20", "--dtype", "float32")
     assert fit(configs.two, stage_one, tmp_path, *flags, options=[COUNTED]) == 0
     record = json.loads((tmp_path / "class_counts.json").read_text())
     facts = load(tmp_path / "fit_rho-0.2.pth")["meta"]["disalign"]
@@ -144,7 +144,7 @@ def test_counted_pixels_are_kept_and_divide_the_loss(configs, stage_one, tmp_pat
     assert facts["total_pixels"] == record["total_pixels"]
     kept = disalign.Features.open(tmp_path / "kept")
     assert kept.totals.tolist() == record["train_counts"]
-    assert kept.x.dtype == torch.float16
+    assert kept.x.dtype == torch.float32
     assert kept.x.shape == (9 * 20, 4, 16)
 
 
