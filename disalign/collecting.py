@@ -293,8 +293,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _batches(loader: DataLoader[Any], chosen: Sequence[int]) -> tuple[list[list[int]], DataLoader[Any]]:
     """The rows in batches as the loader's, none of rows of two blocks, and what loads them."""
     size = loader.batch_size or int(getattr(loader.batch_sampler, "batch_size", 1))
-    blocks = [list(rows) for _, rows in itertools.groupby(chosen, lambda row: row // BLOCK)]
-    batches = [rows[start : start + size] for rows in blocks for start in range(0, len(rows), size)]
+    batches = batched(chosen, size)
     workers = loader.num_workers if len(batches) > 1 else 0
     return batches, DataLoader(
         loader.dataset,
@@ -305,6 +304,12 @@ def _batches(loader: DataLoader[Any], chosen: Sequence[int]) -> tuple[list[list[
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context if workers else None,
     )
+
+
+def batched(items: Sequence[int], size: int, block: int = BLOCK) -> list[list[int]]:
+    """Items in their order in batches, none of items of two blocks."""
+    blocks = [list(some_items) for _, some_items in itertools.groupby(items, lambda item: item // block)]
+    return [found[start : start + size] for found in blocks for start in range(0, len(found), size)]
 
 
 def _as_rows(features: Any, labels: Tensor) -> Tensor:

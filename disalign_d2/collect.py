@@ -14,13 +14,12 @@ from detectron2.config import CfgNode
 from detectron2.data import MapDataset, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import build_augmentation
-from detectron2.layers import cat
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from disalign import Features, InputError
-from disalign.collecting import run_pass, trunk_digest
+from disalign.collecting import batched, run_pass, trunk_digest
 from disalign.hand_over import require_finite
 from disalign.sampling import inclusion_probabilities, repeat_factors, systematic_sample
 from disalign.stage_two import trained_parts
@@ -43,6 +42,7 @@ def collect_features(
     out: str | PathLike[str] | None = None,
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
+    batch_size: int = 8,
 ) -> Iterator[Features]:
     """Run a stage-two detector once over ``DATASETS.TRAIN``: the features of its sampled RoIs, for each cascade stage.
 
@@ -58,7 +58,8 @@ def collect_features(
         images: draw so many images, each with probability min(1, c r), r its repeat factor, and weight its rows by the
             inverse; ``None`` for all.
         out, dtype: :func:`disalign.collect`'s.
-        seed: of the images and RoIs drawn. The RoIs of an image depend on nothing else.
+        seed: of the images and RoIs drawn.
+        batch_size: images that the network sees at a time; padded to one size, they decide on each other's proposals.
 
     Yields:
         Features of a stage, with a background and the class counts of the loss.
@@ -67,8 +68,10 @@ def collect_features(
         InputError: no rows asked for; a model without a calibration; images that can't be read; features that are not
             finite; features of another model or other data in ``out``.
     """
-    if background < 1:
-        raise InputError(f"expected 1 or more RoIs of the background of an image, got {background}")
+    if background < 1 or batch_size < 1:
+        raise InputError(
+            f"expected 1 or more RoIs of the background, and images in a batch, got {background} and {batch_size}"
+        )
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -90,24 +93,30 @@ def collect_features(
 
     @torch.no_grad()
     def run(chosen: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        batches = [[drawn[item] for item in batch] for batch in batched(chosen, batch_size, BLOCK)]
         loader = DataLoader(
-            Subset(data, [drawn[item] for item in chosen]),
+            data,
+            batch_sampler=batches,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             generator=torch.Generator(),  # of its own: the global random numbers stay as they are
         )
-        for item, inputs in zip(chosen, loader, strict=True):
-            image = drawn[item]
-            with _seeded(seed, image, device), torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED):
+        for batch, inputs in zip(batches, loader, strict=True):
+            with _seeded(seed, batch[0], device), torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED):
                 model(inputs)
-                rows = [_thinned(*kept, num_classes, background) for kept in seen]
-            x, y, weights = (torch.cat(values) for values in zip(*rows, strict=True))
-            x = x.to("cpu", dtype)
-            require_finite({records[image]["file_name"]: x}, " as features of images", "use float32, or other weights")
-            # A row's group says both its image and its cascade stage.
-            groups = [torch.full((len(kept),), image * stages + stage) for stage, (_, kept, _) in enumerate(rows)]
-            weights = weights.double().cpu() / probabilities[image]
-            yield 1, {"x": x, "y": y.cpu(), "weights": weights, "groups": torch.cat(groups)}
+                rows = [
+                    kept(image, stage, *_thinned(x, y, num_classes, background))
+                    for stage, boxes in enumerate(seen)
+                    for image, x, y in zip(batch, *boxes, strict=True)
+                ]
+            yield len(batch), {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
+
+    def kept(image: int, stage: int, x: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        x = x.to("cpu", dtype)
+        require_finite({records[image]["file_name"]: x}, " as features of images", "use float32, or other weights")
+        # A row's group says both its image and its cascade stage.
+        groups = torch.full((len(y),), image * stages + stage)
+        return {"x": x, "y": y.cpu(), "weights": weights.double().cpu() / probabilities[image], "groups": groups}
 
     rois = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
     most = background + int(rois * (cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION if stages == 1 else 1))
@@ -115,7 +124,7 @@ def collect_features(
     source = {
         "trunk": trunk_digest(model, *trained_parts(model)),
         "data": _describe(records, cfg),
-        "sample": [background, images, seed, threshold if images else None],
+        "sample": [background, images, seed, threshold if images else None, batch_size],
         "arrays": [str(dtype), width, stages],
     }
     with _recorded(model) as seen:
@@ -150,18 +159,22 @@ def _seeded(seed: int, image: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within it the model trains, without a loss: for each box predictor the features (R, d) and labels (R,) it saw."""
+def _recorded(model: Any) -> Iterator[list[tuple[Sequence[Tensor], Sequence[Tensor]]]]:
+    """Within it the model trains, without a loss.
+
+    What each box predictor saw: features (R, d) and labels (R,) of each image.
+    """
     predictors, training = model.roi_heads.box_predictors(), model.training
     seen: list[Any] = [None] * len(predictors)
     hooks = []
     for stage, predictor in enumerate(predictors):
 
         def keep(_: nn.Module, inputs: tuple[Tensor, Tensor], stage: int = stage) -> None:
-            seen[stage] = (inputs[1],)
+            seen[stage] = inputs[1]
 
         def losses(_: Any, proposals: Sequence[Any], stage: int = stage) -> dict:
-            seen[stage] += (cat([one.gt_classes for one in proposals]),)
+            labels = [one.gt_classes for one in proposals]
+            seen[stage] = seen[stage].split([len(found) for found in labels]), labels
             return {}
 
         hooks.append(predictor.cls_score.calibration.register_forward_pre_hook(keep))

@@ -64,7 +64,9 @@ def run(args: Namespace) -> None:
     begun = time.perf_counter()
     predictors = model.roi_heads.box_predictors()
     dtype, found, rows, fitted = getattr(torch, args.dtype), [], 0, 0.0
-    features = collect_features(model, cfg, args.background, args.images, args.features, dtype, args.seed)
+    features = collect_features(
+        model, cfg, args.background, args.images, args.features, dtype, args.seed, args.batch_size
+    )
     for predictor, learns_from in zip(predictors, features, strict=True):
         started = time.perf_counter()
         with warnings_to_stderr():
@@ -109,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--background", type=int, default=16, help="RoIs of the background to keep of an image (%(default)s)"
     )
+    arguments.add_argument("--batch-size", type=int, default=8, help="images at a time (%(default)s)")
     arguments.add_argument("--seed", type=int, default=0, help="of the images and RoIs drawn (%(default)s)")
     arguments.add_argument("--test", action="store_true", help="evaluate each of several rho")
     arguments.add_argument("--num-gpus", type=int, default=1, help="processes (%(default)s)")

@@ -58,7 +58,7 @@ def model(cfg):
 
 
 def collected(model, cfg, **options):
-    (features,) = collect_features(model, cfg, **{"dtype": torch.float32, **options})
+    (features,) = collect_features(model, cfg, **{"dtype": torch.float32, "batch_size": 1, **options})
     return features
 
 
@@ -144,6 +144,25 @@ def test_images_are_seen_once_and_rows_depend_on_nothing_but_the_seed(model, cfg
     assert not torch.equal(first.x, other.x)
 
 
+@pytest.mark.parametrize("size", [3, 8])
+def test_images_in_batches(size, model, cfg, monkeypatch):
+    """All are of one size here, so that only the draws differ: what is foreground by its ground truth is the same."""
+    monkeypatch.setattr(collecting, "BLOCK", 4)
+    batches = []
+    hook = model.backbone.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    features = collected(model, cfg, batch_size=size, background=1000)
+    hook.remove()
+    assert batches == [3, 1] * 3 if size == 3 else [4] * 3
+    alone = collected(model, cfg, background=1000)
+    for image in range(12):
+        x, y, _ = rows_of(features, image)
+        x_alone, y_alone, _ = rows_of(alone, image)
+        assert len(y) == len(y_alone)
+        assert set(y.tolist()) == set(y_alone.tolist())
+        nearest = torch.cdist(x[y != BACKGROUND], x_alone[y_alone != BACKGROUND]).min(1).values
+        assert nearest.min() < 1e-4
+
+
 def test_the_model_stays_as_it_was(model, cfg):
     model.roi_heads.train(False)
     before, modes = fingerprints(model.state_dict()), [module.training for module in model.modules()]
@@ -161,7 +180,7 @@ def test_the_model_stays_as_it_was(model, cfg):
 def test_a_cascade_has_rows_for_each_stage(data):
     cfg = config(data, cascade=True)
     model = detector(cfg)
-    stages = [*collect_features(model, cfg, background=3, dtype=torch.float32)]
+    stages = [*collect_features(model, cfg, background=3, dtype=torch.float32, batch_size=1)]
     assert len(stages) == 3
     rois, labels = sampled_rois_of_a_cascade(model, cfg, 2)
     for stage, features in enumerate(stages):
@@ -289,6 +308,7 @@ def test_mixed_precision_is_the_configs(model, data):
 
 REFUSED = {
     "no background": ({"background": 0}, "expected 1 or more RoIs of the background"),
+    "no batch": ({"batch_size": 0}, "expected 1 or more RoIs of the background, and images in a batch, got 16 and 0"),
     "no images": ({"images": 0}, "expected 1 or more images of the training set, got 0"),
 }
 
