@@ -14,7 +14,7 @@ from typing import ParamSpec
 
 import torch
 
-from .errors import InputError, input_errors
+from .errors import InputError, input_errors, some
 from .fitting import PENALTIES
 from .functional import generalized_reweight
 from .io import require_place
@@ -84,10 +84,18 @@ def fit_places(folder: Path, rhos: Sequence[float], stage_one: str, force: bool)
     if not stage_one:
         raise InputError("expected the stage-one checkpoint, got none; give it: --stage-one FILE")
     places = {rho: folder / f"fit_rho-{rho:g}.pth" for rho in rhos}
+    if len(set(places.values())) < len(places):
+        raise InputError(f"expected rho that differ in their first six digits, got {some(rhos)}; leave some out")
     for rho, path in places.items():
         generalized_reweight(torch.ones(1), rho)
         require_place(path, [stage_one], "the checkpoint", force)
+        require_place(results_of(path), [stage_one], "the results", force)
     return places
+
+
+def results_of(checkpoint: Path) -> Path:
+    """Where the results of a checkpoint of :func:`fit_places` go."""
+    return checkpoint.with_name(f"results_{checkpoint.stem}.json")
 
 
 #: What a config that does not fit raises while a framework builds from it.

@@ -5,12 +5,12 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from os import PathLike
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ log = logging.getLogger("disalign")
 
 #: Rows that a pass into a folder compares with what is there.
 SAMPLE = 16
+ABOUT = {True: "up to", False: "about"}
 
 #: Runs a model on a batch; from both to the batch's labels (n,) and the model's output.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]
@@ -122,25 +123,24 @@ def collect(
                 require_finite_rows(x, asked)
                 yield len(x), {"x": x, "y": labels} | {key: values[asked] for key, values in known.items()}
 
-        # Spread over the set: they tell another list or transform from the one that a folder was filled with.
-        sampled = [0] if out is None else sorted({place * (rows - 1) // (SAMPLE - 1) for place in range(SAMPLE)})
-        sample = _joined([arrays for _, arrays in run(sampled)])
+        ((_, first),) = run([0])
         source = {
             "trunk": trunk_digest(model, name),
             "classifier": name,
             # Objects without a repr of their own show their address.
             "data": re.sub(r" at 0x[0-9a-f]+", "", repr(loader.dataset)) if data is None else data,
             "rows": rows,
-            "arrays": [sample["x"].dtype.str, sample["x"].shape[1]],
+            "arrays": [str(dtype), first["x"].shape[1]],
             "weights or groups": _digest(known),
             "class_counts": None if counts is None else counts.tolist(),
         }
-        size = rows * sum(array[0].nbytes for array in sample.values())
+        size = rows * sum(values[0].nbytes for values in first.values())
+        return run_pass(rows, run, source, out, size=size, compared=() if random else spread(rows), class_counts=counts)
 
-        def compare(stored: Callable[[int], Arrays | None]) -> None:
-            _require_alike({row: stored(row) for row in sampled}, sample, out)
 
-        return run_pass(rows, run, source, out, size=size, compare=None if random else compare, class_counts=counts)
+def spread(items: int, most: int = SAMPLE) -> list[int]:
+    """A few items all over a set: they tell another list or transform from the one that a folder was filled with."""
+    return sorted({place * (items - 1) // max(most - 1, 1) for place in range(most)})
 
 
 def run_pass(
@@ -150,8 +150,10 @@ def run_pass(
     out: str | PathLike[str] | None = None,
     *,
     size: int,
+    exact: bool = True,
     block: int = BLOCK,
-    compare: Callable[[Callable[[int], Arrays | None]], None] | None = None,
+    compared: Sequence[int] = (),
+    group_of: Callable[[int], int] | None = None,
     **facts: Any,
 ) -> Features:
     """Run a pass over items (images), of any number of rows each, in memory or in a folder, and over all ranks.
@@ -161,10 +163,12 @@ def run_pass(
         run: the pass.
         source: plain values that say what the rows are from; the rows of another source in ``out`` are refused.
         out: :func:`collect`'s.
-        size: bytes of all rows, or more.
+        size: bytes of all rows, ``exact`` or about; an exact need is refused where there is no room for it.
         block: items that a killed pass loses at most, on each rank.
-        compare: looks at the rows that are there already, given a function from an item, of one row, to its row.
-        facts: ``class_counts``, ``background`` and ``totals`` of :meth:`Features.from_arrays`.
+        compared: items whose rows, where ``out`` has them already, must come out again.
+        group_of: from an item to the group of its rows; ``None`` if each item has one row.
+        facts: ``class_counts``, ``background`` and ``totals`` of :meth:`Features.from_arrays`; they are those of this
+            call, whatever ``out`` says.
     """
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     made = {"date": datetime.date.today().isoformat(), "versions": versions, **source}
@@ -173,7 +177,8 @@ def run_pass(
         kept = dict(_blocks(items, run, range(number)[rank::ranks], block))
         if ranks > 1:
             shares: list[Any] = [None] * ranks
-            dist.all_gather_object(shares, kept)
+            through_the_cpu = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            dist.all_gather_object(shares, kept, through_the_cpu)
             kept = {place: arrays for share in shares for place, arrays in share.items()}
         arrays: Any = _joined([kept[place] for place in sorted(kept)])
         if not len(arrays["y"]):
@@ -181,17 +186,16 @@ def run_pass(
         return Features.from_arrays(**arrays, **facts, provenance=made)
     plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in facts.items()}
     require_folder(out)
-    parts = Parts(out, number, {"source": source, **plain, "provenance": made})
-    with locked_folder(out, "out") if rank == 0 else nullcontext():
+    parts = Parts(out, number, {"source": source, **plain, "provenance": made}, [items, block])
+    with locked_folder(out, "the folder of features") if rank == 0 else nullcontext():
         if rank == 0:
-            log.info("features of %d examples take up to %.1f MiB in %s", items, size / 2**20, out)
+            log.info("features of %d examples take %s %.1f MiB in %s", items, ABOUT[exact], size / 2**20, out)
             parts.prepare()
         _barrier()
         missing = parts.missing()
-        if rank == 0 and missing:
-            require_room(out, size * len(missing) // number)
-        if compare is not None:
-            compare(_stored(parts, block))
+        if rank == 0 and missing and exact:
+            require_room(out, size * len(missing) / number + size)  # the parts stay until they have become one
+        _require_alike(parts, run, compared, block, group_of)
         _barrier()  # all know what is missing before one fills it
         for place, arrays in _blocks(items, run, missing[rank::ranks], block):
             parts.write(place, arrays)
@@ -199,7 +203,7 @@ def run_pass(
         if rank == 0:
             parts.finish()
         _barrier()
-    return Features.open(out)
+    return replace(Features.open(out), **{name: value for name, value in facts.items() if value is not None})
 
 
 def _blocks(items: int, run: Pass, blocks: Sequence[int], block: int) -> Iterator[tuple[int, Arrays]]:
@@ -219,17 +223,6 @@ def _blocks(items: int, run: Pass, blocks: Sequence[int], block: int) -> Iterato
 
 def _joined(pieces: Sequence[Mapping[str, Any]]) -> Arrays:
     return {name: np.concatenate([np.asarray(piece[name]) for piece in pieces]) for name in pieces[0]}
-
-
-def _stored(parts: Parts, block: int) -> Callable[[int], Arrays | None]:
-    """From an item, each of which has one row, to its row, if it is there."""
-    whole = read_arrays(parts.folder)[0] if (parts.folder / RECORD).exists() else None
-
-    def row(item: int) -> Arrays | None:
-        arrays, place = (parts.read(item // block), item % block) if whole is None else (whole, item)
-        return None if arrays is None else {name: array[place] for name, array in arrays.items()}
-
-    return row
 
 
 def trunk_digest(model: nn.Module, *left_out: str) -> str:
@@ -340,14 +333,22 @@ def _bar(items: int) -> Iterator[Any]:
         yield bar
 
 
-def _require_alike(stored: Mapping[int, Arrays | None], found: Arrays, folder: Any) -> None:
+def _require_alike(
+    parts: Parts, run: Pass, compared: Sequence[int], block: int, group_of: Callable[[int], int] | None
+) -> None:
     """Refuse stored rows that this pass does not find again, but for what devices and mixed precision round."""
-    pairs = [(row, place) for place, row in enumerate(stored.values()) if row is not None]
-    theirs = np.array([row["x"] for row, _ in pairs], np.float32)
-    ours = found["x"][[place for _, place in pairs]].astype(np.float32)
-    close = not pairs or np.allclose(theirs, ours, rtol=0.05, atol=0.05 * float(np.abs(theirs).max()))
-    if not close or any(row["y"] != found["y"][place] for row, place in pairs):
-        raise InputError(
-            f"expected the features and labels in {os.fspath(folder)!r} to come out again, but some differ: other "
-            "images, labels or transforms; give another folder, or delete this one"
-        )
+    whole = read_arrays(parts.folder)[0] if (parts.folder / RECORD).exists() else None
+    for item in compared:
+        arrays: Any = parts.read(item // block) if whole is None else whole
+        if arrays is None:
+            continue
+        place = item % block if whole is None else item
+        rows = slice(place, place + 1) if group_of is None else arrays["groups"] == group_of(item)
+        x, y = arrays["x"][rows].astype(np.float32), arrays["y"][rows]
+        ((_, found),) = run([item])
+        same = found["x"].shape == x.shape and found["y"].tolist() == y.tolist()
+        if not (same and np.allclose(x, found["x"], rtol=0.05, atol=0.05 * float(np.abs(x).max(initial=0)))):
+            raise InputError(
+                f"expected the features and labels in {str(parts.folder)!r} to come out again, but some differ: other "
+                "images, labels or transforms; give another folder, or delete this one"
+            )

@@ -148,9 +148,13 @@ class Features:
         return len(self.y)
 
     def part(self, rows: Tensor) -> "Features":
-        """Some of the rows, as a part of the same training set; ``rows`` are (n,) int64 or (N,) bool. Copies them."""
+        """Some of the rows, as a part of the same training set, with ``totals`` of their own.
+
+        ``rows`` are (n,) int64 or (N,) bool; they are copied.
+        """
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        return replace(self, **{name: tensor[rows] for name, tensor in arrays.items() if tensor is not None})
+        found = {name: tensor[rows] for name, tensor in arrays.items() if tensor is not None}
+        return replace(self, totals=None, **found)
 
     def __repr__(self) -> str:
         kind = str(self.x.dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ import numbers
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -60,6 +60,10 @@ class FitReport:
     C: float | None
     left_out: tuple[int, ...]
     solution: Solution
+
+    def record(self) -> dict[str, Any]:
+        """Plain values to keep beside a checkpoint, the same for the same fit."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
 def fit(
@@ -156,7 +160,8 @@ def fit(
     seen = accuracy([Part(stage_one, features)])
     theirs = accuracy([Part(given, features)]) if given is not None and cross_fit else seen
     no_news = calibration_features is not None or isinstance(given, ZeroShotClassifier)
-    _advise(theirs, unseen, given is not None, left_out, no_news)
+    refits = features.bilinear is None and not features.background
+    _advise(theirs, unseen, given is not None, left_out, no_news, refits)
 
     def calibrated(rho: float) -> Calibrated:
         begun = time.perf_counter()
@@ -318,13 +323,15 @@ RECIPE = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", 
 BY_HEART = 98.0
 
 
-def _advise(seen: float, unseen: float | None, given: bool, left_out: Sequence[int], no_news: bool) -> None:
+def _advise(
+    seen: float, unseen: float | None, given: bool, left_out: Sequence[int], no_news: bool, refits: bool
+) -> None:
     """Say what the user must know of the scores that the calibration learns from."""
     if unseen is None and not no_news and seen >= BY_HEART:
         warnings.warn(
             f"stage one gets {seen:.1f} % of its training set right, and scores that it knows by heart say little of "
-            "its bias; give calibration_features of a held-out split, or cross_fit=5 if the trunk was not trained on "
-            "these labels",
+            "its bias; give calibration_features of a held-out split"
+            + (", or cross_fit=5 if the trunk was not trained on these labels" if refits else ""),
             stacklevel=3,
         )
     if unseen is not None and given:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,3 +63,14 @@ def systematic_sample(probabilities: Tensor, seed: int = 0) -> Tensor:
     points = (ends + offset).floor()
     hit = points > torch.cat([offset.floor()[None], points[:-1]])
     return order[hit].sort().values
+
+
+def seed_of(seed: int, item: int) -> int:
+    """A seed of an item's own, of the 32 bits that torch's generator takes.
+
+    Raises:
+        InputError: a negative ``seed``.
+    """
+    if seed < 0:
+        raise InputError(f"expected a seed >= 0, got {seed}")
+    return int(np.random.SeedSequence((seed, item)).generate_state(1)[0])

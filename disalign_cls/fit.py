@@ -5,6 +5,7 @@ d + 1 numbers (disalign.fit). CONFIG is a stage two's; its rho and calibration c
 checkpoint that CONFIG tests, exports and folds as any other, and prints stage one's figures beside its own.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -18,9 +19,17 @@ from mmengine.device import get_device
 from mmengine.registry import METRICS
 
 from disalign import Features, InputError, fit, load_stage_one
-from disalign.cli import command, config_errors, fit_arguments, fit_places, log_to_stderr, warnings_to_stderr
+from disalign.cli import (
+    command,
+    config_errors,
+    fit_arguments,
+    fit_places,
+    log_to_stderr,
+    results_of,
+    warnings_to_stderr,
+)
 from disalign.fitting import require_options
-from disalign.io import require_folder, write_json
+from disalign.io import locked_folder, require_folder, write_json
 from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
 from disalign_mmengine.cli import load_config, parser
@@ -45,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, args.cfg_options)
     folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
     require_folder(folder)
+    with locked_folder(folder, "--work-dir"):
+        run(args, config, folder)
+
+
+def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
+    """The pass, the fits, and the evaluation of each in a folder."""
     path = args.stage_one or config.get("stage_one")
     model: Any = build_model(config)
     if not calibrations(model):
@@ -75,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.set_class_counts(train.class_counts)
         save_fit(places[rho], model, dataset.metainfo, model.metadata(), classifier.fit_report)
         print(f"\nrho {rho:g}")
-        write_json(folder / f"results_test_fit_rho-{rho:g}.json", evaluate(model, test, evaluated, config))
+        write_json(results_of(places[rho]), evaluate(model, test, evaluated, config))
     print(f"\npass over {len(train)} rows {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
     if len(found) == 1:
         print(f"test it again: python -m disalign_cls.test {args.config} {next(iter(places.values()))}")

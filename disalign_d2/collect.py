@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MapDataset, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MapDataset, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.events import EventStorage
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from disalign import Features, InputError
 from disalign.collecting import batched, run_pass, trunk_digest
 from disalign.hand_over import require_finite
-from disalign.sampling import inclusion_probabilities, repeat_factors, systematic_sample
+from disalign.sampling import inclusion_probabilities, repeat_factors, seed_of, systematic_sample
 from disalign.stage_two import trained_parts
 
 from .datasets import CheckedMapper
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that a killed pass loses at most.
 BLOCK = 128
+#: Foreground RoIs of an image, about, for an estimate of the room on disk.
+FOREGROUND = 16
 #: LVIS's threshold of repeat factors, where the config does not set its own.
 THRESHOLD = 1e-3
 
@@ -72,13 +75,11 @@ def collect_features(
         raise InputError(
             f"expected 1 or more RoIs of the background, and images in a batch, got {background} and {batch_size}"
         )
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    records = _records(cfg)
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD or THRESHOLD
     probabilities = torch.ones(len(records), dtype=torch.float64)
+    if images is not None and images >= len(records):
+        images = None
     if images is not None:
         shown = [{one["category_id"] for one in record["annotations"]} for record in records]
         probabilities = inclusion_probabilities(repeat_factors(shown, threshold), images)
@@ -89,7 +90,7 @@ def collect_features(
         predictor.resolve_class_counts()
     stages, num_classes = len(predictors), predictors[0].num_classes
     device = next(model.parameters()).device
-    data = MapDataset(records, _mapper(cfg))
+    data = MapDataset(DatasetFromList(records), _mapper(cfg))
 
     @torch.no_grad()
     def run(chosen: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -119,7 +120,7 @@ def collect_features(
         return {"x": x, "y": y.cpu(), "weights": weights.double().cpu() / probabilities[image], "groups": groups}
 
     rois = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
-    most = background + int(rois * (cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION if stages == 1 else 1))
+    rows = min(rois, background + FOREGROUND)
     width = predictors[0].cls_score.in_features
     source = {
         "trunk": trunk_digest(model, *trained_parts(model)),
@@ -133,13 +134,34 @@ def collect_features(
             run,
             source,
             out,
-            size=len(drawn) * stages * most * (width * dtype.itemsize + 24),
+            size=len(drawn) * stages * rows * (width * dtype.itemsize + 24),
+            exact=False,
             block=BLOCK,
             class_counts=predictors[0].loss.class_counts,
             background=True,
         )
     for stage in range(stages):
-        yield features if features.groups is None or stages == 1 else features.part(features.groups % stages == stage)
+        yield features if stages == 1 else features.part(cast(Tensor, features.groups) % stages == stage)
+
+
+def _records(cfg: CfgNode) -> list[dict]:
+    """Detectron2's dataset dicts of the images that training sees, with what the pass needs of their annotations."""
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    unused = ("segmentation", "keypoints")
+    return [
+        record
+        | {
+            "annotations": [
+                {key: value for key, value in one.items() if key not in unused} for one in record.get("annotations", ())
+            ]
+        }
+        for record in records
+    ]
 
 
 def _mapper(cfg: CfgNode) -> CheckedMapper:
@@ -154,7 +176,7 @@ def _mapper(cfg: CfgNode) -> CheckedMapper:
 @contextmanager
 def _seeded(seed: int, image: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + image)
+        torch.manual_seed(seed_of(seed, image))
         yield
 
 
@@ -181,6 +203,8 @@ def _recorded(model: Any) -> Iterator[list[tuple[Sequence[Tensor], Sequence[Tens
         predictor.losses = losses
     model.train()
     try:
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
+            raise InputError("expected a frozen model, got one whose BatchNorm trains; call disalign_d2.freeze first")
         with EventStorage(1):
             yield seen
     finally:
@@ -203,16 +227,34 @@ def _thinned(x: Tensor, y: Tensor, num_classes: int, background: int) -> tuple[T
 def _describe(records: Sequence[dict], cfg: CfgNode) -> str:
     """The images (by name and size) and their boxes, wherever they lie, and all that decides on proposals."""
     paths = [record["file_name"] for record in records]
-    root = os.path.commonpath(paths) if len(paths) > 1 else os.path.dirname(paths[0])
+    local = [os.path.abspath(path) for path in paths if "://" not in path]
+    root = os.path.commonpath([os.path.dirname(path) for path in local] or ["/"])
     digest = hashlib.sha256()
     for path, record in zip(paths, records, strict=True):
-        boxes = [[*map(float, one["bbox"]), one["category_id"], one.get("iscrowd", 0)] for one in record["annotations"]]
+        name = path if "://" in path else os.path.relpath(path, root)
         size = os.path.getsize(path) if os.path.isfile(path) else None
-        digest.update(json.dumps([os.path.relpath(path, root), size, boxes]).encode())
-    settings = cfg.MODEL.clone()
-    settings.defrost()
-    for unrelated in ("WEIGHTS", "DISALIGN", "DEVICE"):
-        settings.pop(unrelated, None)
-    test = {key: value for key, value in cfg.INPUT.items() if key.endswith("_TEST") or key == "FORMAT"}
-    digest.update(f"{settings.dump()} {sorted(test.items())} {cfg.SOLVER.AMP.ENABLED}".encode())
+        boxes = [[*map(float, one["bbox"]), one["category_id"], one.get("iscrowd", 0)] for one in record["annotations"]]
+        digest.update(json.dumps([name, size, boxes]).encode())
+        for given in ("proposal_boxes", "proposal_objectness_logits"):
+            digest.update(np.ascontiguousarray(record.get(given, ())).tobytes())
+    settings = [
+        f"{key}: {value}" for key, value in sorted(cfg.INPUT.items()) if key.endswith("_TEST") or key == "FORMAT"
+    ]
+    settings += [str(cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN), str(cfg.SOLVER.AMP.ENABLED), *_settings(cfg.MODEL)]
+    digest.update(json.dumps(settings).encode())
     return f"{len(records)} images, {digest.hexdigest()}"
+
+
+#: Of the model's settings those that its proposals and their features do not depend on.
+UNRELATED = ("WEIGHTS", "DISALIGN", "DEVICE", "MASK_ON", "KEYPOINT_ON", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD")
+
+
+def _settings(node: CfgNode) -> list[str]:
+    """``KEY: value`` of a node and those below it, without the unrelated ones and those of the evaluation."""
+    lines = []
+    for key, value in sorted(node.items()):
+        if key in UNRELATED or key.endswith("_TEST"):
+            continue
+        below = _settings(value) if isinstance(value, CfgNode) else None
+        lines += [f"{key}: {value}"] if below is None else [f"{key}.{line}" for line in below]
+    return lines

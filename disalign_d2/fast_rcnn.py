@@ -96,7 +96,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
             class_counts=partial(class_counts_from_config, cfg),  # unlike a lambda it pickles
             rho=disalign.RHO,
             reduction=disalign.REDUCTION,
-            background_weight=_background_weight(disalign),
+            background_weight=background_weight(cfg),
         )
         return ret
 
@@ -150,11 +150,9 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         return {"loss_cls": self.loss(scores, target) * self.loss_weight.get("loss_cls", 1.0)}
 
 
-def _background_weight(disalign: CfgNode) -> float | str:
-    if disalign.BACKGROUND_BALANCE not in ("fixed", "balanced"):
-        raise InputError(
-            "expected MODEL.DISALIGN.BACKGROUND_BALANCE 'fixed' or 'balanced', got "
-            f"{disalign.BACKGROUND_BALANCE!r}; correct it"
-        )
-    weight: float = disalign.BACKGROUND_WEIGHT
-    return "balanced" if disalign.BACKGROUND_BALANCE == "balanced" else weight
+def background_weight(cfg: CfgNode) -> float | str:
+    """The loss's ``background_weight`` that ``MODEL.DISALIGN.BACKGROUND_BALANCE`` and ``BACKGROUND_WEIGHT`` ask for."""
+    balance, weight = cfg.MODEL.DISALIGN.BACKGROUND_BALANCE, float(cfg.MODEL.DISALIGN.BACKGROUND_WEIGHT)
+    if balance not in ("fixed", "balanced"):
+        raise InputError(f"expected MODEL.DISALIGN.BACKGROUND_BALANCE 'fixed' or 'balanced', got {balance!r}")
+    return "balanced" if balance == "balanced" else weight

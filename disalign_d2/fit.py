@@ -12,23 +12,25 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from disalign import AdaptiveCalibration, FitReport, InputError, fit
-from disalign.cli import command, config_errors, fit_arguments, fit_places, log_to_stderr, warnings_to_stderr
+from disalign import AdaptiveCalibration, InputError, fit
+from disalign.cli import command, config_errors, fit_arguments, fit_places, results_of, warnings_to_stderr
 from disalign.fitting import require_options
-from disalign.io import require_folder
+from disalign.io import locked_folder, require_folder
 
 from .checkpoint import DisAlignCheckpointer
 from .collect import collect_features
 from .data_check import require_data
+from .fast_rcnn import background_weight
 from .freezing import build_model
 from .train_net import Trainer, launch_errors, refuse_other_stage, setup
 
@@ -37,7 +39,6 @@ logger = logging.getLogger("disalign_d2")
 
 def run(args: Namespace) -> None:
     """What each process does."""
-    log_to_stderr()
     cfg = setup(args)
     disalign = cfg.MODEL.DISALIGN
     if not disalign.CALIBRATE:
@@ -47,48 +48,57 @@ def run(args: Namespace) -> None:
     refuse_other_stage(cfg)
     rhos = args.rho or [disalign.RHO]
     places = fit_places(folder, rhos, cfg.MODEL.WEIGHTS, args.force)
-    chosen = {"anchor": args.anchor, "penalty": args.penalty}
+    chosen = {"anchor": args.anchor, "penalty": args.penalty, "background_weight": background_weight(cfg)}
     learnt = {"confidence": disalign.CONFIDENCE, "learn_margin": disalign.MARGIN}
     require_options(**chosen, **learnt)
     if comm.is_main_process():
         require_data(cfg, training=True)
     comm.synchronize()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="disalign_d2")
-    with config_errors(args.config_file):
-        model: Any = build_model(cfg)
-    checkpointer = DisAlignCheckpointer(model, cfg.OUTPUT_DIR, training=True)
-    checkpointer.tag_last_checkpoint = lambda name: None  # a fit's is none to resume
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    # Logs, the config and evaluations go to a folder of their own: those beside it may be train_net's.
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(folder / "fit")
+    cfg.freeze()
+    with locked_folder(folder, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():
+        default_setup(cfg, args)
+        for name in ("disalign", "disalign_d2"):
+            setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+        with config_errors(args.config_file):
+            model: Any = build_model(cfg)
+        checkpointer = DisAlignCheckpointer(model, str(folder), training=True)
+        checkpointer.tag_last_checkpoint = lambda name: None  # a fit's is none to resume
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+        found = learn(model, cfg, args, [*places], {**chosen, **learnt, "learn_magnitude": disalign.MAGNITUDE})
+        predictors = model.roi_heads.box_predictors()
+        for rho, path in places.items():
+            for predictor, classifiers in zip(predictors, found, strict=True):
+                set_calibration(predictor, classifiers[rho].calibration, rho)
+            if comm.is_main_process():
+                reports = [classifiers[rho].fit_report.record() for classifiers in found]
+                checkpointer.save(path.stem, disalign={"fit": reports})
+            if cfg.DATASETS.TEST and (len(places) == 1 or args.test):
+                logger.info("rho %g", rho)
+                Trainer.test(cfg, model)
+                if comm.is_main_process():
+                    os.replace(Path(cfg.OUTPUT_DIR, "results.json"), results_of(path))
+            else:
+                logger.info("rho %g: evaluate %s with disalign_d2.train_net --eval-only", rho, path)
 
+
+def learn(model: Any, cfg: CfgNode, args: Namespace, rhos: Sequence[float], options: dict) -> list[dict]:
+    """One pass, and a fit for each box predictor: rho -> its calibrated classifier."""
     begun = time.perf_counter()
-    predictors = model.roi_heads.box_predictors()
-    dtype, found, rows, fitted = getattr(torch, args.dtype), [], 0, 0.0
-    features = collect_features(
-        model, cfg, args.background, args.images, args.features, dtype, args.seed, args.batch_size
-    )
-    for predictor, learns_from in zip(predictors, features, strict=True):
+    sample = {"background": args.background, "images": args.images, "seed": args.seed, "batch_size": args.batch_size}
+    features = collect_features(model, cfg, out=args.features, dtype=getattr(torch, args.dtype), **sample)
+    found, rows, fitted = [], 0, 0.0
+    for predictor, learns_from in zip(model.roi_heads.box_predictors(), features, strict=True):
         started = time.perf_counter()
         with warnings_to_stderr():
-            options = {"background_weight": predictor.loss.background_weight, "learn_magnitude": disalign.MAGNITUDE}
-            found.append(fit(learns_from, predictor.cls_score, rhos, **options, **learnt, **chosen))
+            found.append(fit(learns_from, predictor.cls_score, rhos, **options))
         fitted += time.perf_counter() - started
         rows += len(learns_from)
     passed = time.perf_counter() - begun - fitted
-    for rho, path in places.items():
-        for predictor, classifiers in zip(predictors, found, strict=True):
-            set_calibration(predictor, classifiers[rho].calibration, rho)
-        if comm.is_main_process():
-            reports = [plain(classifiers[rho].fit_report) for classifiers in found]
-            checkpointer.save(path.stem, disalign={"fit": reports})
-        if cfg.DATASETS.TEST and (len(places) == 1 or args.test):
-            logger.info("rho %g", rho)
-            Trainer.test(cfg, model)
-            if comm.is_main_process():
-                os.replace(folder / "results.json", folder / f"results_{path.stem}.json")
-        else:
-            logger.info("rho %g: evaluate %s with disalign_d2.train_net --eval-only", rho, path)
-    logger.info("pass over %d rows %.1f s, fit %.1f s; written to %s", rows, passed, fitted, folder)
+    logger.info("pass over %d rows %.1f s, fit %.1f s", rows, passed, fitted)
+    return found
 
 
 def set_calibration(predictor: Any, calibration: AdaptiveCalibration, rho: float) -> None:
@@ -96,10 +106,6 @@ def set_calibration(predictor: Any, calibration: AdaptiveCalibration, rho: float
     predictor.cls_score.calibration.load_state_dict(calibration.state_dict())
     predictor.loss.rho = rho
     predictor.loss.set_class_counts(predictor.loss.class_counts)
-
-
-def plain(report: FitReport) -> dict[str, Any]:
-    return {name: value for name, value in asdict(report).items() if name != "seconds"}
 
 
 @command

@@ -5,7 +5,6 @@ import os
 import zipfile
 from collections import deque
 from collections.abc import Container, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,7 @@ def save_fit(
 ) -> None:
     """Write a model that :func:`disalign.fit` calibrated as the Runner writes it: tensors, the data set's metadata,
     and ours."""
-    fit = {key: value for key, value in asdict(report).items() if key != "seconds"}
-    meta = {"dataset_meta": dict(dataset_meta), "disalign": facts | {"fit": fit}}
+    meta = {"dataset_meta": dict(dataset_meta), "disalign": facts | {"fit": report.record()}}
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     with atomic_file(path) as file:
         torch.save({"meta": meta, "state_dict": state}, file)

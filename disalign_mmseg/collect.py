@@ -17,11 +17,11 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from disalign import Features, InputError, load_class_counts
 from disalign.cli import config_errors
-from disalign.collecting import evaluating, run_pass, trunk_digest
+from disalign.collecting import evaluating, run_pass, spread, trunk_digest
 from disalign.counts import ClassCounts
 from disalign.errors import some
 from disalign.features import DTYPES
-from disalign.sampling import inclusion_probabilities, repeat_factors, systematic_sample
+from disalign.sampling import inclusion_probabilities, repeat_factors, seed_of, systematic_sample
 from disalign.stage_two import trained_parts
 
 from .annotations import guard, plain_datasets
@@ -32,6 +32,8 @@ from .upsampling import cells_at, sample_pixels
 
 #: Images that a killed pass loses at most, on each rank.
 BLOCK = 32
+#: Images that a pass into a folder compares with what is there.
+COMPARED = 4
 
 
 def training_set(config: Config) -> Any:
@@ -41,7 +43,10 @@ def training_set(config: Config) -> Any:
         InputError: a data set that can't be built.
     """
     with config_errors(config.filename):
-        description, pipeline = config.train_dataloader.dataset, config.test_dataloader.dataset.pipeline
+        description, evaluated = config.train_dataloader.dataset, config.test_dataloader.dataset
+        while "pipeline" not in evaluated:  # a wrapper of one or several
+            evaluated = evaluated["dataset"] if "dataset" in evaluated else evaluated["datasets"][0]
+        pipeline = evaluated.pipeline
     dataset = build_dataset(description)
     with config_errors(config.filename):
         for plain in plain_datasets(dataset):
@@ -126,14 +131,12 @@ def collect_features(
             whole,
             batch_size=1,
             sampler=numbers,
-            num_workers=min(workers, len(numbers)),
+            num_workers=workers if len(numbers) > 1 else 0,
             collate_fn=pseudo_collate,
             generator=torch.Generator(),  # of its own: no global random number is drawn
         )
         for number, batch in zip(numbers, loader, strict=True):
-            # As one number: torch's generator on the CPU takes no more than 32 bits of a seed.
-            own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-            rows = pixel_rows(model, batch, pixels, own_seed)
+            rows = pixel_rows(model, batch, pixels, seed_of(seed, number))
             x = rows["x"].to("cpu", dtype)
             if not x.isfinite().all():
                 raise InputError(
@@ -154,8 +157,6 @@ def collect_features(
         "images": None if len(chosen) == len(whole) else [images, threshold],
         "seed": seed,
         "dtype": str(dtype),
-        "class_counts": counts.tolist(),
-        "totals": None if totals is None else list(totals),
     }
     row = 4 * head.conv_seg.in_channels * dtype.itemsize + 4 * 4 + 3 * 8
     with evaluating(model):
@@ -166,8 +167,10 @@ def collect_features(
             out,
             size=len(chosen) * pixels * row,
             block=BLOCK,
+            compared=spread(len(chosen), COMPARED),
+            group_of=lambda item: int(chosen[item]),
             class_counts=counts,
-            totals=source["totals"],
+            totals=None if totals is None else torch.as_tensor(totals, dtype=torch.float64),
         )
 
 

@@ -22,9 +22,17 @@ from mmseg.utils import register_all_modules
 from torch import nn
 
 from disalign import InputError, fit, load_stage_one
-from disalign.cli import command, config_errors, fit_arguments, fit_places, log_to_stderr, warnings_to_stderr
+from disalign.cli import (
+    command,
+    config_errors,
+    fit_arguments,
+    fit_places,
+    log_to_stderr,
+    results_of,
+    warnings_to_stderr,
+)
 from disalign.fitting import require_options
-from disalign.io import require_folder
+from disalign.io import locked_folder, require_folder
 from disalign.stage_two import calibrations, require_same_classes
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
 from disalign_mmengine.cli import load_config, parser, test
@@ -43,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fit_arguments(arguments, dtype="float16")
     arguments.add_argument("--pixels", type=int, default=64, help="of each image; default: 64")
     arguments.add_argument("--images", type=int, help="so many, rare classes more often; default: all")
+    arguments.add_argument("--seed", type=int, default=0, help="of the pixels and images drawn; default: 0")
     arguments.add_argument("--test", action="store_true", help="evaluate each of several rho, in a folder of its own")
     arguments.add_argument("--work-dir", help="for checkpoints and results; default: work_dirs/CONFIG'S NAME")
     args = arguments.parse_args(argv)
@@ -52,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, args.cfg_options)
     folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
     require_folder(folder)
+    with locked_folder(folder, "--work-dir"):
+        run(args, config, folder)
+
+
+def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
+    """The pass, the fits, and the tests of their checkpoints in a folder."""
     path = args.stage_one or stage_one_of(config) or ""
     model = build_model(config)
     head, loss = model.calibrated_head, model.calibrated_head.loss_decode
@@ -81,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         getattr(torch, args.dtype),
         class_counts=loss.class_counts,
         totals=record.get("train_counts"),
+        seed=args.seed,
         workers=config.train_dataloader.get("num_workers", 0),
     )
     passed = time.perf_counter() - begun
@@ -97,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"pass over {len(features)} pixels {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
 
     for rho, place in places.items():
-        where = folder / place.stem if len(places) > 1 else folder
+        where = folder / place.stem
         if len(places) == 1 or args.test:
             print(f"\nrho {rho:g}")
             config = load_config(args.config, args.cfg_options)
@@ -106,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # MMEngine's logs go by this name, and the time in seconds.
             config.experiment_name = f"{config.get('experiment_name', Path(config.filename).stem)}_{place.stem}"
             test(config, argparse.Namespace(work_dir=str(where), launcher="none"))
+            if (where / "results_test.json").exists():  # of the config's own metric there is none
+                os.replace(where / "results_test.json", results_of(place))
         else:
             print(f"test it: python -m disalign_mmseg.test {args.config} {place} --work-dir {where}")
 

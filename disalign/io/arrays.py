@@ -159,10 +159,13 @@ class Parts:
         folder: for the arrays.
         number: of parts.
         facts: for the record. An earlier pass goes on if its ``facts["source"]`` is the same.
+        layout: plain values that say what is in which part; an earlier pass goes on if they are the same.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], number: int, facts: Mapping[str, Any]) -> None:
-        self.folder, self.number, self.facts = Path(folder), number, facts
+    def __init__(
+        self, folder: str | os.PathLike[str], number: int, facts: Mapping[str, Any], layout: Any = None
+    ) -> None:
+        self.folder, self.number, self.facts, self.layout = Path(folder), number, facts, layout
 
     def prepare(self) -> None:
         """First rank, before all others: take the folder, or what an earlier pass left in it.
@@ -175,16 +178,19 @@ class Parts:
             self._go_on(read_record(record)["facts"])
             try:
                 read_arrays(self.folder)
+                self._remove_parts()
                 return
             except InputError as error:
                 log.warning("%s; they are collected again", error)
-                write_json(begun, self.facts)
+                self._begin()
                 record.unlink()
-        elif begun.exists():
-            self._go_on(read_json(begun, "the source of features"))
+        elif any(self.folder.glob("part-*.npz")) and begun.exists():
+            earlier = read_json(begun, "the source of features")
+            self._go_on(earlier, earlier.get("layout") if isinstance(earlier, dict) else None)
         else:
-            require_new(self.folder)
-            write_json(begun, self.facts)
+            if not begun.exists():
+                require_new(self.folder)
+            self._begin()
 
     def missing(self) -> list[int]:
         """The parts that are not there yet, or not whole."""
@@ -196,13 +202,15 @@ class Parts:
         """One part, before :meth:`finish`; ``None`` if it is not whole."""
         try:
             with open(self._path(part), "rb") as file:
-                return dict(np.load(file, allow_pickle=False))  # reads all, and compares its checksums
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                arrays = dict(np.load(file, allow_pickle=False))
+            return arrays if arrays.pop("crc") == _crc(arrays) else None
+        # RuntimeError: zipfile's, of what a broken file asks for.
+        except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile):
             return None
 
     def write(self, part: int, arrays: Arrays) -> None:
         with atomic_file(self._path(part)) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, crc=np.int64(_crc(arrays)), **arrays)  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """First rank, after all others: make the parts one. They stay until that is done."""
@@ -215,17 +223,24 @@ class Parts:
         if not rows:
             raise InputError(NO_ROWS)
         save_arrays(self.folder, rows, (self.read(part) or {} for part in range(self.number)), self.facts)
-        for path in (self.folder / BEGUN, *map(self._path, range(self.number))):
-            path.unlink()
+        self._remove_parts()
+
+    def _begin(self) -> None:
+        write_json(self.folder / BEGUN, {**self.facts, "layout": self.layout})
+
+    def _remove_parts(self) -> None:
+        for path in (self.folder / BEGUN, *self.folder.glob("part-*.npz")):
+            path.unlink(missing_ok=True)
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:06}.npz"
 
-    def _go_on(self, facts: Any) -> None:
-        """Take over the facts of an earlier pass, if it had the same source."""
+    def _go_on(self, facts: Any, *layout: Any) -> None:
+        """Take over the facts of an earlier pass, if it had the same source, and ``layout`` if there is one."""
         theirs = facts.get("source") if isinstance(facts, dict) else None
         ours = json.loads(json.dumps(self.facts["source"]))
         other = [name for name, value in ours.items() if not isinstance(theirs, dict) or theirs.get(name) != value]
+        other += ["layout"] if layout and layout[0] != json.loads(json.dumps(self.layout)) else []
         if other:
             raise InputError(
                 f"expected features of this trunk and data in {str(self.folder)!r}, got some of another "
@@ -234,11 +249,19 @@ class Parts:
         self.facts = facts
 
 
-def require_room(folder: str | os.PathLike[str], size: int) -> None:
-    """Refuse a folder on a disk with less room than the bytes of arrays, twice: their parts stay to the end."""
+def require_room(folder: str | os.PathLike[str], size: float) -> None:
+    """Refuse a folder on a disk with less room than ``size`` bytes."""
     room = shutil.disk_usage(folder).free
-    if 2 * size > room:
+    if size > room:
         raise InputError(
-            f"expected {2 * size / 2**20:,.0f} MiB free for the features in {os.fspath(folder)!r}, got "
+            f"expected {size / 2**20:,.0f} MiB free for the features in {os.fspath(folder)!r}, got "
             f"{room / 2**20:,.0f}; free some, give another folder, or keep fp16"
         )
+
+
+def _crc(arrays: Arrays) -> int:
+    """CRC-32 of all arrays and of their names."""
+    found = 0
+    for name in sorted(arrays):
+        found = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), found))
+    return found

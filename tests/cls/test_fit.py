@@ -48,7 +48,7 @@ def test_its_checkpoint_is_one_of_stage_two(classifier, stage_ones, tmp_path, ca
     assert "seconds" not in two["meta"]["disalign"]["fit"]  # else no two checkpoints were the same
     assert two["meta"]["disalign"]["class_counts"] == DigitsLT("train").class_counts.tolist()
     assert evaluate(DISALIGN[classifier], path, tmp_path / "test") == 0
-    report = results(tmp_path / "fit", "results_test_fit_rho-1.5.json")
+    report = results(tmp_path / "fit", "results_fit_rho-1.5.json")
     assert report == results(tmp_path / "test")
     assert report["figures"] != report["stage_one"]["figures"]
 
@@ -213,7 +213,7 @@ def test_the_config_names_stage_one_and_the_folder(stage_one, tmp_path, capfd):
     options = ["--cfg-options", f"stage_one={stage_one}", f"work_dir={tmp_path}", "val_dataloader.dataset.split=train"]
     assert fit_command.main([DISALIGN["linear"], *options]) == 0
     assert fit(DISALIGN["linear"], stage_one, tmp_path / "b") == 0
-    name = "results_test_fit_rho-1.5.json"
+    name = "results_fit_rho-1.5.json"
     assert results(tmp_path, name) == results(tmp_path / "b", name)  # of the test set, whatever validation sees
     assert "warning: " not in capfd.readouterr().err
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from disalign import InputError
-from disalign.sampling import inclusion_probabilities, repeat_factors, systematic_sample
+from disalign.sampling import inclusion_probabilities, repeat_factors, seed_of, systematic_sample
 
 FACTORS = torch.tensor([1.0, 1.0, 1.5, 3.0, 10.0, 1.0, 2.0])
 
@@ -63,3 +63,12 @@ def test_one_seed_one_sample():
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert len(first) == 100
+
+
+def test_seeds_of_items_are_their_own():
+    found = {seed_of(seed, item) for seed in range(20) for item in range(50)}
+    assert len(found) == 1000
+    assert all(0 <= seed < 2**32 for seed in found)
+    assert seed_of(10**30, 3) == seed_of(10**30, 3)
+    with pytest.raises(InputError, match="expected a seed >= 0, got -1"):
+        seed_of(-1, 0)

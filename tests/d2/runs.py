@@ -115,8 +115,9 @@ def quiet():
         with mock.patch.object(defaults, "collect_env_info", return_value=""):
             yield
     finally:
-        for name in ("detectron2", "fvcore", "disalign_d2"):
+        for name in ("detectron2", "fvcore", "disalign_d2", "disalign"):
             logger = logging.getLogger(name)
+            logger.propagate = True
             for handler in list(logger.handlers):
                 logger.removeHandler(handler)
                 handler.close()

@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 
 from disalign import Features, InputError
 from disalign.freezing import fingerprints
+from disalign.sampling import seed_of
 from disalign_d2 import build_model
 from disalign_d2 import collect as collecting
 from disalign_d2.collect import collect_features
@@ -70,7 +71,7 @@ def sampled_rois(model, cfg, image):
     targets = [inputs[0]["instances"]]
     model.roi_heads.train()
     model.proposal_generator.train()
-    torch.manual_seed(image)
+    torch.manual_seed(seed_of(0, image))
     with torch.no_grad(), EventStorage():
         images = model.preprocess_image(inputs)
         maps = model.backbone(images.tensor)
@@ -203,7 +204,7 @@ def sampled_rois_of_a_cascade(model, cfg, image):
         record = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[image]
         mapper = DatasetMapper(is_train=True, augmentations=[], image_format=cfg.INPUT.FORMAT)
         model.train()
-        torch.manual_seed(image)
+        torch.manual_seed(seed_of(0, image))
         with torch.no_grad(), EventStorage():
             model([mapper(record)])
         model.eval()
@@ -256,6 +257,44 @@ def test_rows_of_others_are_refused(what, model, cfg, data, tmp_path):
     with pytest.raises(InputError, match=f"some of another .*{what.split()[0]}"):
         collected(other or model, settings, out=tmp_path, **options)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_settings_of_the_evaluation_ask_for_no_new_pass(model, cfg, data, tmp_path):
+    first = collected(model, cfg, out=tmp_path)
+    others = config(data, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5, "MODEL.RPN.PRE_NMS_TOPK_TEST", 7)
+    assert torch.equal(collected(model, others, out=tmp_path, images=12).x, first.x)
+
+
+def test_counts_are_those_of_the_call(model, cfg, tmp_path):
+    first = collected(model, cfg, out=tmp_path)
+    other = detector(cfg)
+    other.load_state_dict(model.state_dict())
+    other.roi_heads.box_predictor.class_counts = [9, 8, 7, 6, 5]
+    again = collected(other, cfg, out=tmp_path)
+    assert torch.equal(again.x, first.x)
+    assert again.class_counts.tolist() == [9, 8, 7, 6, 5]
+
+
+def test_images_of_several_roots_and_without_annotations(cfg):
+    record = {"file_name": "a/b.png", "annotations": []}
+    here = collecting._describe([record, {"file_name": "/c/d.png", "annotations": []}], cfg)
+    assert here != collecting._describe([record, {"file_name": "s3://c/d.png", "annotations": []}], cfg)
+
+
+def test_proposals_of_a_file_are_a_part_of_the_data(cfg):
+    def described(boxes):
+        return collecting._describe([{"file_name": "a.png", "annotations": [], "proposal_boxes": boxes}], cfg)
+
+    assert described(np.zeros((2, 4))) == described(np.zeros((2, 4)))
+    assert described(np.zeros((2, 4))) != described(np.ones((2, 4)))
+
+
+def test_a_model_that_is_not_frozen_is_refused(cfg):
+    model = detector(cfg)
+    model.backbone.train = lambda mode=True: model.backbone
+    model.backbone.bottom_up.stem.norm = torch.nn.BatchNorm2d(8).train()
+    with pytest.raises(InputError, match="expected a frozen model, got one whose BatchNorm trains"):
+        collected(model, cfg)
 
 
 def test_a_moved_set_is_the_same_one(model, cfg, data, tmp_path):

@@ -44,8 +44,9 @@ def test_its_checkpoint_is_one_of_stage_two(tiny, tmp_path):
     # What it printed is what its checkpoint gives.
     weights = ["MODEL.WEIGHTS", out / "fit_rho-0.8.pth"]
     assert main(tiny.config_two, tmp_path / "again", *weights, flags=["--eval-only"]) == 0
-    (out / "results_fit_rho-0.8.json").rename(out / "results.json")
-    assert figures(out) == figures(tmp_path / "again")
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "results.json").write_text((out / "results_fit_rho-0.8.json").read_text())
+    assert figures(tmp_path / "found") == figures(tmp_path / "again")
     assert not (out / "last_checkpoint").exists()
 
 
@@ -114,6 +115,14 @@ REFUSED = {
     "a rho": (["two", "one"], ["--rho", "-1"], [], "expected a finite rho >= 0, got -1"),
     "a penalty": (["two", "one"], ["--penalty", "-1"], [], "expected a finite penalty"),
     "an anchor": (["two", "one"], ["--anchor", "logit_adjust"], [], "'logit_adjust' with confidence='one'"),
+    "a weightless background": (
+        ["two", "one"],
+        [],
+        ["MODEL.DISALIGN.BACKGROUND_WEIGHT", "0.0"],
+        "expected a background_weight > 0",
+    ),
+    "rho that look alike": (["two", "one"], ["--rho", "1", "1.0000001"], [], "differ in their first six digits"),
+    "a seed": (["two", "one"], ["--seed", "-1"], [], "expected a seed >= 0, got -1"),
     "no images": (["two", "one"], ["--images", "0"], [], "expected 1 or more images"),
     "a setting": (["two", "one"], [], ["MODEL.NONE", "1"], "expected settings that"),
     "a balance": (
@@ -135,8 +144,20 @@ def test_refused(name, tiny, tmp_path, capfd):
     assert not list((tmp_path / "fit").glob("*.pth"))
 
 
-def test_an_earlier_fit_is_kept_without_force(tiny, tmp_path, capfd):
-    (tmp_path / "fit_rho-0.8.pth").write_text("mine")
+@pytest.mark.parametrize("name", ["fit_rho-0.8.pth", "results_fit_rho-0.8.json"])
+def test_an_earlier_fit_is_kept_without_force(name, tiny, tmp_path, capfd):
+    (tmp_path / name).write_text("mine")
     assert fitted(tiny.config_two, tiny.weights_one, tmp_path) == 2
     assert "add --force to replace it" in capfd.readouterr().err
-    assert (tmp_path / "fit_rho-0.8.pth").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_train_net_left_in_the_folder_stays(tiny, tmp_path):
+    left = {name: f"{name} of another run" for name in ("results.json", "config.yaml", "log.txt", "metrics.json")}
+    for name, text in left.items():
+        (tmp_path / name).write_text(text)
+    assert fitted(tiny.config_two, tiny.weights_one, tmp_path) == 0
+    assert {name: (tmp_path / name).read_text() for name in left} == left
+    log = (tmp_path / "fit" / "log.txt").read_text()
+    assert "pass over" in log
+    assert "DisAlign" in log

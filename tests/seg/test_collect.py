@@ -226,11 +226,11 @@ def test_a_pass_that_ended_early_goes_on(folder, tmp_path, monkeypatch):
             collected(folder, out=tmp_path)
     seen = watched(monkeypatch)
     features = collected(folder, out=tmp_path)
-    assert seen == ["c", "d", "f"]
+    assert seen == [*"ab", *"cdf"]  # two are compared
     for name in ARRAYS:
         assert torch.equal(getattr(features, name), getattr(expected, name))
     collected(folder, out=tmp_path)
-    assert seen == ["c", "d", "f"]
+    assert seen[5:] == [*"abcf"]
 
 
 def test_a_corrupt_folder_is_filled_again(folder, tmp_path, monkeypatch, caplog):
@@ -256,7 +256,7 @@ def test_another_calibration_and_rho_are_no_other_trunk(folder, tmp_path, monkey
     used = dataset(folder)
     _ = used[0]
     collected(folder, model, data=used, out=tmp_path)
-    assert seen == []
+    assert seen == [*"abcf"] * 2  # no more than what is compared
 
 
 OTHERS = {
@@ -269,9 +269,34 @@ OTHERS = {
     "images": lambda folder, out: collected(folder, images=3, out=out),
     "seed": lambda folder, out: collected(folder, seed=1, out=out),
     "dtype": lambda folder, out: collected(folder, dtype=torch.float64, out=out),
-    "class_counts": lambda folder, out: collected(folder, class_counts=[9, 9, 9, 9, 9], out=out),
-    "totals": lambda folder, out: collected(folder, totals=[9, 9, 9, 9, 9], out=out),
 }
+
+
+def test_counts_are_those_of_the_call(folder, tmp_path):
+    first = collected(folder, out=tmp_path, totals=[1, 2, 3, 4, 5])
+    again = collected(folder, out=tmp_path, class_counts=[9, 8, 7, 6, 5], totals=[9, 9, 9, 9, 9])
+    assert torch.equal(again.x, first.x)
+    assert again.class_counts.tolist() == [9, 8, 7, 6, 5]
+    assert again.totals.tolist() == [9, 9, 9, 9, 9]
+
+
+def other_colours():
+    model = calibrated_model()
+    model.data_preprocessor._channel_conversion = False
+    return model
+
+
+def other_strides():
+    model = calibrated_model()
+    model.backbone.layer1[0].conv1.dilation = model.backbone.layer1[0].conv1.padding = (3, 3)
+    return model
+
+
+@pytest.mark.parametrize("other", [other_colours, other_strides])
+def test_rows_that_do_not_come_out_again_are_refused(other, folder, tmp_path):
+    collected(folder, out=tmp_path)
+    with pytest.raises(InputError, match="to come out again, but some differ"):
+        collected(folder, other(), out=tmp_path)
 
 
 def test_features_of_others_are_refused_and_kept(folder, tmp_path):
