@@ -98,6 +98,17 @@ class AdaptiveCalibration(nn.Module):
                 "classifier"
             )
 
+    def strength(self, t: float) -> "AdaptiveCalibration":
+        """A copy that goes a part of the way: stage one at ``t`` 0, this calibration at 1, on a straight line.
+
+        The confidence stays. Beyond [0, 1] it goes on along the line.
+        """
+        dialled = copy.deepcopy(self)
+        with torch.no_grad():
+            dialled.magnitude.copy_(1 + t * (self.magnitude - 1))
+            dialled.margin.copy_(t * self.margin)
+        return dialled
+
     def statistics(self) -> dict[str, Tensor]:
         """For the log: mean and spread of the last batch's confidence, range of magnitude and margin (scalars)."""
         report = {
