@@ -1,7 +1,8 @@
 """Related methods as ways to fill magnitude and margin (Sec. 3.3): closed form, each with its equation.
 
-Each returns an :class:`AdaptiveCalibration` of confidence one, s_j = magnitude_j z_j + margin_j, for a classifier's scores
-z of K classes; a detector's background behind them is left alone. It is called with scores and features, as a learnt one is.
+Each returns an :class:`AdaptiveCalibration` of confidence one, s_j = magnitude_j z_j + margin_j, for a classifier's
+scores z of K classes; a detector's background behind them is left alone. It is called with scores and features, as a
+learnt one is.
 """
 
 import math
@@ -33,10 +34,9 @@ def tau_normalize(classifier: nn.Module, tau: float = 1.0, background: bool = Fa
         raise InputError(f"expected a linear classifier, whose weights have norms, got {type(classifier).__name__}")
     classes = sizes(classifier)[1] - background
     norms = cast(Tensor, classifier.weight).detach().flatten(1).norm(dim=1)[:classes]
-    if not (norms > 0).all():
-        raise InputError(
-            f"expected weights other than 0, got norm 0 for class {some((norms == 0).nonzero().flatten())}"
-        )
+    zero = (norms == 0).nonzero().flatten().tolist()
+    if zero:
+        raise InputError(f"expected weights other than 0, got norm 0 for class {some(zero)}")
     return _filled(classifier, background, magnitude=norms**-tau)
 
 
