@@ -284,7 +284,7 @@ def test_an_unknown_classifier_is_refused(calibrate):
         (dict(confidence="two"), "expected confidence 'learnt' or 'one', got 'two'"),
         (dict(learn_magnitude=False, learn_margin=False), "expected magnitude or margin to be learnt, got neither"),
         (dict(reduction="sum of"), "expected a reduction among .*, got 'sum of'"),
-        (dict(background_weight=-1.0), "expected a finite background weight >= 0, got -1"),
+        (dict(background_weight=-1.0), "expected a finite background weight >= 0, or 'balanced', got -1"),
     ],
 )
 def test_bad_options_are_refused_when_it_is_built(options, sentence):
