@@ -58,11 +58,11 @@ def dataset(folder, pipeline=annotated.PIPELINE, **options):
     return annotated.dataset(folder, classes=CLASSES, pipeline=pipeline, **options)
 
 
-def calibrated_model(config=FCN, divisor=None, align_corners=False, seed=0):
+def calibrated_model(config=FCN, divisor=None, align_corners=False, seed=0, bgr_to_rgb=True):
     """A stage two far from the identity, and what must not matter: its own training flag."""
     torch.manual_seed(seed)
     padding = None if divisor is None else dict(size_divisor=divisor)
-    preprocessor = dict(type="SegDataPreProcessor", mean=MEAN, std=STD, bgr_to_rgb=True, test_cfg=padding)
+    preprocessor = dict(type="SegDataPreProcessor", mean=MEAN, std=STD, bgr_to_rgb=bgr_to_rgb, test_cfg=padding)
     heads = config["decode_head"] if isinstance(config["decode_head"], list) else [config["decode_head"]]
     heads = [{**head, "align_corners": align_corners} for head in heads]
     decode_head = heads if isinstance(config["decode_head"], list) else heads[0]
@@ -281,9 +281,7 @@ def test_counts_are_those_of_the_call(folder, tmp_path):
 
 
 def other_colours():
-    model = calibrated_model()
-    model.data_preprocessor._channel_conversion = False
-    return model
+    return calibrated_model(bgr_to_rgb=False)
 
 
 def other_strides():
