@@ -35,7 +35,6 @@ log = logging.getLogger("disalign")
 
 #: Rows that a pass into a folder compares with what is there.
 SAMPLE = 16
-ABOUT = {True: "up to", False: "about"}
 
 #: Runs a model on a batch; from both to the batch's labels (n,) and the model's output.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]
@@ -189,7 +188,8 @@ def run_pass(
     parts = Parts(out, number, {"source": source, **plain, "provenance": made}, [items, block])
     with locked_folder(out, "the folder of features") if rank == 0 else nullcontext():
         if rank == 0:
-            log.info("features of %d examples take %s %.1f MiB in %s", items, ABOUT[exact], size / 2**20, out)
+            about = "up to" if exact else "about"
+            log.info("features of %d examples take %s %.1f MiB in %s", items, about, size / 2**20, out)
             parts.prepare()
         _barrier()
         missing = parts.missing()

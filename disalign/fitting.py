@@ -127,6 +127,7 @@ def fit(
     require_options(
         anchor=anchor,
         confidence=confidence,
+        learn_magnitude=learn_magnitude,
         learn_margin=learn_margin,
         cross_fit=cross_fit,
         penalty=penalty,
@@ -352,6 +353,7 @@ def require_options(
     *,
     anchor: str = "zero",
     confidence: str = "learnt",
+    learn_magnitude: bool = True,
     learn_margin: bool = True,
     cross_fit: int = 0,
     penalty: float | None = None,
@@ -365,6 +367,7 @@ def require_options(
     Raises:
         InputError: names them.
     """
+    AdaptiveCalibration(1, 1, learn_magnitude=learn_magnitude, learn_margin=learn_margin, confidence=confidence)
     if not isinstance(cross_fit, numbers.Integral) or isinstance(cross_fit, bool) or cross_fit == 1 or cross_fit < 0:
         raise InputError(f"expected cross_fit 0, or 2 or more folds, got {cross_fit!r}")
     if anchor not in PENALTIES or (anchor == "logit_adjust" and not (confidence == "one" and learn_margin)):

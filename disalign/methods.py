@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .counts import ClassCounts, load_class_counts
 from .errors import InputError, some
+from .fitting import log_weights
 from .functional import generalized_reweight
 from .modules import AdaptiveCalibration, CosineClassifier, sizes
 
@@ -62,7 +63,7 @@ def logit_adjust(
     counts, background = _counts_of(classifier, class_counts)
     if not (math.isfinite(strength) and strength >= 0):
         raise InputError(f"expected a finite strength >= 0, got {strength!r}")
-    margin = generalized_reweight(counts, strength).double().log()
+    margin = log_weights(generalized_reweight(counts, strength).double())
     if target_prior is not None:
         prior = torch.as_tensor(target_prior, dtype=torch.float64)
         if prior.shape != counts.shape or not (prior > 0).all():
@@ -141,4 +142,6 @@ def _counts_of(classifier: nn.Module, class_counts: ClassCounts) -> tuple[Tensor
 def _require_examples(counts: Tensor) -> None:
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
-        raise InputError(f"expected at least one training example per class, got none for class {some(empty)}")
+        raise InputError(
+            f"expected at least one training example per class, got none for class {some(empty)}; remove it"
+        )

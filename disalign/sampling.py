@@ -65,6 +65,14 @@ def systematic_sample(probabilities: Tensor, seed: int = 0) -> Tensor:
     return order[hit].sort().values
 
 
+def draw_images(
+    classes: Sequence[Collection[int]], number: int, threshold: float, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(n,) int64 images drawn by their :func:`repeat_factors`, and the (N,) fp64 probabilities of all."""
+    probabilities = inclusion_probabilities(repeat_factors(classes, threshold), number)
+    return systematic_sample(probabilities, seed), probabilities
+
+
 def seed_of(seed: int, item: int) -> int:
     """A seed of an item's own, of the 32 bits that torch's generator takes.
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from disalign import Features, InputError, collect
 from disalign.cli import config_errors
+from disalign.io import names_wherever
 from disalign.stage_two import require_same_classes
 
 
@@ -84,6 +84,5 @@ def _describe(dataset: Any, description: dict, copies: int) -> str:
     if isinstance(dataset.images, np.ndarray):
         digest.update(np.ascontiguousarray(dataset.images).data)
     else:
-        root = os.path.commonpath(dataset.images) if len(dataset.images) > 1 else ""
-        digest.update(json.dumps([os.path.relpath(path, root or None) for path in dataset.images]).encode())
+        digest.update(json.dumps(names_wherever(dataset.images)).encode())
     return f"{len(dataset)} images in {copies} views, {digest.hexdigest()}, transforms {description['transforms']}"

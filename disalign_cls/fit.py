@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +19,28 @@ from mmengine.registry import METRICS
 
 from disalign import Features, InputError, fit, load_stage_one
 from disalign.cli import (
-    command,
     config_errors,
-    fit_arguments,
     fit_places,
-    log_to_stderr,
     results_of,
     warnings_to_stderr,
 )
 from disalign.fitting import require_options
-from disalign.io import locked_folder, require_folder, write_json
+from disalign.io import write_json
 from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
-from disalign_mmengine.cli import load_config, parser
+from disalign_mmengine.cli import command_to_fit
 from disalign_mmengine.saving import save_fit
 
 from .cli import build_model
 from .collect import collect_features
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__)
-    fit_arguments(arguments)
+def add_arguments(arguments: argparse.ArgumentParser) -> None:
+    """Those of classification alone."""
     arguments.add_argument("--views", type=int, default=0, help="random views of each image, not the image once")
     arguments.add_argument(
         "--cross-fit", type=int, default=0, help="folds; stage one's classifier is then trained anew"
     )
-    arguments.add_argument("--work-dir", help="for checkpoints and results; default: work_dirs/CONFIG'S NAME")
-    args = arguments.parse_args(argv)
-
-    log_to_stderr()
-    config = load_config(args.config, args.cfg_options)
-    folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
-    require_folder(folder)
-    with locked_folder(folder, "--work-dir"):
-        run(args, config, folder)
 
 
 def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
@@ -67,7 +52,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     places = fit_places(folder, args.rho or [model.loss.rho], path, args.force)
     calibration = dict(config.model.get("calibration") or {})
     chosen = {"cross_fit": args.cross_fit, "anchor": args.anchor, "penalty": args.penalty}
-    require_options(**chosen, **{key: calibration[key] for key in calibration if key != "learn_magnitude"})
+    require_options(**chosen, **calibration)
     stage_one = load_checkpoint(path)
     print(f"{os.path.basename(path)}: {load_stage_one(model, stage_one, name=path)}")
     model.to(get_device()).eval()
@@ -110,6 +95,8 @@ def evaluate(model: Any, features: Features, dataset: Any, config: Config) -> di
     metric.evaluate(len(features))
     return metric.report
 
+
+main = command_to_fit(__doc__, run, add_arguments, "float32")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +21,11 @@ from torch.utils.data import DataLoader
 from disalign import Features, InputError
 from disalign.collecting import batched, run_pass, trunk_digest
 from disalign.hand_over import require_finite
-from disalign.sampling import inclusion_probabilities, repeat_factors, seed_of, systematic_sample
+from disalign.io import names_wherever
+from disalign.sampling import draw_images, seed_of
 from disalign.stage_two import trained_parts
 
 from .datasets import CheckedMapper
-
-logger = logging.getLogger(__name__)
 
 #: Images that a killed pass loses at most.
 BLOCK = 128
@@ -77,13 +75,11 @@ def collect_features(
         )
     records = _records(cfg)
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD or THRESHOLD
-    probabilities = torch.ones(len(records), dtype=torch.float64)
     if images is not None and images >= len(records):
         images = None
-    if images is not None:
-        shown = [{one["category_id"] for one in record["annotations"]} for record in records]
-        probabilities = inclusion_probabilities(repeat_factors(shown, threshold), images)
-    drawn = systematic_sample(probabilities, seed).tolist()
+    shown = [{one["category_id"] for one in record["annotations"]} for record in records]
+    chosen, probabilities = draw_images(shown, len(records) if images is None else images, threshold, seed)
+    drawn = chosen.tolist()
     heads: Any = model.roi_heads
     predictors = heads.box_predictors()
     for predictor in predictors:
@@ -227,11 +223,8 @@ def _thinned(x: Tensor, y: Tensor, num_classes: int, background: int) -> tuple[T
 def _describe(records: Sequence[dict], cfg: CfgNode) -> str:
     """The images (by name and size) and their boxes, wherever they lie, and all that decides on proposals."""
     paths = [record["file_name"] for record in records]
-    local = [os.path.abspath(path) for path in paths if "://" not in path]
-    root = os.path.commonpath([os.path.dirname(path) for path in local] or ["/"])
     digest = hashlib.sha256()
-    for path, record in zip(paths, records, strict=True):
-        name = path if "://" in path else os.path.relpath(path, root)
+    for path, name, record in zip(paths, names_wherever(paths), records, strict=True):
         size = os.path.getsize(path) if os.path.isfile(path) else None
         boxes = [[*map(float, one["bbox"]), one["category_id"], one.get("iscrowd", 0)] for one in record["annotations"]]
         digest.update(json.dumps([name, size, boxes]).encode())

@@ -48,9 +48,15 @@ def run(args: Namespace) -> None:
     refuse_other_stage(cfg)
     rhos = args.rho or [disalign.RHO]
     places = fit_places(folder, rhos, cfg.MODEL.WEIGHTS, args.force)
-    chosen = {"anchor": args.anchor, "penalty": args.penalty, "background_weight": background_weight(cfg)}
-    learnt = {"confidence": disalign.CONFIDENCE, "learn_margin": disalign.MARGIN}
-    require_options(**chosen, **learnt)
+    options = {
+        "anchor": args.anchor,
+        "penalty": args.penalty,
+        "background_weight": background_weight(cfg),
+        "confidence": disalign.CONFIDENCE,
+        "learn_magnitude": disalign.MAGNITUDE,
+        "learn_margin": disalign.MARGIN,
+    }
+    require_options(**options)
     if comm.is_main_process():
         require_data(cfg, training=True)
     comm.synchronize()
@@ -67,7 +73,7 @@ def run(args: Namespace) -> None:
         checkpointer = DisAlignCheckpointer(model, str(folder), training=True)
         checkpointer.tag_last_checkpoint = lambda name: None  # a fit's is none to resume
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-        found = learn(model, cfg, args, [*places], {**chosen, **learnt, "learn_magnitude": disalign.MAGNITUDE})
+        found = learn(model, cfg, args, [*places], options)
         predictors = model.roi_heads.box_predictors()
         for rho, path in places.items():
             for predictor, classifiers in zip(predictors, found, strict=True):

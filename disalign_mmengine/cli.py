@@ -14,8 +14,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from disalign import InputError
-from disalign.cli import command, config_errors, find_config
-from disalign.io import require_folder
+from disalign.cli import command, config_errors, find_config, fit_arguments, log_to_stderr
+from disalign.io import locked_folder, require_folder
 
 from .checkpoints import load_checkpoint
 from .hooks import stage_one_of
@@ -84,6 +84,38 @@ def command_to_test(doc: str, adapt: Adapt, **switches: str) -> Callable:
     return main
 
 
+def command_to_fit(
+    doc: str,
+    run: Callable[[argparse.Namespace, Config, Path], None],
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    dtype: str,
+) -> Callable:
+    """The ``main`` of a command that learns a calibration by :func:`disalign.fit`.
+
+    Args:
+        doc: the command's description.
+        run: what it does, with the work folder, which is locked.
+        add_arguments: adds its own options.
+        dtype: of the features, by default.
+    """
+
+    @command
+    def main(argv=None):
+        arguments = parser(doc)
+        fit_arguments(arguments, dtype)
+        add_arguments(arguments)
+        _work_dir_argument(arguments)
+        args = arguments.parse_args(argv)
+        log_to_stderr()
+        config = load_config(args.config, args.cfg_options)
+        folder = _work_dir(config, args)
+        require_folder(folder)
+        with locked_folder(folder, "--work-dir"):
+            run(args, config, Path(folder))
+
+    return main
+
+
 def test(config: Config, args: argparse.Namespace) -> None:
     """Evaluate the checkpoint that the config loads from, by its Runner."""
     runner = build_runner(config, args)
@@ -93,9 +125,17 @@ def test(config: Config, args: argparse.Namespace) -> None:
 
 
 def _runner_arguments(result: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    result.add_argument("--work-dir", help="for logs, checkpoints and results; default: work_dirs/CONFIG'S NAME")
+    _work_dir_argument(result)
     result.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
     return result
+
+
+def _work_dir_argument(result: argparse.ArgumentParser) -> None:
+    result.add_argument("--work-dir", help="for logs, checkpoints and results; default: work_dirs/CONFIG'S NAME")
+
+
+def _work_dir(config: Config, args: argparse.Namespace) -> str:
+    return args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
 
 
 def load_config(path: str, options: dict) -> Config:
@@ -115,7 +155,7 @@ def load_config(path: str, options: dict) -> Config:
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The config's Runner for the parsed arguments; whatever it can't start from is said before it opens its logs."""
     config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}"
+    config.work_dir = _work_dir(config, args)
     require_folder(config.work_dir)
     path = to_resume(config.work_dir) if config.get("resume") else stage_one_of(config)
     if config.get("resume"):

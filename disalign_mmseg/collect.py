@@ -21,7 +21,8 @@ from disalign.collecting import evaluating, run_pass, spread, trunk_digest
 from disalign.counts import ClassCounts
 from disalign.errors import some
 from disalign.features import DTYPES
-from disalign.sampling import inclusion_probabilities, repeat_factors, seed_of, systematic_sample
+from disalign.io import names_wherever
+from disalign.sampling import draw_images, seed_of
 from disalign.stage_two import trained_parts
 
 from .annotations import guard, plain_datasets
@@ -255,20 +256,16 @@ def _draw_images(
     counted, problems = read(dataset, num_classes, ignore_index)
     if problems:
         raise InputError(problems[0])
-    factors = repeat_factors([np.flatnonzero(pixels).tolist() for pixels, _ in counted], threshold)
-    probabilities = inclusion_probabilities(factors, images)
-    return systematic_sample(probabilities, seed), probabilities
+    return draw_images([np.flatnonzero(pixels).tolist() for pixels, _ in counted], images, threshold, seed)
 
 
 def _files(plains: Sequence[Any]) -> str:
     """SHA-256 of all images and annotations by name and size, wherever they lie, and of how labels are changed."""
     records = [plain.get_data_info(index) for plain in plains for index in range(len(plain))]
-    paths = [[str(record.get(key)) for key in ("img_path", "seg_map_path")] for record in records]
-    root = os.path.commonpath([os.path.abspath(path) for pair in paths for path in pair if "://" not in path] or ["/"])
+    paths = [str(record.get(key)) for record in records for key in ("img_path", "seg_map_path")]
     digest = hashlib.sha256()
-    for record, pair in zip(records, paths, strict=True):
-        for path in pair:
-            name = path if "://" in path else os.path.relpath(path, root)
-            digest.update(f"{name} {os.path.getsize(path) if os.path.isfile(path) else None}\n".encode())
+    for path, name in zip(paths, names_wherever(paths), strict=True):
+        digest.update(f"{name} {os.path.getsize(path) if os.path.isfile(path) else None}\n".encode())
+    for record in records:
         digest.update(f"{record.get('reduce_zero_label')} {record.get('label_map')}\n".encode())
     return digest.hexdigest()

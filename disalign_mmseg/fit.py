@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,15 @@ from torch import nn
 
 from disalign import InputError, fit, load_stage_one
 from disalign.cli import (
-    command,
     config_errors,
-    fit_arguments,
     fit_places,
-    log_to_stderr,
     results_of,
     warnings_to_stderr,
 )
 from disalign.fitting import require_options
-from disalign.io import locked_folder, require_folder
 from disalign.stage_two import calibrations, require_same_classes
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
-from disalign_mmengine.cli import load_config, parser, test
+from disalign_mmengine.cli import command_to_fit, load_config, test
 from disalign_mmengine.hooks import stage_one_of
 from disalign_mmengine.saving import save_fit
 
@@ -45,35 +40,24 @@ from .losses import GRWCrossEntropyLoss
 from .pixel_counts import class_counts_of
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__)
-    fit_arguments(arguments, dtype="float16")
+def add_arguments(arguments: argparse.ArgumentParser) -> None:
+    """Those of segmentation alone."""
     arguments.add_argument("--pixels", type=int, default=64, help="of each image; default: 64")
     arguments.add_argument("--images", type=int, help="so many, rare classes more often; default: all")
     arguments.add_argument("--seed", type=int, default=0, help="of the pixels and images drawn; default: 0")
     arguments.add_argument("--test", action="store_true", help="evaluate each of several rho, in a folder of its own")
-    arguments.add_argument("--work-dir", help="for checkpoints and results; default: work_dirs/CONFIG'S NAME")
-    args = arguments.parse_args(argv)
-
-    log_to_stderr()
-    register_all_modules(init_default_scope=True)
-    config = load_config(args.config, args.cfg_options)
-    folder = Path(args.work_dir or config.get("work_dir") or f"work_dirs/{Path(config.filename).stem}")
-    require_folder(folder)
-    with locked_folder(folder, "--work-dir"):
-        run(args, config, folder)
 
 
 def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     """The pass, the fits, and the tests of their checkpoints in a folder."""
+    register_all_modules(init_default_scope=True)
     path = args.stage_one or stage_one_of(config) or ""
     model = build_model(config)
     head, loss = model.calibrated_head, model.calibrated_head.loss_decode
     places = fit_places(folder, args.rho or [loss.rho], path, args.force)
     calibration = _options(head.calibration)
     chosen = {"anchor": args.anchor, "penalty": args.penalty}
-    require_options(**chosen, **{key: calibration[key] for key in calibration if key != "learn_magnitude"})
+    require_options(**chosen, **calibration)
     require_sample(args.pixels, args.images)
     stage_one = load_checkpoint(path)
     dataset = training_set(config)
@@ -167,6 +151,8 @@ def _linear(conv: nn.Conv2d) -> nn.Linear:
     classifier.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in conv.state_dict().items()})
     return classifier
 
+
+main = command_to_fit(__doc__, run, add_arguments, "float16")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """Reading what others wrote, safely, and writing files whole or not at all."""
 
 from .checkpoints import load_file
-from .files import atomic_file, missing_files, read_json, require_folder, require_place, write_json
+from .files import atomic_file, missing_files, names_wherever, read_json, require_folder, require_place, write_json
 from .locks import locked_folder
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "load_file",
     "locked_folder",
     "missing_files",
+    "names_wherever",
     "read_json",
     "require_folder",
     "require_place",

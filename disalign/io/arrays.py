@@ -35,10 +35,13 @@ Shapes = Mapping[str, Sequence[Any]]
 
 def checksum(arrays: Arrays, block: int) -> int:
     """CRC-32 of one block of rows, over all arrays."""
+    return _crc({name: array[block * BLOCK : (block + 1) * BLOCK] for name, array in arrays.items()})
+
+
+def _crc(arrays: Arrays) -> int:
     found = 0
     for name in sorted(arrays):
-        rows = np.ascontiguousarray(arrays[name][block * BLOCK : (block + 1) * BLOCK])
-        found = zlib.crc32(rows.view(np.uint8).data, found)
+        found = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, found)
     return found
 
 
@@ -90,7 +93,7 @@ def changed_blocks(arrays: Arrays, checksums: Mapping[int, int]) -> list[int]:
 
 
 def open_arrays(folder: str | os.PathLike[str], record: Mapping[str, Any], mode: str) -> dict[str, npt.NDArray[Any]]:
-    """Map the arrays that a record names; mode ``"c"`` keeps changes from the files, ``"r+"`` writes them.
+    """Map the arrays that a record names; mode ``"c"`` keeps changes from the files, ``"r"`` refuses them.
 
     Raises:
         InputError: one is missing, truncated, or not as the record says.
@@ -162,9 +165,7 @@ class Parts:
         layout: plain values that say what is in which part; an earlier pass goes on if they are the same.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], number: int, facts: Mapping[str, Any], layout: Any = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], number: int, facts: Mapping[str, Any], layout: Any) -> None:
         self.folder, self.number, self.facts, self.layout = Path(folder), number, facts, layout
 
     def prepare(self) -> None:
@@ -175,7 +176,7 @@ class Parts:
         """
         begun, record = self.folder / BEGUN, self.folder / RECORD
         if record.exists():
-            self._go_on(read_record(record)["facts"])
+            self._go_on(read_record(record)["facts"], {})
             try:
                 read_arrays(self.folder)
                 self._remove_parts()
@@ -185,8 +186,7 @@ class Parts:
                 self._begin()
                 record.unlink()
         elif any(self.folder.glob("part-*.npz")) and begun.exists():
-            earlier = read_json(begun, "the source of features")
-            self._go_on(earlier, earlier.get("layout") if isinstance(earlier, dict) else None)
+            self._go_on(read_json(begun, "the source of features"), {"layout": self.layout})
         else:
             if not begun.exists():
                 require_new(self.folder)
@@ -235,12 +235,12 @@ class Parts:
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:06}.npz"
 
-    def _go_on(self, facts: Any, *layout: Any) -> None:
-        """Take over the facts of an earlier pass, if it had the same source, and ``layout`` if there is one."""
-        theirs = facts.get("source") if isinstance(facts, dict) else None
-        ours = json.loads(json.dumps(self.facts["source"]))
-        other = [name for name, value in ours.items() if not isinstance(theirs, dict) or theirs.get(name) != value]
-        other += ["layout"] if layout and layout[0] != json.loads(json.dumps(self.layout)) else []
+    def _go_on(self, facts: Any, also: Mapping[str, Any]) -> None:
+        """Take over the facts of an earlier pass, if it had the same source, and ``also`` the same of these."""
+        source = facts.get("source") if isinstance(facts, dict) else None
+        theirs = {**facts, **source} if isinstance(source, dict) else {}
+        ours = json.loads(json.dumps({**self.facts["source"], **also}))
+        other = [name for name, value in ours.items() if theirs.get(name) != value]
         if other:
             raise InputError(
                 f"expected features of this trunk and data in {str(self.folder)!r}, got some of another "
@@ -257,11 +257,3 @@ def require_room(folder: str | os.PathLike[str], size: float) -> None:
             f"expected {size / 2**20:,.0f} MiB free for the features in {os.fspath(folder)!r}, got "
             f"{room / 2**20:,.0f}; free some, give another folder, or keep fp16"
         )
-
-
-def _crc(arrays: Arrays) -> int:
-    """CRC-32 of all arrays and of their names."""
-    found = 0
-    for name in sorted(arrays):
-        found = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), found))
-    return found

@@ -83,7 +83,8 @@ def _beside(path: str, mode: str) -> Iterator[IO[Any]]:
 def _new_file(folder: str, mode: str) -> IO[Any]:
     """A temporary file of one's own, locked; until it is, another process may take it for a leftover."""
     while True:
-        file = open(os.path.join(folder, f".{secrets.token_hex(8)}{TEMPORARY}"), mode.replace("w", "x"))  # noqa: SIM115  # its user closes it
+        path = os.path.join(folder, f".{secrets.token_hex(8)}{TEMPORARY}")
+        file = open(path, mode.replace("w", "x"))  # noqa: SIM115  # its user closes it
         if try_lock(file) and is_at(file, file.name):
             return file
         file.close()
@@ -117,6 +118,13 @@ def missing_files(paths: Sequence[str]) -> list[str]:
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
     return [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path) or ".")]
+
+
+def names_wherever(paths: Sequence[str]) -> list[str]:
+    """Paths relative to the folder that all of them have in common, which may move; addresses stay as they are."""
+    local = [os.path.dirname(os.path.abspath(path)) for path in paths if "://" not in path]
+    root = os.path.commonpath(local or ["/"])
+    return [path if "://" in path else os.path.relpath(path, root) for path in paths]
 
 
 def require_folder(path: str | os.PathLike[str]) -> None:

@@ -373,6 +373,24 @@ def test_pixels_are_not_trained_on_anew(options):
         disalign.fit(pixels(), given.pop("classifier"), **given)
 
 
+def test_pixels_known_by_heart_are_not_told_to_be_folded():
+    x = torch.eye(5).repeat(3, 1)[:, None].expand(15, 4, 5)
+    known = Features.from_arrays(x, torch.arange(15) % 5, bilinear=torch.full((15, 4), 0.25))
+    classifier = nn.Linear(5, 5)
+    with torch.no_grad():
+        classifier.weight.copy_(9 * torch.eye(5))
+        classifier.bias.zero_()
+    with pytest.warns(UserWarning, match="knows by heart") as told:
+        disalign.fit(known, classifier)
+    assert "calibration_features" in str(told[0].message)
+    assert "cross_fit" not in str(told[0].message)
+
+
+def test_nothing_to_learn_is_refused_before_a_pass():
+    with pytest.raises(InputError, match="expected magnitude or margin to be learnt, got neither"):
+        fitting.require_options(learn_magnitude=False, learn_margin=False)
+
+
 def test_totals_of_the_whole_set_divide_a_samples_loss():
     features, classifier = draw(), linear()
     sample = Features.from_arrays(

@@ -701,3 +701,16 @@ def test_a_new_file_that_another_process_takes_for_a_leftover_is_made_anew(tmp_p
     assert taken
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     assert (tmp_path / "here").read_text() == "whole"
+
+
+def test_names_of_files_do_not_depend_on_where_they_lie(tmp_path, monkeypatch):
+    from disalign.io import names_wherever
+
+    paths = ["a/b/1.png", "a/2.png"]
+    expected = [os.path.join("b", "1.png"), "2.png"]
+    assert names_wherever([str(tmp_path / path) for path in paths]) == expected
+    monkeypatch.chdir(tmp_path)
+    assert names_wherever([paths[0], str(tmp_path / paths[1])]) == expected
+    assert names_wherever([*paths, "s3://bucket/3.png"]) == [*expected, "s3://bucket/3.png"]
+    assert names_wherever([paths[0]]) == ["1.png"]
+    assert names_wherever([]) == []
