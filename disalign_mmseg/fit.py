@@ -8,6 +8,7 @@ and exports as any other, and evaluates it beside stage one.
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
             config.experiment_name = f"{config.get('experiment_name', Path(config.filename).stem)}_{place.stem}"
             test(config, argparse.Namespace(work_dir=str(where), launcher="none"))
             if (where / "results_test.json").exists():  # of the config's own metric there is none
-                os.replace(where / "results_test.json", results_of(place))
+                shutil.copyfile(where / "results_test.json", results_of(place))  # a line of the log names the first
         else:
             print(f"test it: python -m disalign_mmseg.test {args.config} {place} --work-dir {where}")
 

@@ -66,6 +66,7 @@ def test_its_checkpoint_is_one_of_stage_two(configs, stage_one, stage_two, tmp_p
     assert facts == trained["meta"]["disalign"]
     assert evaluate(configs.two, path, tmp_path / "test") == 0
     report = results(tmp_path / "fit", "results_fit_rho-0.2")
+    assert report == results(tmp_path / "fit" / "fit_rho-0.2")  # where the log says that it is
     assert report == results(tmp_path / "test")
     assert report["figures"] != report["stage_one"]["figures"]
 
