@@ -1,6 +1,7 @@
 """DisAlign (CVPR 2021): a short second stage that calibrates the decision boundary of a long-tailed recogniser."""
 
 from .collecting import collect
+from .comparison import compare
 from .counts import load_class_counts
 from .errors import InputError
 from .features import Features
@@ -48,6 +49,7 @@ __all__ = [
     "calibrate",
     "calibrate_classifier",
     "collect",
+    "compare",
     "fit",
     "fold_classifier",
     "fold_model",

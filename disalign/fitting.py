@@ -77,6 +77,7 @@ def fit(
     learn_magnitude: bool = True,
     learn_margin: bool = True,
     penalty: float | None = None,
+    margin_scale: Tensor | None = None,
     C: float | None = None,
     calibration_features: Features | None = None,
     background_weight: float | str = 1.0,
@@ -107,6 +108,7 @@ def fit(
             ``confidence="one"`` only.
         confidence, learn_magnitude, learn_margin: :class:`AdaptiveCalibration`'s.
         penalty: lambda; default: :data:`PENALTIES` of the anchor.
+        margin_scale: (K,) positive units in which the penalty counts each margin's distance; default: 1.
         C: inverse L2 penalty of classifiers that are trained here; default: the one whose held-out folds lose least,
             or 1 without folds.
         calibration_features: learn from these, a held-out split say, with the class counts of ``features``.
@@ -137,6 +139,7 @@ def fit(
         recipe=recipe,
     )
     _require_teachers(classifier, cross_fit, calibration_features, C)
+    _require_margin_scale(margin_scale, len(features.class_counts), solver)
     if features.bilinear is not None and (isinstance(classifier, str) or cross_fit or solver == "sgd"):
         raise InputError("expected a given classifier, cross_fit=0 and solver='lbfgs' for features of pixels; set them")
     penalty = PENALTIES[anchor] if penalty is None else penalty
@@ -181,7 +184,7 @@ def fit(
             solution = sgd(found, learns_from, weight, seed=seed, **recipe)
         else:
             target = log_weights(weight, features.background) if anchor == "logit_adjust" else torch.zeros(())
-            solution = _lbfgs(found.calibration, parts, weight, target, penalty, left_out)
+            solution = _lbfgs(found.calibration, parts, weight, target, penalty, left_out, margin_scale)
         if not all(tensor.isfinite().all() for tensor in found.state_dict().values()):
             raise InputError(
                 f"expected a finite calibration at rho {rho}, got NaN or infinity; is the classifier finite, and the "
@@ -212,6 +215,7 @@ def _lbfgs(
     anchor: Tensor,
     penalty: float,
     left_out: Sequence[int],
+    margin_scale: Tensor | None = None,
 ) -> Solution:
     # In fp64 from the scores on: else rounding, and with it the order of the sums, decides where the solver ends.
     calibration.double()
@@ -247,10 +251,11 @@ def _lbfgs(
 
     zero = torch.zeros((), dtype=torch.float64, device=weight.device)
     targets = {"magnitude": zero + 1, "margin": anchor, "confidence.weight": zero}
+    scales = {} if margin_scale is None else {"margin": margin_scale.to(anchor)}
 
     def distance(values: Sequence[Tensor]) -> Tensor:
         pulled = [
-            (value - targets[name]).square().sum()
+            ((value - targets[name]) / scales.get(name, 1)).square().sum()
             for name, value in zip(parameters, values, strict=True)
             if name in targets
         ]
@@ -409,6 +414,15 @@ def _require_teachers(
         raise InputError(
             f"expected no C for a classifier that is not trained here, got {C}; leave it out, or cross_fit > 0"
         )
+
+
+def _require_margin_scale(scale: Tensor | None, classes: int, solver: str) -> None:
+    if scale is None:
+        return
+    if solver == "sgd":
+        raise InputError("expected no margin_scale with solver='sgd', which has no penalty; leave it out")
+    if scale.shape != (classes,) or not (scale.isfinite() & (scale > 0)).all():
+        raise InputError(f"expected {classes} positive numbers as margin_scale, got {some(scale.flatten().tolist())}")
 
 
 def _require_fit(classifier: nn.Module, features: Features) -> None:

@@ -1,11 +1,14 @@
-"""Related methods as ways to fill magnitude and margin (Sec. 3.3): closed form, each with its equation.
+"""Related methods as ways to fill magnitude and margin (Sec. 3.3), each with its equation and source.
 
-Each returns an :class:`AdaptiveCalibration` of confidence one, s_j = magnitude_j z_j + margin_j, for a classifier's
-scores z of K classes; a detector's background behind them is left alone. It is called with scores and features, as a
-learnt one is.
+Those in closed form return an :class:`AdaptiveCalibration` of confidence one, s_j = magnitude_j z_j + margin_j, for a
+classifier's scores z of K classes; a detector's background behind them is left alone. It is called with scores and
+features, as a learnt one is. Those that learn take :class:`disalign.Features` and return a classifier, calibrated by
+:func:`disalign.fit` or trained anew.
 """
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,9 +16,11 @@ from torch import Tensor, nn
 
 from .counts import ClassCounts, load_class_counts
 from .errors import InputError, some
-from .fitting import log_weights
+from .features import Features
+from .fitting import fit, log_weights
 from .functional import generalized_reweight
-from .modules import AdaptiveCalibration, CosineClassifier, sizes
+from .modules import AdaptiveCalibration, Calibrated, CosineClassifier, plain_classifier, sizes
+from .probes import class_means, new_classifier, train_classifier
 
 
 def tau_normalize(classifier: nn.Module, tau: float = 1.0, background: bool = False) -> AdaptiveCalibration:
@@ -31,14 +36,7 @@ def tau_normalize(classifier: nn.Module, tau: float = 1.0, background: bool = Fa
     Raises:
         InputError: another classifier, or weights of norm 0.
     """
-    if isinstance(classifier, CosineClassifier) or not hasattr(classifier, "weight"):
-        raise InputError(f"expected a linear classifier, whose weights have norms, got {type(classifier).__name__}")
-    classes = sizes(classifier)[1] - background
-    norms = cast(Tensor, classifier.weight).detach().flatten(1).norm(dim=1)[:classes]
-    zero = (norms == 0).nonzero().flatten().tolist()
-    if zero:
-        raise InputError(f"expected weights other than 0, got norm 0 for class {some(zero)}")
-    return _filled(classifier, background, magnitude=norms**-tau)
+    return _filled(classifier, background, magnitude=_norms(classifier, background) ** -tau)
 
 
 def logit_adjust(
@@ -107,11 +105,131 @@ def rebalance(classifier: nn.Module, features: Tensor) -> AdaptiveCalibration:
 
     Args:
         classifier: any, without a background.
-        features: (N, d), on the classifier's device; no labels and no counts are needed.
+        features: (N, d); no labels and no counts are needed.
     """
+    weight = cast(Tensor, classifier.weight)
     with torch.no_grad():
-        mean = classifier(features).double().softmax(dim=1).mean(dim=0)
+        sums = [classifier(rows.to(weight)).double().softmax(dim=1).sum(dim=0) for rows in features.split(4096)]
+    mean = torch.stack(sums).sum(0) / len(features)
     return _filled(classifier, False, margin=-mean.clamp(min=torch.finfo(torch.float64).tiny).log())
+
+
+def shrink(calibration: AdaptiveCalibration, class_counts: ClassCounts, rho: float = 1.0) -> AdaptiveCalibration:
+    """A copy whose margins are pulled to logit adjustment's, the more the fewer examples: empirical Bayes.
+
+    With d_j = margin_j - ln w_j (eq. 11 at ``rho``), m their mean and 1 / n_j the variance of a logarithm of n_j
+    counted examples, the classes' own variance is t = max(0, mean((d_j - m)^2 - 1 / n_j)), and margin_j becomes
+    ln w_j + m + t / (t + 1 / n_j) (d_j - m), as in Efron and Morris, "Stein's estimation rule and its competitors"
+    (1973).
+
+    Args:
+        calibration: a learnt one, on any device.
+        class_counts: n.
+        rho: that it was learnt with.
+    """
+    counts = load_class_counts(class_counts)
+    _require_examples(counts)
+    if len(counts) != calibration.num_classes:
+        raise InputError(f"expected {calibration.num_classes} counts for this calibration, got {len(counts)}")
+    anchor, noise = log_weights(generalized_reweight(counts, rho).double()), 1 / counts.double()
+    own = calibration.margin.detach().double().cpu() - anchor
+    spread = ((own - own.mean()).square() - noise).mean().clamp(min=0)
+    shrunk = copy.deepcopy(calibration)
+    with torch.no_grad():
+        shrunk.margin.copy_(anchor + own.mean() + spread / (spread + noise) * (own - own.mean()))
+    return shrunk
+
+
+def lws(features: Features, classifier: nn.Module, rho: float = 1.0, **options: Any) -> Calibrated:
+    """The magnitude alone, confidence one: learnable weight scaling (Kang et al., 2020), under class-balanced loss.
+
+    Args:
+        features: of the training set.
+        classifier: stage one's.
+        rho: scale of eq. 11; theirs is class-balanced sampling, 1.
+        options: :func:`disalign.fit`'s, here and below.
+    """
+    return cast(Calibrated, fit(features, classifier, rho, confidence="one", learn_margin=False, **options))
+
+
+def vector_scaling(features: Features, classifier: nn.Module, **options: Any) -> Calibrated:
+    """Magnitude and margin under plain cross-entropy, rho 0 (Guo et al., "On calibration of modern neural networks",
+    2017): a control without any balance. Theirs learns from a held-out split: ``calibration_features``.
+    """
+    return cast(Calibrated, fit(features, classifier, 0.0, confidence="one", **options))
+
+
+def marc(features: Features, classifier: nn.Module, rho: float = 1.2, **options: Any) -> Calibrated:
+    """magnitude_j and margin_j = b_j ||w_j|| (Wang et al., "Margin calibration for long-tailed visual recognition",
+    2022): margins are counted in the norms of the weights. The penalty is on b, which is all that differs.
+    """
+    scale = _norms(plain_classifier(classifier), features.background)
+    return cast(Calibrated, fit(features, classifier, rho, confidence="one", margin_scale=scale, **options))
+
+
+def crt(features: Features, classifier: nn.Module, rho: float = 1.0, C: float = 1.0) -> nn.Module:
+    """A classifier of the same kind, trained anew under class-balanced loss (cRT; Kang et al., 2020).
+
+    Args:
+        features: with a row an example, no background.
+        classifier: stage one's, linear or cosine; says the kind.
+        rho: of the class weights (eq. 11); 1 is their class-balanced sampling.
+        C: inverse L2 penalty, see :func:`.probes.train_classifier`.
+
+    Raises:
+        InputError: features of pixels or with a background.
+    """
+    _require_examples_as_rows(features)
+    found = new_classifier(plain_classifier(classifier), features)
+    weights = features.weights * generalized_reweight(features.class_counts, rho, zero_count="exclude")[features.y]
+    balanced = replace(features, weights=weights * (features.weights.sum() / weights.sum()))
+    train_classifier(found, balanced, C)
+    return found.requires_grad_(False)
+
+
+def nearest_mean(features: Features, metric: str = "cosine") -> nn.Module:
+    """Scores by the distance to the mean feature of each class (NCM; Kang et al., 2020).
+
+    Args:
+        features: with a row an example, no background.
+        metric: ``"cosine"``, a :class:`CosineClassifier` of scale 1; or ``"l2"``, an ``nn.Linear`` whose scores are
+            -||x - mean_j||^2 + ||x||^2. A class without examples scores 0, or minus infinity.
+
+    Raises:
+        InputError: another metric; features of pixels or with a background.
+    """
+    _require_examples_as_rows(features)
+    if metric not in ("cosine", "l2"):
+        raise InputError(f"expected the metric 'cosine' or 'l2', got {metric!r}")
+    classes, width = len(features.class_counts), features.x.shape[1]
+    dtype = torch.promote_types(features.x.dtype, torch.float32)
+    means = class_means(features, classes)
+    found: nn.Module
+    if metric == "cosine":
+        found, tensors = CosineClassifier(width, classes, scale=1.0, learn_scale=False), {"weight": means}
+    else:
+        nothing = torch.where(torch.bincount(features.y, minlength=classes) > 0, 0.0, -torch.inf)
+        found, tensors = nn.Linear(width, classes), {"weight": 2 * means, "bias": nothing - means.square().sum(1)}
+    found.to(dtype).load_state_dict(tensors, strict=False)
+    return found.requires_grad_(False)
+
+
+def _require_examples_as_rows(features: Features) -> None:
+    if features.background or features.bilinear is not None:
+        what = "a background's, drawn by proposals" if features.background else "interpolated from four cells each"
+        raise InputError(f"expected features with a row an example to learn a classifier from, got rows {what}")
+
+
+def _norms(classifier: nn.Module, background: bool) -> Tensor:
+    """(K,) norms of a linear classifier's weights, without the background's."""
+    if isinstance(classifier, CosineClassifier) or not hasattr(classifier, "weight"):
+        raise InputError(f"expected a linear classifier, whose weights have norms, got {type(classifier).__name__}")
+    weight = cast(Tensor, classifier.weight).detach()
+    norms: Tensor = weight.flatten(1).norm(dim=1)[: sizes(classifier)[1] - background]
+    zero = (norms == 0).nonzero().flatten().tolist()
+    if zero:
+        raise InputError(f"expected weights other than 0, got norm 0 for class {some(zero)}")
+    return norms
 
 
 def _filled(

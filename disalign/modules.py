@@ -315,6 +315,22 @@ def calibrate_classifier(classifier: nn.Module, **options: Any) -> Calibrated:
     return cast(Calibrated, classifier)
 
 
+def with_calibration(classifier: nn.Module, calibration: AdaptiveCalibration) -> Calibrated:
+    """A copy of a classifier, calibrated or not, under another calibration, on its device.
+
+    Raises:
+        InputError: a calibration of other sizes, or what :func:`calibrate_classifier` refuses.
+    """
+    found = calibrate_classifier(plain_classifier(classifier), passthrough=calibration.passthrough)
+    if calibration.num_classes != found.calibration.num_classes:
+        raise InputError(
+            f"expected a calibration of {found.calibration.num_classes} classes for this classifier, got "
+            f"{calibration.num_classes}"
+        )
+    found.calibration = copy.deepcopy(calibration).to(cast(Tensor, found.weight).device)
+    return found
+
+
 def find_classifier(model: nn.Module, num_classes: int) -> str:
     """Name of the model's only classifier with ``num_classes`` outputs: linear or cosine, or else a convolution.
 

@@ -44,18 +44,20 @@ def new_classifier(like: nn.Module | str, features: Features, rows: Tensor | Non
         learn_scale = isinstance(model.scale, nn.Parameter)
         classifier = CosineClassifier(width, classes, float(model.scale.detach()), learn_scale)
         with torch.no_grad():
-            classifier.weight.copy_(_class_means(features, classes, rows))
+            classifier.weight.copy_(class_means(features, classes, rows, directions=True))
     else:
         raise InputError(f"expected a classifier 'linear' or 'cosine', or a module of one of these kinds, got {like!r}")
     return classifier.to(device, dtype)
 
 
-def _class_means(features: Features, classes: int, rows: Tensor | None) -> Tensor:
-    """(K, d) mean direction of each class; fp64, 0 for one without examples."""
-    sums = torch.zeros(classes, features.x.shape[1], dtype=torch.float64)
+def class_means(features: Features, classes: int, rows: Tensor | None = None, directions: bool = False) -> Tensor:
+    """(K, d) mean feature of each class by the rows' weights, or its mean direction; fp64, 0 without examples."""
+    sums, weights = torch.zeros(classes, features.x.shape[1], dtype=torch.float64), torch.zeros(classes).double()
     for chosen in (torch.arange(len(features)) if rows is None else rows).split(4096):
-        sums.index_add_(0, features.y[chosen], F.normalize(features.x[chosen].cpu().double(), dim=1))
-    return F.normalize(sums, dim=1)
+        x, y, weight = features.x[chosen].cpu().double(), features.y[chosen], features.weights[chosen]
+        sums.index_add_(0, y, F.normalize(x, dim=1) if directions else x * weight[:, None])
+        weights.index_add_(0, y, weight)
+    return F.normalize(sums, dim=1) if directions else sums / weights.clamp(min=1e-300)[:, None]
 
 
 def train_classifier(classifier: nn.Module, features: Features, C: float, rows: Tensor | None = None) -> Solution:

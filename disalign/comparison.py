@@ -1,0 +1,594 @@
+"""Related methods on the same features: one table, in which nothing is chosen on what is evaluated.
+
+:func:`compare` does all of it for classification. Hosts of other tasks take its parts: :func:`candidates` learns from
+features, the host evaluates each candidate, :func:`run_record`, :func:`comparison` and :func:`table` put the figures
+together.
+"""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from platform import python_version
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import methods
+from .errors import InputError, some
+from .features import Features
+from .fitting import fit
+from .modules import AdaptiveCalibration, Calibrated, plain_classifier, sizes, with_calibration
+from .probes import new_classifier, train_classifier
+from .report import shown, text_table, without_nan
+from .solver import Part
+from .splits import group_means, many_medium_few
+
+RHOS = (0.5, 0.8, 1.0, 1.2, 1.5)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+#: Parts of the way from stage one to DisAlign; :meth:`AdaptiveCalibration.strength`.
+DIAL = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+#: Of the expected calibration error and of the confidence's histogram.
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method learns from: features of a training set, and the classifier that it starts from.
+
+    ``image_counts`` are (K,) training images with each class, where ``features.class_counts`` count something else.
+    """
+
+    features: Features
+    classifier: nn.Module
+    rho: float = 1.2
+    background_weight: float | str = 1.0
+    image_counts: Tensor | None = None
+    seed: int = 0
+    zero_count: str = "error"
+
+    @property
+    def task(self) -> str:
+        if self.features.background:
+            return "detection"
+        return "classification" if self.features.bilinear is None else "segmentation"
+
+    def fitted(self, rho: float, **options: Any) -> Calibrated:
+        found = fit(self.features, self.classifier, rho, **options, **self.options)
+        return cast(Calibrated, found)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of :func:`disalign.fit`."""
+        return {"background_weight": self.background_weight, "zero_count": self.zero_count, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to a classifier.
+
+    Attributes:
+        title: for tables.
+        learn: from a problem and the setting to a classifier, or to a calibration of confidence one.
+        setting: what ``grid`` is of: ``"rho"``, ``"tau"``, ``"strength"``, ``"gamma"``; empty if there is none.
+        value: the setting's default; ``None``: the problem's rho.
+        grid: what a validation split may choose from.
+        refused: task -> why the method makes no sense there.
+        probabilities: whether the softmax of its scores is meant as probabilities.
+    """
+
+    title: str
+    learn: Callable[[Problem, float], nn.Module]
+    setting: str = ""
+    value: float | None = 0.0
+    grid: Sequence[float] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    probabilities: bool = True
+
+
+def _fit(**options: Any) -> Callable[[Problem, float], nn.Module]:
+    return lambda problem, rho: problem.fitted(rho, **options)
+
+
+def _shrunk(problem: Problem, rho: float) -> nn.Module:
+    found = problem.fitted(rho, confidence="one", anchor="logit_adjust", penalty=0.01)
+    return with_calibration(found, methods.shrink(found.calibration, problem.features.class_counts, rho))
+
+
+_NO_ROWS = {
+    "detection": "its background is a sample of proposals, and boxes are scored by the frozen classifier",
+    "segmentation": "a row is a pixel interpolated from four cells, not an example",
+}
+_ANCHORED = {"confidence": "one", "anchor": "logit_adjust"}
+
+#: Name -> method; the functions of :mod:`disalign.methods` say what each is, and where it comes from.
+METHODS = {
+    "stage_one": Method("stage one", lambda problem, _: plain_classifier(problem.classifier)),
+    "logit_adjust": Method(
+        "logit adjustment",
+        lambda problem, strength: methods.logit_adjust(problem.classifier, problem.features.class_counts, strength),
+        "strength",
+        1.0,
+        STRENGTHS,
+    ),
+    "tau_normalize": Method(
+        "tau-normalisation",
+        lambda problem, tau: methods.tau_normalize(problem.classifier, tau, problem.features.background),
+        "tau",
+        1.0,
+        (0.25, 0.5, 0.75, 1.0),
+    ),
+    "norcal": Method(
+        "NorCal",
+        lambda problem, gamma: methods.norcal(problem.classifier, cast(Tensor, problem.image_counts), gamma),
+        "gamma",
+        0.6,
+        refused=dict.fromkeys(
+            ("classification", "segmentation"), "it spares a background; without one it is logit_adjust"
+        ),
+    ),
+    "vs": Method(
+        "VS",
+        lambda problem, gamma: methods.vs(problem.classifier, problem.features.class_counts, gamma=gamma),
+        "gamma",
+        0.15,
+        (0.0, 0.05, 0.1, 0.15, 0.2),
+    ),
+    "rebalance": Method(
+        "mean prediction",
+        lambda problem, _: methods.rebalance(problem.classifier, problem.features.x),
+        refused={task: f"it asks for the mean prediction over examples, but {why}" for task, why in _NO_ROWS.items()},
+    ),
+    "lws": Method(
+        "LWS",
+        lambda problem, rho: methods.lws(problem.features, problem.classifier, rho, **problem.options),
+        "rho",
+        None,
+        RHOS,
+    ),
+    "marc": Method(
+        "MARC",
+        lambda problem, rho: methods.marc(problem.features, problem.classifier, rho, **problem.options),
+        "rho",
+        None,
+        RHOS,
+    ),
+    "crt": Method(
+        "cRT", lambda problem, rho: methods.crt(problem.features, problem.classifier, rho), "rho", None, RHOS, _NO_ROWS
+    ),
+    "ncm": Method(
+        "nearest mean, cosine",
+        lambda problem, _: methods.nearest_mean(problem.features),
+        refused=_NO_ROWS,
+        probabilities=False,
+    ),
+    "ncm_l2": Method(
+        "nearest mean, L2",
+        lambda problem, _: methods.nearest_mean(problem.features, "l2"),
+        refused=_NO_ROWS,
+        probabilities=False,
+    ),
+    "vector_scaling": Method(
+        "vector scaling, rho 0",
+        lambda problem, _: methods.vector_scaling(problem.features, problem.classifier, **problem.options),
+    ),
+    "rho_0": Method("DisAlign, rho 0", lambda problem, _: problem.fitted(0.0)),
+    "disalign_magnitude": Method("DisAlign, magnitude alone", _fit(learn_margin=False), "rho", None, RHOS),
+    "disalign_margin": Method("DisAlign, margin alone", _fit(learn_magnitude=False), "rho", None, RHOS),
+    "disalign_one": Method("DisAlign, confidence one", _fit(confidence="one"), "rho", None, RHOS),
+    "disalign": Method("DisAlign", _fit(), "rho", None, RHOS),
+    "disalign_anchor": Method("DisAlign, anchored", _fit(**_ANCHORED), "rho", None, RHOS),
+    "disalign_shrunk": Method("DisAlign, shrunk", _shrunk, "rho", None, RHOS),
+    "disalign_cross_fit": Method(
+        "DisAlign, cross-fitted", _fit(cross_fit=5, **_ANCHORED), "rho", None, RHOS, refused=_NO_ROWS
+    ),
+}
+METHODS["bound"] = Method(
+    "empirical bound (balanced data)",
+    lambda problem, _: methods.crt(problem.features, problem.classifier, 0.0),
+    refused=dict.fromkeys(
+        ("classification", "segmentation", "detection"),
+        "it asks for a class-balanced training set: compare(..., balanced=FEATURES)",
+    ),
+)
+#: The controls that every comparison has.
+ALWAYS = ("stage_one", "logit_adjust", "rho_0")
+#: Compared where none are named, if the task and the classifier allow it; seconds each.
+DEFAULT = (
+    *("stage_one", "logit_adjust", "tau_normalize", "lws", "crt", "ncm"),
+    *("rho_0", "disalign", "disalign_anchor"),
+)
+
+
+def chosen_methods(names: Sequence[str] | None, task: str, cosine: bool) -> list[str]:
+    """The methods to compare, in the order of :data:`METHODS`, with the controls of :data:`ALWAYS`.
+
+    Args:
+        names: of :data:`METHODS`; ``None`` for those of :data:`DEFAULT` that make sense, ``["all"]`` for all that do.
+        task: ``"classification"``, ``"segmentation"`` or ``"detection"``.
+        cosine: whether the classifier is a cosine one.
+
+    Raises:
+        InputError: an unknown name, or a method that makes no sense here.
+    """
+    named = [] if names is None or list(names) == ["all"] else list(names)
+    unknown = [name for name in named if name not in METHODS]
+    if unknown:
+        raise InputError(f"expected methods among {some(METHODS, len(METHODS))}, got {some(unknown)}")
+    for name in named:
+        if why := _refusal(name, task, cosine):
+            raise InputError(f"expected methods that make sense for {task}, got {name!r}: {why}")
+    wanted = named or (DEFAULT if names is None else METHODS)
+    return [name for name in METHODS if (name in wanted or name in ALWAYS) and not _refusal(name, task, cosine)]
+
+
+def _refusal(name: str, task: str, cosine: bool) -> str | None:
+    if cosine and name in ("tau_normalize", "marc"):
+        return "the norms of a cosine classifier's weights have no influence"
+    return METHODS[name].refused.get(task)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A classifier to evaluate.
+
+    ``role`` is ``"method"``, ``"dial"`` (a part of the way to DisAlign) or ``"sweep"`` (DisAlign at another rho), of
+    which ``value`` is the setting.
+    """
+
+    name: str
+    classifier: nn.Module
+    value: float
+    seconds: float
+    role: str = "method"
+
+    @property
+    def calibration(self) -> AdaptiveCalibration:
+        """Of the classifier; the identity where it has none of its own."""
+        if isinstance(self.classifier, Calibrated):
+            return self.classifier.calibration
+        width, outputs = sizes(self.classifier)
+        return AdaptiveCalibration(outputs, width, confidence="one")
+
+
+def learnt(name: str, problem: Problem, value: float) -> Candidate:
+    """A method's classifier for a setting, frozen."""
+    begun = time.perf_counter()
+    found = METHODS[name].learn(problem, value)
+    seconds = time.perf_counter() - begun
+    if isinstance(found, AdaptiveCalibration):
+        found = with_calibration(problem.classifier, found)
+    return Candidate(name, found.requires_grad_(False).eval(), value, seconds)
+
+
+def setting_of(name: str, problem: Problem) -> float:
+    value = METHODS[name].value
+    return problem.rho if value is None else value
+
+
+def candidates(
+    problem: Problem,
+    names: Sequence[str],
+    settings: Mapping[str, float] | None = None,
+    dial: Sequence[float] = DIAL,
+    sweep: Sequence[float] = (),
+) -> tuple[list[Candidate], list[str]]:
+    """Learn all that a comparison evaluates.
+
+    Args:
+        problem: what to learn from.
+        names: see :func:`chosen_methods`.
+        settings: method -> setting, for those that are not at their default.
+        dial: parts of the way to DisAlign, see :meth:`AdaptiveCalibration.strength`; without DisAlign there are none.
+        sweep: other rho of DisAlign.
+
+    Returns:
+        The candidates, methods first; and what :func:`disalign.fit` warned of, each once.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        values = {name: (settings or {}).get(name, setting_of(name, problem)) for name in names}
+        found = [learnt(name, problem, value) for name, value in values.items()]
+        full = next((one for one in found if one.name == "disalign"), None)
+        if full is not None:
+            for t in dial:
+                dialled = with_calibration(full.classifier, full.calibration.strength(t))
+                found.append(Candidate("disalign", dialled.requires_grad_(False).eval(), t, 0.0, "dial"))
+            for rho in sweep:
+                one = learnt("disalign", problem, rho)
+                found.append(Candidate("disalign", one.classifier, rho, one.seconds, "sweep"))
+    return found, list(dict.fromkeys(str(one.message) for one in told if issubclass(one.category, UserWarning)))
+
+
+class Tally:
+    """Figures of scores and labels, added up a batch at a time: accuracy, IoU, groups, calibration error, likelihood.
+
+    Args:
+        num_classes: K.
+        groups: name -> (K,) bool.
+        probabilities: whether the softmax of the scores is meant as probabilities.
+    """
+
+    def __init__(self, num_classes: int, groups: Mapping[str, Tensor], probabilities: bool = True) -> None:
+        self.groups = groups
+        self.probabilities = probabilities
+        member = torch.full((num_classes,), len(groups))
+        for number, members in enumerate(groups.values()):
+            member[members] = number
+        self._member = member
+        self.hits, self.seen, self.predicted = (torch.zeros(num_classes, dtype=torch.int64) for _ in range(3))
+        self.confusion = torch.zeros(len(groups) + 1, len(groups) + 1, dtype=torch.int64)
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64)
+        self.loss = 0.0
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """(n, K) scores and (n,) labels in [0, K), on any device."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        best = scores.argmax(1)
+        right = best == labels
+        classes, groups = len(self.seen), len(self.confusion)
+        for summed, chosen in ((self.hits, labels[right]), (self.seen, labels), (self.predicted, best)):
+            summed += torch.bincount(chosen, minlength=classes).cpu()
+        member = self._member.to(labels.device)
+        pairs = torch.bincount(member[labels] * groups + member[best], minlength=groups**2)
+        self.confusion += pairs.reshape(groups, groups).cpu()
+        if not self.probabilities:
+            return
+        logs = scores.logsumexp(1)
+        confidence = (scores.amax(1) - logs).exp()
+        place = (confidence * BINS).long().clamp(max=BINS - 1)
+        for summed, values in zip(self.bins, (torch.ones_like(confidence), confidence, right), strict=True):
+            summed += torch.bincount(place, values.double(), minlength=BINS).cpu()
+        self.loss += float((logs - scores.gather(1, labels[:, None])[:, 0]).double().sum())
+
+    def per_class(self) -> dict[str, list[float]]:
+        """Percent of each class, NaN where there is no example: accuracy and IoU."""
+        seen = torch.where(self.seen > 0, self.seen.double(), math.nan)
+        union = seen + self.predicted - self.hits
+        return {"accuracy": (100 * self.hits / seen).tolist(), "iou": (100 * self.hits / union).tolist()}
+
+    def figures(self) -> dict[str, float | None]:
+        """Percent but for ``nll``, in nats; ``None`` where there is none."""
+        per_class, number = self.per_class(), max(int(self.seen.sum()), 1)
+        accuracy, iou = (torch.tensor(values) for values in per_class.values())
+        found: dict[str, float | None] = {
+            "average": 100 * int(self.hits.sum()) / number,
+            "balanced": float(accuracy.nanmean()),
+            "mIoU": float(iou.nanmean()),
+            **group_means(accuracy, self.groups),
+            **{f"mIoU.{name}": value for name, value in group_means(iou, self.groups).items()},
+            "ece": None,
+            "nll": None,
+        }
+        if self.probabilities:
+            found |= {"ece": 100 * float((self.bins[1] - self.bins[2]).abs().sum()) / number, "nll": self.loss / number}
+        return found
+
+    def details(self) -> dict[str, Any]:
+        """For the report: mean confidence and accuracy of the bins, and where each group's examples go, in percent."""
+        number, confidence, right = self.bins
+        told = number.clamp(min=1e-300)
+        rows = self.confusion[: len(self.groups), : len(self.groups)].double()
+        found: dict[str, Any] = {"confusion": (100 * rows / rows.sum(1, keepdim=True)).tolist()}
+        if self.probabilities:
+            found["reliability"] = {
+                "count": number.tolist(),
+                "confidence": torch.where(number > 0, 100 * confidence / told, math.nan).tolist(),
+                "accuracy": torch.where(number > 0, 100 * right / told, math.nan).tolist(),
+            }
+        return found
+
+
+def evaluated(candidate: Candidate, figures: Mapping[str, Any], **details: Any) -> dict[str, Any]:
+    """A candidate's part of :func:`run_record`: what it is, its ``figures``, and details such as ``per_class``."""
+    method = METHODS[candidate.name]
+    record: dict[str, Any] = {"figures": dict(figures), **details}
+    if candidate.role == "method":
+        record |= {"title": method.title, "setting": {method.setting: candidate.value} if method.setting else {}}
+        record |= {"seconds": candidate.seconds}
+        if isinstance(candidate.classifier, Calibrated):
+            calibration = candidate.calibration
+            record |= {"magnitude": calibration.magnitude.tolist(), "margin": calibration.margin.tolist()}
+    return {"name": candidate.name, "role": candidate.role, "value": candidate.value, **record}
+
+
+def run_record(found: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
+    """One stage one's part of :func:`comparison`: the methods by name, and the curves of the dial and the sweep."""
+    found = [dict(one) for one in found]
+    named = {one["name"]: one for one in found if one["role"] == "method"}
+    curves = {
+        role: [{"value": one["value"], "figures": one["figures"]} for one in found if one["role"] == role]
+        for role in ("dial", "sweep")
+    }
+    methods_ = {
+        name: {key: one[key] for key in one if key not in ("name", "role", "value")} for name, one in named.items()
+    }
+    return {**facts, "methods": methods_, **curves}
+
+
+def comparison(runs: Sequence[Mapping[str, Any]], columns: Mapping[str, str], **facts: Any) -> dict[str, Any]:
+    """All runs (stage ones) of a comparison, ready for JSON.
+
+    Args:
+        runs: of :func:`run_record`.
+        columns: figure -> its title, for the table; the first is the one that gains are told in.
+        facts: ``task``, ``dataset``, ``split``, ``classes``, ``class_counts``, ``groups`` and the like.
+    """
+    versions = {"python": python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    content = {**facts, "unit": "percent", "columns": dict(columns), "runs": list(runs), "versions": versions}
+    content["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return cast(dict[str, Any], without_nan(content))
+
+
+def compare(
+    train: Features,
+    test: Features,
+    classifier: nn.Module | str = "linear",
+    methods: Sequence[str] | None = None,
+    *,
+    rho: float = 1.2,
+    groups: Mapping[str, Tensor] | None = None,
+    validation: Features | None = None,
+    balanced: Features | None = None,
+    dial: Sequence[float] = DIAL,
+    sweep: Sequence[float] = (),
+    zero_count: str = "error",
+    seed: int = 0,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Compare related methods on features of the same trunk; :func:`table` prints the result.
+
+    Nothing is chosen on ``test``: settings are the defaults of :data:`METHODS`, or those of its grids whose balanced
+    accuracy on ``validation`` is best.
+
+    Args:
+        train, test: features of the training and the evaluation set.
+        classifier: stage one's; or ``"linear"``, ``"cosine"`` to train one on ``train`` first (C 1).
+        methods: see :func:`chosen_methods`.
+        rho: of all methods that learn with eq. 11.
+        groups: name -> (K,) bool; default: :func:`disalign.many_medium_few` of the training set's counts.
+        validation: features of a split that is neither.
+        balanced: features of a class-balanced training set; adds the empirical bound (Sec. 3.1), the classifier
+            trained anew on them.
+        dial, sweep: see :func:`candidates`.
+        zero_count, seed: :func:`disalign.fit`'s.
+        facts: more to keep, ``classes`` (names), ``dataset``, ``split``, ``stage_one`` and the like.
+
+    Returns:
+        :func:`comparison`'s; ``per_class`` accuracy, reliability and the confusion of groups for each method.
+
+    Raises:
+        InputError: features that do not belong together, an unknown method, or one that makes no sense.
+    """
+    base = new_classifier(classifier, train) if isinstance(classifier, str) else plain_classifier(classifier)
+    if isinstance(classifier, str):
+        train_classifier(base, train, 1.0)
+    problem = Problem(train, base, rho, seed=seed, zero_count=zero_count)
+    names = chosen_methods(methods, problem.task, hasattr(base, "scale"))
+    for what, features in (("test", test), ("validation", validation), ("balanced", balanced)):
+        if features is not None and (features.x.shape[1:], len(features.class_counts)) != (
+            train.x.shape[1:],
+            len(train.class_counts),
+        ):
+            raise InputError(f"expected {what} features like {train!r}, got {features!r}; give both class_counts")
+    groups = many_medium_few(train.class_counts) if groups is None else groups
+    settings, how = {}, "defaults"
+    if validation is not None:
+        settings, how = choose(problem, names, validation), f"best balanced accuracy on {len(validation)} others"
+    found, notes = candidates(problem, names, settings, dial, sweep)
+    if balanced is not None:
+        found.append(_bound(balanced, base))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    tallies = tally(found, test, groups)
+    records = [
+        evaluated(one, told.figures(), per_class={"accuracy": told.per_class()["accuracy"]}, **told.details())
+        | _confidence(one, test)
+        for one, told in zip(found, tallies, strict=True)
+    ]
+    run_facts = {"stage_one": facts.pop("stage_one", None), "seed": seed, "notes": notes}
+    columns = {
+        "average": "average",
+        **{name: name for name in groups},
+        "balanced": "balanced",
+        "ece": "ECE",
+        "nll": "NLL",
+    }
+    return comparison(
+        [run_record(records, **run_facts)],
+        columns,
+        task=problem.task,
+        rho=rho,
+        settings=how,
+        examples=len(test),
+        class_counts=train.class_counts.tolist(),
+        group_of=group_names(groups),
+        **facts,
+    )
+
+
+def _bound(balanced: Features, like: nn.Module) -> Candidate:
+    """The classifier of a balanced training set (Sec. 3.1)."""
+    return learnt("bound", Problem(balanced, like), 0.0)
+
+
+def choose(problem: Problem, names: Sequence[str], validation: Features) -> dict[str, float]:
+    """The setting of each method with a grid that is best on a validation split, by balanced accuracy."""
+    best = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for name in names:
+            if METHODS[name].grid:
+                tried = [learnt(name, problem, value) for value in METHODS[name].grid]
+                scores = [cast(float, told.figures()["balanced"]) for told in tally(tried, validation, {})]
+                best[name] = tried[int(np.argmax(scores))].value
+    return best
+
+
+@torch.no_grad()
+def tally(found: Sequence[Candidate], features: Features, groups: Mapping[str, Tensor]) -> list[Tally]:
+    """Figures of all candidates in one pass over features."""
+    classes = len(features.class_counts)
+    tallies = [Tally(classes, groups, METHODS[one.name].probabilities) for one in found]
+    for chunk in Part(found[0].classifier, features).chunks():
+        for one, told in zip(found, tallies, strict=True):
+            told.add(chunk.scores(one.classifier), chunk.y)
+    return tallies
+
+
+@torch.no_grad()
+def _confidence(candidate: Candidate, features: Features) -> dict[str, Any]:
+    """The histogram over [0, 1] of a learnt confidence on features."""
+    if candidate.role != "method" or candidate.calibration.confidence is None:
+        return {}
+    summed = torch.zeros(BINS)
+    for chunk in Part(candidate.classifier, features).chunks():
+        summed += torch.histc(candidate.calibration.confidence_score(chunk.x).float().cpu(), BINS, 0, 1)
+    return {"confidence": summed.tolist()}
+
+
+def group_names(groups: Mapping[str, Tensor]) -> list[str | None]:
+    """(K,) the group of each class."""
+    members = {name: chosen.tolist() for name, chosen in groups.items()}
+    classes = len(next(iter(members.values()), []))
+    return [next((name for name in members if members[name][label]), None) for label in range(classes)]
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """A :func:`comparison` as text: a row for each method, mean +- standard deviation over several runs."""
+    runs, columns = content["runs"], content["columns"]
+    first = next(iter(columns))
+    rows = [["", "setting", *columns.values(), "gain", "s"]]
+    for name in dict.fromkeys(name for run in runs for name in run["methods"]):
+        present = [run for run in runs if name in run["methods"]]
+        own = [run["methods"][name] for run in present]
+        gains = [
+            _gain(run["methods"]["stage_one"]["figures"].get(first), run["methods"][name]["figures"].get(first))
+            for run in present
+        ]
+        cells = [_spread([one["figures"].get(key) for one in own], ".2f" if key == "nll" else ".1f") for key in columns]
+        setting = " ".join(f"{key} {value:g}" for key, value in own[0]["setting"].items())
+        rows.append(
+            [own[0]["title"], setting, *cells, _spread(gains, "+z.1f"), _spread([one["seconds"] for one in own][:1])]
+        )
+    told = [f"settings: {content['settings']}"]
+    if len(runs) > 1:
+        told.append(f"mean +- standard deviation of {len(runs)} stage ones")
+    return f"{text_table(rows)}\n\n{'; '.join(told)}"
+
+
+def _gain(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _spread(values: Sequence[float | None], form: str = ".1f") -> str:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return shown(None)
+    spread = f" +- {statistics.stdev(known):{form.lstrip('+z')}}" if len(known) > 1 else ""
+    return shown(statistics.mean(known), form) + spread
