@@ -64,15 +64,52 @@ def fit_arguments(parser: argparse.ArgumentParser, dtype: str = "float32") -> No
     parser.add_argument(
         "--rho", type=float, nargs="+", help="scales of eq. 11, a checkpoint each; default: the config's"
     )
-    parser.add_argument("--features", help="folder to keep features in, and to take them from the next time")
-    parser.add_argument(
-        "--dtype", choices=("float16", "float32"), default=dtype, help="of features that are kept (%(default)s)"
-    )
+    _features_arguments(parser, dtype)
     parser.add_argument(
         "--anchor", choices=tuple(PENALTIES), default="zero", help="of the margin; logit_adjust needs confidence 'one'"
     )
     parser.add_argument("--penalty", type=float, help="lambda; default: 0.01, with --anchor logit_adjust 0.1")
     parser.add_argument("--force", action="store_true", help="replace checkpoints of an earlier fit")
+
+
+def _features_arguments(parser: argparse.ArgumentParser, dtype: str) -> None:
+    parser.add_argument("--features", help="folder to keep features in, and to take them from the next time")
+    parser.add_argument(
+        "--dtype", choices=("float16", "float32"), default=dtype, help="of features that are kept (%(default)s)"
+    )
+
+
+def compare_arguments(parser: argparse.ArgumentParser, dtype: str, sweep: Sequence[float] = ()) -> None:
+    """The options of all commands that compare methods; ``dtype`` and ``sweep`` are defaults."""
+    parser.add_argument("--stage-one", nargs="+", help="checkpoints, those of several seeds; default: the config's")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="or all; default: those that take seconds")
+    parser.add_argument("--rho", type=float, help="scale of eq. 11 of all methods that learn; default: the config's")
+    parser.add_argument(
+        "--sweep", type=float, nargs="*", default=sweep, metavar="RHO", help="DisAlign at these rho too, for a curve"
+    )
+    _features_arguments(parser, dtype)
+    parser.add_argument("--seed", type=int, default=0, help="of folds and samples (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace an earlier comparison")
+
+
+def compare_place(folder: Path, stage_ones: Sequence[str], force: bool) -> Path:
+    """Where a comparison goes.
+
+    Raises:
+        InputError: no stage one, one given twice, or a place that is taken (see ``--force``) or can't be written.
+    """
+    if not stage_ones or not all(stage_ones):
+        raise InputError("expected stage-one checkpoints, got none; give them: --stage-one FILE [FILE ...]")
+    if len({os.path.realpath(path) for path in stage_ones}) < len(stage_ones):
+        raise InputError(f"expected every stage one once, got {some(stage_ones)}")
+    place = folder / "comparison.json"
+    require_place(place, stage_ones, "the comparison", force)
+    return place
+
+
+def features_of(folder: str | None, number: int, many: bool) -> Path | None:
+    """Where the features of one of several stage ones are kept."""
+    return Path(folder, f"stage_one_{number}") if folder and many else Path(folder) if folder else None
 
 
 def fit_places(folder: Path, rhos: Sequence[float], stage_one: str, force: bool) -> dict[float, Path]:

@@ -425,6 +425,11 @@ def comparison(runs: Sequence[Mapping[str, Any]], columns: Mapping[str, str], **
     return cast(dict[str, Any], without_nan(content))
 
 
+def merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Comparisons from several stage ones of the same config as one."""
+    return {**contents[0], "runs": [run for one in contents for run in one["runs"]]}
+
+
 def compare(
     train: Features,
     test: Features,
@@ -491,7 +496,7 @@ def compare(
         | _confidence(one, test)
         for one, told in zip(found, tallies, strict=True)
     ]
-    run_facts = {"stage_one": facts.pop("stage_one", None), "seed": seed, "notes": notes}
+    run_facts = {name: facts.pop(name, None) for name in ("stage_one", "pass_seconds")} | {"seed": seed, "notes": notes}
     columns = {
         "average": "average",
         **{name: name for name in groups},

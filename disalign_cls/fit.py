@@ -20,6 +20,7 @@ from mmengine.registry import METRICS
 from disalign import Features, InputError, fit, load_stage_one
 from disalign.cli import (
     config_errors,
+    fit_arguments,
     fit_places,
     results_of,
     warnings_to_stderr,
@@ -28,7 +29,7 @@ from disalign.fitting import require_options
 from disalign.io import write_json
 from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
-from disalign_mmengine.cli import command_to_fit
+from disalign_mmengine.cli import command_in_folder
 from disalign_mmengine.saving import save_fit
 
 from .cli import build_model
@@ -36,7 +37,8 @@ from .collect import collect_features
 
 
 def add_arguments(arguments: argparse.ArgumentParser) -> None:
-    """Those of classification alone."""
+    """The command's options."""
+    fit_arguments(arguments, "float32")
     arguments.add_argument("--views", type=int, default=0, help="random views of each image, not the image once")
     arguments.add_argument(
         "--cross-fit", type=int, default=0, help="folds; stage one's classifier is then trained anew"
@@ -96,7 +98,7 @@ def evaluate(model: Any, features: Features, dataset: Any, config: Config) -> di
     return metric.report
 
 
-main = command_to_fit(__doc__, run, add_arguments, "float32")
+main = command_in_folder(__doc__, run, add_arguments)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from disalign import InputError
-from disalign.cli import command, config_errors, find_config, fit_arguments, log_to_stderr
+from disalign.cli import command, config_errors, find_config, log_to_stderr
 from disalign.io import locked_folder, require_folder
 
 from .checkpoints import load_checkpoint
@@ -84,34 +84,35 @@ def command_to_test(doc: str, adapt: Adapt, **switches: str) -> Callable:
     return main
 
 
-def command_to_fit(
+def command_in_folder(
     doc: str,
     run: Callable[[argparse.Namespace, Config, Path], None],
     add_arguments: Callable[[argparse.ArgumentParser], None],
-    dtype: str,
+    below: str = "",
 ) -> Callable:
-    """The ``main`` of a command that learns a calibration by :func:`disalign.fit`.
+    """The ``main`` of a command without a Runner: it learns from features, and writes into a folder.
 
     Args:
         doc: the command's description.
-        run: what it does, with the work folder, which is locked.
-        add_arguments: adds its own options.
-        dtype: of the features, by default.
+        run: what it does, with the folder, which is locked.
+        add_arguments: adds its options.
+        below: of the work folder the one to write into; the option is then ``--out``.
     """
+    option = "--out" if below else "--work-dir"
 
     @command
     def main(argv=None):
         arguments = parser(doc)
-        fit_arguments(arguments, dtype)
         add_arguments(arguments)
-        _work_dir_argument(arguments)
+        place = Path("work_dirs/CONFIG'S NAME", below)
+        arguments.add_argument(option, dest="work_dir", metavar="DIR", help=f"to write into; default: {place}")
         args = arguments.parse_args(argv)
         log_to_stderr()
         config = load_config(args.config, args.cfg_options)
-        folder = _work_dir(config, args)
+        folder = Path(args.work_dir or Path(_work_dir(config, args), below))
         require_folder(folder)
-        with locked_folder(folder, "--work-dir"):
-            run(args, config, Path(folder))
+        with locked_folder(folder, option):
+            run(args, config, folder)
 
     return main
 

@@ -24,6 +24,7 @@ from torch import nn
 from disalign import InputError, fit, load_stage_one
 from disalign.cli import (
     config_errors,
+    fit_arguments,
     fit_places,
     results_of,
     warnings_to_stderr,
@@ -31,7 +32,7 @@ from disalign.cli import (
 from disalign.fitting import require_options
 from disalign.stage_two import calibrations, require_same_classes
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
-from disalign_mmengine.cli import command_to_fit, load_config, test
+from disalign_mmengine.cli import command_in_folder, load_config, test
 from disalign_mmengine.hooks import stage_one_of
 from disalign_mmengine.saving import save_fit
 
@@ -42,7 +43,8 @@ from .pixel_counts import class_counts_of
 
 
 def add_arguments(arguments: argparse.ArgumentParser) -> None:
-    """Those of segmentation alone."""
+    """The command's options."""
+    fit_arguments(arguments, "float16")
     arguments.add_argument("--pixels", type=int, default=64, help="of each image; default: 64")
     arguments.add_argument("--images", type=int, help="so many, rare classes more often; default: all")
     arguments.add_argument("--seed", type=int, default=0, help="of the pixels and images drawn; default: 0")
@@ -153,7 +155,7 @@ def _linear(conv: nn.Conv2d) -> nn.Linear:
     return classifier
 
 
-main = command_to_fit(__doc__, run, add_arguments, "float16")
+main = command_in_folder(__doc__, run, add_arguments)
 
 if __name__ == "__main__":
     sys.exit(main())

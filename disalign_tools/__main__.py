@@ -8,9 +8,11 @@ from importlib import import_module
 
 #: Imported only when called: the doctor must start where torch does not.
 COMMANDS = {
+    "compare": "disalign_tools.compare",
     "doctor": "disalign_tools.doctor.__main__",
     "features": "disalign_tools.features",
     "fit": "disalign_tools.fit",
+    "report": "disalign_tools.report",
 }
 
 

@@ -15,17 +15,22 @@ from disalign.errors import first_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return dispatch("fit", __doc__, argv)
+
+
+def dispatch(name: str, doc: str | None, argv: Sequence[str] | None) -> int:
+    """Run the command of this name of the framework whose config is the first argument."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] in ([], ["-h"], ["--help"]):
-        print(__doc__)
+        print(doc)
         return 0
     found: list[Any] = []
-    status = command(lambda: found.append(host_of(argv[0])))()
+    status = command(lambda: found.append(host_of(argv[0], name)))()
     return status or int(found[0].main(argv))
 
 
-def host_of(path: str) -> Any:
-    """The module whose command takes a config.
+def host_of(path: str, name: str = "fit") -> Any:
+    """The module whose command of this name takes a config.
 
     Raises:
         InputError: no config file, one that can't be read, or its framework is missing.
@@ -35,9 +40,9 @@ def host_of(path: str) -> Any:
     path = find_config(path)
     try:
         if path.endswith((".yaml", ".yml")):
-            return import_module("disalign_d2.fit")
+            return import_module(f"disalign_d2.{name}")
         scope = import_module("disalign_mmengine.cli").load_config(path, {}).get("default_scope")
-        return import_module("disalign_mmseg.fit" if scope == "mmseg" else "disalign_cls.fit")
+        return import_module(f"{'disalign_mmseg' if scope == 'mmseg' else 'disalign_cls'}.{name}")
     except ImportError as error:
         raise InputError(f"expected the framework of {path!r}, but: {first_line(error)}; install it first") from None
 
