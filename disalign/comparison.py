@@ -5,12 +5,13 @@ features, the host evaluates each candidate, :func:`run_record`, :func:`comparis
 together.
 """
 
+import copy
 import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from platform import python_version
 from typing import Any, cast
@@ -245,6 +246,7 @@ class Candidate:
     classifier: nn.Module
     value: float
     seconds: float
+    method: Method
     role: str = "method"
 
     @property
@@ -263,7 +265,7 @@ def learnt(name: str, problem: Problem, value: float) -> Candidate:
     seconds = time.perf_counter() - begun
     if isinstance(found, AdaptiveCalibration):
         found = with_calibration(problem.classifier, found)
-    return Candidate(name, found.requires_grad_(False).eval(), value, seconds)
+    return Candidate(name, found.requires_grad_(False).eval(), value, seconds, METHODS[name])
 
 
 def setting_of(name: str, problem: Problem) -> float:
@@ -298,10 +300,8 @@ def candidates(
         if full is not None:
             for t in dial:
                 dialled = with_calibration(full.classifier, full.calibration.strength(t))
-                found.append(Candidate("disalign", dialled.requires_grad_(False).eval(), t, 0.0, "dial"))
-            for rho in sweep:
-                one = learnt("disalign", problem, rho)
-                found.append(Candidate("disalign", one.classifier, rho, one.seconds, "sweep"))
+                found.append(replace(full, classifier=dialled.requires_grad_(False).eval(), value=t, role="dial"))
+            found += [replace(learnt("disalign", problem, rho), role="sweep") for rho in sweep]
     return found, list(dict.fromkeys(str(one.message) for one in told if issubclass(one.category, UserWarning)))
 
 
@@ -386,7 +386,7 @@ class Tally:
 
 def evaluated(candidate: Candidate, figures: Mapping[str, Any], **details: Any) -> dict[str, Any]:
     """A candidate's part of :func:`run_record`: what it is, its ``figures``, and details such as ``per_class``."""
-    method = METHODS[candidate.name]
+    method = candidate.method
     record: dict[str, Any] = {"figures": dict(figures), **details}
     if candidate.role == "method":
         record |= {"title": method.title, "setting": {method.setting: candidate.value} if method.setting else {}}
@@ -440,6 +440,7 @@ def compare(
     groups: Mapping[str, Tensor] | None = None,
     validation: Features | None = None,
     balanced: Features | None = None,
+    others: Mapping[str, nn.Module] | None = None,
     dial: Sequence[float] = DIAL,
     sweep: Sequence[float] = (),
     zero_count: str = "error",
@@ -460,6 +461,7 @@ def compare(
         validation: features of a split that is neither.
         balanced: features of a class-balanced training set; adds the empirical bound (Sec. 3.1), the classifier
             trained anew on them.
+        others: title -> classifier of the same features and classes, learnt elsewhere: a trained stage two, say.
         dial, sweep: see :func:`candidates`.
         zero_count, seed: :func:`disalign.fit`'s.
         facts: more to keep, ``classes`` (names), ``dataset``, ``split``, ``stage_one`` and the like.
@@ -487,7 +489,9 @@ def compare(
         settings, how = choose(problem, names, validation), f"best balanced accuracy on {len(validation)} others"
     found, notes = candidates(problem, names, settings, dial, sweep)
     if balanced is not None:
-        found.append(_bound(balanced, base))
+        found.append(learnt("bound", Problem(balanced, base), 0.0))
+    for title, module in (others or {}).items():
+        found.append(Candidate(title, copy.deepcopy(module).eval(), 0.0, math.nan, Method(title, lambda *_: module)))
     for note in notes:
         warnings.warn(note, stacklevel=2)
     tallies = tally(found, test, groups)
@@ -517,11 +521,6 @@ def compare(
     )
 
 
-def _bound(balanced: Features, like: nn.Module) -> Candidate:
-    """The classifier of a balanced training set (Sec. 3.1)."""
-    return learnt("bound", Problem(balanced, like), 0.0)
-
-
 def choose(problem: Problem, names: Sequence[str], validation: Features) -> dict[str, float]:
     """The setting of each method with a grid that is best on a validation split, by balanced accuracy."""
     best = {}
@@ -539,7 +538,7 @@ def choose(problem: Problem, names: Sequence[str], validation: Features) -> dict
 def tally(found: Sequence[Candidate], features: Features, groups: Mapping[str, Tensor]) -> list[Tally]:
     """Figures of all candidates in one pass over features."""
     classes = len(features.class_counts)
-    tallies = [Tally(classes, groups, METHODS[one.name].probabilities) for one in found]
+    tallies = [Tally(classes, groups, one.method.probabilities) for one in found]
     for chunk in Part(found[0].classifier, features).chunks():
         for one, told in zip(found, tallies, strict=True):
             told.add(chunk.scores(one.classifier), chunk.y)
