@@ -491,7 +491,8 @@ def compare(
     if balanced is not None:
         found.append(learnt("bound", Problem(balanced, base), 0.0))
     for title, module in (others or {}).items():
-        found.append(Candidate(title, copy.deepcopy(module).eval(), 0.0, math.nan, Method(title, lambda *_: module)))
+        method = replace(METHODS["stage_one"], title=title)  # nothing is learnt here either
+        found.append(Candidate(title, copy.deepcopy(module).eval(), 0.0, math.nan, method))
     for note in notes:
         warnings.warn(note, stacklevel=2)
     tallies = tally(found, test, groups)
