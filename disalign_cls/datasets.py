@@ -226,7 +226,8 @@ class DigitsLT(LongTailDataset):
     The test split is balanced, 50 images per class, and shares no image with training.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"test"``, or ``"balanced"``: training as it would be without a long tail, 124 images of
+            each digit, for the empirical bound (Sec. 3.1).
         seed: permutes which digit is rare, and which images are drawn.
         options: :class:`LongTailDataset`'s.
     """
@@ -234,12 +235,13 @@ class DigitsLT(LongTailDataset):
     #: The exponential profile of imbalance 100: int(100 * 0.01 ** (j / 9)).
     profile = (100, 59, 35, 21, 12, 7, 4, 2, 1, 1)
     test_per_class = 50
+    balanced_per_class = 124  # as many as there are of the rarest digit beside the test split
 
     def __init__(self, split: str = "train", seed: int = 0, **options: Any) -> None:
         from sklearn.datasets import load_digits
 
-        if split not in ("train", "test"):
-            raise InputError(f"expected split 'train' or 'test' of the digits, got {split!r}")
+        if split not in ("train", "test", "balanced"):
+            raise InputError(f"expected split 'train', 'test' or 'balanced' of the digits, got {split!r}")
         digits = load_digits()
         generator = np.random.default_rng(seed)
         rank = generator.permutation(10)
@@ -247,7 +249,8 @@ class DigitsLT(LongTailDataset):
         for digit in range(10):
             indices = generator.permutation(np.flatnonzero(digits.target == digit))
             held_out, rest = np.split(indices, [self.test_per_class])
-            per_digit.append(held_out if split == "test" else rest[: self.profile[rank[digit]]])
+            size = self.balanced_per_class if split == "balanced" else self.profile[rank[digit]]
+            per_digit.append(held_out if split == "test" else rest[:size])
         chosen = np.concatenate(per_digit)
         images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
         options.setdefault("classes", [str(digit) for digit in range(10)])

@@ -1,16 +1,15 @@
 """DisAlign on real images in a minute: python -m disalign_cls.demo
 
 scikit-learn's handwritten digits, made long-tailed (100 images of one digit down to 1 of another), a small network
-trained on them, and DisAlign on top: five seeds, linear and cosine classifier, through the shipped configs
-configs/cls/digits. Prints a table; writes results.json and two pictures.
+trained on them, DisAlign on top, and related methods on the same features: five seeds, linear and cosine classifier,
+through the shipped configs configs/cls/digits. Prints tables; writes results.json, two pictures, and comparison.json of
+each classifier for `disalign report`.
 """
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,20 +22,19 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from tqdm import tqdm
 
-from disalign import InputError, fit
+from disalign import InputError, compare, many_medium_few
 from disalign.cli import command, usable_cpus
+from disalign.comparison import merged, table
 from disalign.io import require_folder, write_json
-from disalign.report import text_table
 from disalign_mmengine.cli import load_config
 
 from .collect import collect_features
 from .datasets import DigitsLT
-from .fit import evaluate
 from .plots import plot_accuracy, plot_calibration
 
 SEEDS = (0, 1, 2, 3, 4)
-METHODS = {"linear": "", "cosine": "-cosine"}
-GROUPS = ("top1", "many", "medium", "few")
+CLASSIFIERS = {"linear": "", "cosine": "-cosine"}
+COLUMNS = {"average": "average", "many": "many > 30", "medium": "medium 6-30", "few": "few <= 5", "ece": "ECE"}
 
 
 @command
@@ -51,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     require_folder(args.out)
 
-    tasks = [(seed, classifier) for seed in args.seeds for classifier in METHODS]
+    tasks = [(seed, classifier) for seed in args.seeds for classifier in CLASSIFIERS]
     per_class = ", ".join(map(str, DigitsLT.profile))
     print(
         f"digits, {sum(DigitsLT.profile)} training images ({per_class} per class): "
-        f"{len(args.seeds)} seeds x {len(METHODS)} classifiers, stage one and DisAlign"
+        f"{len(args.seeds)} seeds x {len(CLASSIFIERS)} classifiers, stage one and DisAlign"
     )
     # Several processes of one thread: torch's own threads only slow so small a network.
     workers = min(len(tasks), usable_cpus(), 8)
@@ -68,17 +66,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = pool.map(run, tasks, [folder] * len(tasks))
         runs = list(tqdm(found, total=len(tasks), unit="run", desc="training", file=sys.stderr))
 
-    print(table(runs))
     out = Path(args.out)
-    write_json(out / "results.json", {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": runs})
+    for classifier in CLASSIFIERS:
+        found = merged([one["comparison"] for one in runs if one["classifier"] == classifier]) | {"columns": COLUMNS}
+        print(f"\n{classifier} classifier, test accuracy in %\n\n{table(found)}")
+        write_json(out / classifier / "comparison.json", found)
+    kept = [{key: value for key, value in one.items() if key != "comparison"} for one in runs]
+    write_json(out / "results.json", {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": kept})
     pictures(runs, out)
-    print(f"\nwritten to {out}: results.json, accuracy_per_class.png, calibration.png")
+    print(f"\nwritten to {out}: results.json, accuracy_per_class.png, calibration.png, */comparison.json")
+    print(f"all of it as a page: disalign report {out / 'linear'}")
 
 
 def run(task: tuple[int, str], folder: str) -> dict:
-    """Train stage one and DisAlign for one seed and classifier; both figures are of the same test images."""
+    """Train stage one and DisAlign for one seed and classifier, and compare, all on the same test images."""
     seed, classifier = task
-    config = f"{METHODS[classifier]}_cnn_1xb64-60e_digits-lt"
+    config = f"{CLASSIFIERS[classifier]}_cnn_1xb64-60e_digits-lt"
     work_dir = f"{folder}/{seed}/{classifier}"
     train(f"cls/digits/baseline{config}.py", seed, f"{work_dir}/one")
     runner = train(f"cls/digits/disalign{config}.py", seed, f"{work_dir}/two", stage_one=f"{work_dir}/one/epoch_60.pth")
@@ -90,15 +93,29 @@ def run(task: tuple[int, str], folder: str) -> dict:
         "magnitude": model.classifier.calibration.magnitude.tolist(),
         "margin": model.classifier.calibration.margin.tolist(),
     }
-    begun = time.perf_counter()
-    features, _ = collect_features(model, runner.cfg)
+    bound = load_config("cls/digits/bound_cnn_1xb64-60e_digits-lt.py", {"train_dataloader.dataset.seed": seed})
+    train_set, test_set, balanced = (
+        collect_features(model, of, split)[0]
+        for of, split in ((runner.cfg, "train"), (runner.cfg, "test"), (bound, "train"))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a training set known by heart
-        fitted = fit(features, model.classifier, model.loss.rho)
-    seconds = time.perf_counter() - begun
-    model.classifier.load_state_dict(fitted.state_dict())
-    test, dataset = collect_features(model, runner.cfg, "test")
-    return found | {"fit": evaluate(model, test, dataset, runner.cfg), "fit_seconds": seconds}
+        compared = compare(
+            train_set,
+            test_set,
+            model.classifier,
+            rho=model.loss.rho,
+            groups=many_medium_few(train_set.class_counts, many=30, few=6),
+            balanced=balanced,
+            others={"DisAlign, 60 epochs": model.classifier},
+            sweep=(0.0, 0.5, 1.0, 1.5, 2.0),
+            seed=seed,
+            dataset="digits-lt",
+            split="test",
+            classes=[str(digit) for digit in range(10)],
+            command="python -m disalign_cls.demo",
+        )
+    return found | {"comparison": compared}
 
 
 def train(config: str, seed: int, work_dir: str, **options: Any) -> Runner:
@@ -111,37 +128,12 @@ def train(config: str, seed: int, work_dir: str, **options: Any) -> Runner:
     return runner
 
 
-def table(runs: list[dict]) -> str:
-    """Mean and spread over the seeds, and the gain of each seed."""
-    rows, gains = [["test accuracy, %", "average", "many > 30", "medium 6-30", "few <= 5"]], []
-    for classifier in METHODS:
-        reports = [one["report"] for one in runs if one["classifier"] == classifier]
-        star = "*" if classifier == "cosine" else ""
-        before = [report["stage_one"]["figures"] for report in reports]
-        after = [report["figures"] for report in reports]
-        fitted = [one["fit"]["figures"] for one in runs if one["classifier"] == classifier]
-        for stage, figures in (("Baseline", before), ("DisAlign", after), ("DisAlign by fit", fitted)):
-            cells = [mean_and_spread([one[group] for one in figures]) for group in GROUPS]
-            rows.append([f"{stage}{star}, {classifier}" if stage != "DisAlign by fit" else f"{stage}{star}", *cells])
-        gain = [two["top1"] - one["top1"] for one, two in zip(before, after, strict=True)]
-        each = " ".join(f"{value:+.1f}" for value in gain)
-        gains.append(f"gain of DisAlign{star}: {statistics.mean(gain):+.1f}   seeds: {each}")
-    seconds = statistics.median(one["fit_seconds"] for one in runs)
-    gains.append(f"by fit: one pass over the training images and the solver, {seconds:.1f} s (median)")
-    return "\n".join(["", text_table(rows), "", *gains])
-
-
-def mean_and_spread(values: list[float]) -> str:
-    spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
 def pictures(runs: list[dict], out: Path) -> None:
     """Accuracy per class before and after, and the learned calibration, one panel per classifier."""
 
     def panels(pick):
         """Title -> per run the picked values of its classes, from many training images to few."""
-        result = {f"long-tailed digits, {classifier} classifier": [] for classifier in METHODS}
+        result = {f"long-tailed digits, {classifier} classifier": [] for classifier in CLASSIFIERS}
         for one in runs:
             classes = sorted(zip(one["report"]["class_counts"], pick(one), strict=True), key=lambda pair: -pair[0])
             result[f"long-tailed digits, {one['classifier']} classifier"].append([value for _, value in classes])
