@@ -1,4 +1,4 @@
-"""Related methods as magnitudes and margins, against their own formulas."""
+"""Related methods as magnitudes and margins, or as classifiers of their own, against their own formulas."""
 
 import re
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 import disalign
@@ -166,6 +168,163 @@ def test_the_dial_is_a_straight_line():
         assert (calibration.magnitude != 1).all()
 
 
+# ------------------------------------------------------------------------------------------ learnt from features
+
+
+def rows(seed=0, **options):
+    generator = np.random.default_rng(seed)
+    y = np.repeat(range(4), COUNTS)
+    x = np.random.default_rng(9).normal(size=(4, WIDTH))[y] + generator.normal(size=(len(y), WIDTH))
+    return disalign.Features.from_arrays(x, y, **options)
+
+
+def log_softmax(z):
+    z = z - z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def pulls(fitted, train, classifier, rho, penalty, scale=1.0):
+    """The gradients of the objective of confidence one at what was learnt, by hand: of magnitude and of margin."""
+    z, y = classifier(train.x).detach().numpy(), train.y.numpy()
+    magnitude, margin = (value.detach().numpy().astype(float) for value in fitted.calibration.parameters())
+    w = np.array(COUNTS, float) ** -rho
+    p = np.exp(log_softmax(magnitude * z + margin))
+    residual = (p - np.eye(4)[y]) * w[y][:, None] / w[y].sum()
+    return (
+        (residual * z).sum(0) + penalty * (magnitude - 1),
+        residual.sum(0) + penalty * margin / scale**2,
+    )
+
+
+def test_lws_is_the_magnitude_alone():
+    train, classifier = rows(), linear()
+    fitted = methods.lws(train, classifier)
+    assert not fitted.calibration.margin.any()
+    assert fitted.calibration.confidence is None
+    z, y = classifier(train.x).detach().numpy(), train.y.numpy()
+    magnitude = fitted.calibration.magnitude.detach().numpy().astype(float)
+    w = 1 / np.array(COUNTS, float)
+    p = np.exp(log_softmax(magnitude * z))
+    gradient = ((p - np.eye(4)[y]) * z * w[y][:, None]).sum(0) / w[y].sum() + 0.01 * (magnitude - 1)
+    assert np.abs(gradient).max() < 1e-5 < np.abs(magnitude - 1).max()
+
+
+def test_vector_scaling_knows_no_balance():
+    train, classifier = rows(), linear()
+    fitted = methods.vector_scaling(train, classifier)
+    assert np.abs(pulls(fitted, train, classifier, 0.0, 0.01)).max() < 1e-5
+    assert np.abs(pulls(fitted, train, classifier, 1.0, 0.01)).max() > 1e-3
+
+
+def test_marc_counts_margins_in_the_norms_of_the_weights():
+    train, classifier = rows(), linear()
+    with torch.no_grad():
+        classifier.weight.mul_(torch.tensor([[3.0], [1.0], [0.5], [0.2]]))
+    fitted = methods.marc(train, classifier, 1.2, penalty=0.1)
+    norms = np.linalg.norm(classifier.weight.detach().numpy(), axis=1)
+    assert np.abs(pulls(fitted, train, classifier, 1.2, 0.1, norms)).max() < 1e-5
+    assert np.abs(pulls(fitted, train, classifier, 1.2, 0.1)).max() > 1e-3
+
+
+def test_marc_of_weights_of_norm_1_is_disalign_of_confidence_one():
+    train, classifier = rows(), linear()
+    with torch.no_grad():
+        classifier.weight.copy_(F.normalize(classifier.weight, dim=1))
+    expected = disalign.fit(train, classifier, 1.2, confidence="one")
+    found = methods.marc(train, classifier, 1.2)
+    torch.testing.assert_close(found.calibration.margin, expected.calibration.margin, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_crt_is_scikit_learns_balanced_logistic_regression(bias):
+    train, c = rows(), 0.3
+    found = methods.crt(train, linear(bias=bias), rho=1.0, C=c)
+    n = np.array(COUNTS, float)
+    weights = (1 / n)[train.y.numpy()]
+    weights *= len(train) / weights.sum()
+    theirs = LogisticRegression(C=c, fit_intercept=bias, tol=1e-10, max_iter=5000)
+    theirs.fit(train.x.numpy(), train.y.numpy(), sample_weight=weights)
+    scores = found(train.x).softmax(1).numpy()
+    assert scores == pytest.approx(theirs.predict_proba(train.x.numpy()), abs=2e-3)
+    assert (found.bias is not None) == bias
+
+
+def test_crt_of_a_class_without_examples_goes_on():
+    train = rows(class_counts=[*COUNTS, 0])
+    found = methods.crt(train, linear(5))
+    assert torch.isfinite(found.weight).all()
+
+
+def test_the_nearest_mean_is_scikit_learns():
+    train, test = rows(), rows(1)
+    theirs = NearestCentroid().fit(train.x.numpy(), train.y.numpy())
+    found = methods.nearest_mean(train, "l2")
+    assert found(test.x).argmax(1).tolist() == theirs.predict(test.x.numpy()).tolist()
+
+
+def test_the_nearest_mean_by_cosine():
+    train, x = rows(), rows(1).x.numpy()
+    means = np.stack([train.x.numpy()[train.y.numpy() == label].mean(0) for label in range(4)])
+    expected = x @ means.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(means, axis=1)
+    assert methods.nearest_mean(train)(torch.from_numpy(x)).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_weighted_row_counts_as_often_in_the_mean():
+    y = [0, 0, 1, 1]
+    x = np.random.default_rng(0).normal(size=(4, WIDTH))
+    weighted = disalign.Features.from_arrays(x, y, weights=[1, 3, 1, 1])
+    repeated = disalign.Features.from_arrays(x[[0, 1, 1, 1, 2, 3]], [0, 0, 0, 0, 1, 1])
+    for metric in ("cosine", "l2"):
+        expected = methods.nearest_mean(repeated, metric).weight
+        torch.testing.assert_close(methods.nearest_mean(weighted, metric).weight, expected)
+
+
+def test_a_class_without_examples_is_never_the_nearest():
+    train = rows(class_counts=[*COUNTS, 0])
+    assert 4 not in methods.nearest_mean(train, "l2")(train.x).argmax(1)
+
+
+def shrunk(margin, counts=COUNTS, rho=1.0):
+    calibration = disalign.AdaptiveCalibration(len(counts), WIDTH, confidence="one")
+    with torch.no_grad():
+        calibration.margin.copy_(torch.as_tensor(margin))
+    return methods.shrink(calibration, counts, rho).margin.detach().numpy()
+
+
+@pytest.mark.parametrize("rho", [0.0, 1.0, 1.2])
+def test_margins_are_shrunk_as_james_and_stein_have_it(rho):
+    n = np.array(COUNTS, float)
+    anchor = np.log(n**-rho / np.mean(n**-rho))
+    own = np.array([0.9, -0.4, 1.3, -1.8])
+    centre = own.mean()
+    spread = np.mean((own - centre) ** 2 - 1 / n)
+    expected = [a + centre + spread / (spread + 1 / k) * (d - centre) for a, d, k in zip(anchor, own, n, strict=True)]
+    assert shrunk(anchor + own, rho=rho) == pytest.approx(np.array(expected), abs=1e-5)
+
+
+def test_margins_within_the_noise_become_the_anchor():
+    n = np.array([4.0, 3, 2, 1])
+    anchor = np.log(1 / n / np.mean(1 / n))
+    assert shrunk(anchor + np.array([0.1, -0.1, 0.1, -0.1]), [4, 3, 2, 1]) == pytest.approx(anchor, abs=1e-6)
+
+
+def test_of_many_examples_nothing_is_shrunk():
+    n = np.array([10**9, 10**8, 10**7])
+    margin = np.log(1 / n / np.mean(1 / n)) + np.array([1.0, 0.0, -1.0])
+    assert shrunk(margin, n.tolist()) == pytest.approx(margin, abs=1e-5)
+
+
+def pixels():
+    x = torch.randn(20, 4, WIDTH)
+    return disalign.Features.from_arrays(x, np.arange(20) % 4, bilinear=torch.full((20, 4), 0.25))
+
+
+def boxes():
+    return disalign.Features.from_arrays(
+        torch.randn(20, WIDTH), np.arange(20) % 5, class_counts=[4] * 4, background=True
+    )
+
+
 REFUSED = {
     "tau of a cosine classifier": (
         lambda: methods.tau_normalize(CosineClassifier(WIDTH, 4)),
@@ -183,6 +342,29 @@ REFUSED = {
     "a prior": (
         lambda: methods.logit_adjust(linear(), COUNTS, target_prior=torch.tensor([1.0, 0, 1, 1])),
         "expected 4 positive frequencies as target_prior",
+    ),
+    "cRT of boxes": (lambda: methods.crt(boxes(), linear(5)), "expected features with a row an example"),
+    "means of pixels": (lambda: methods.nearest_mean(pixels()), "interpolated from four cells each"),
+    "a metric": (lambda: methods.nearest_mean(rows(), "l1"), "expected the metric 'cosine' or 'l2', got 'l1'"),
+    "MARC of a cosine classifier": (
+        lambda: methods.marc(rows(), CosineClassifier(WIDTH, 4)),
+        "expected a linear classifier, whose weights have norms",
+    ),
+    "counts of another calibration": (
+        lambda: methods.shrink(disalign.AdaptiveCalibration(4, WIDTH), [1, 2]),
+        "expected 4 counts for this calibration, got 2",
+    ),
+    "scales of another length": (
+        lambda: disalign.fit(rows(), linear(), margin_scale=torch.ones(3)),
+        "expected 4 positive numbers as margin_scale",
+    ),
+    "a scale of 0": (
+        lambda: disalign.fit(rows(), linear(), margin_scale=torch.tensor([1.0, 0, 1, 1])),
+        "expected 4 positive numbers as margin_scale, got 1.0, 0.0, 1.0, 1.0",
+    ),
+    "scales of SGD": (
+        lambda: disalign.fit(rows(), linear(), solver="sgd", margin_scale=torch.ones(4)),
+        "expected no margin_scale with solver='sgd'",
     ),
 }
 

@@ -1,0 +1,340 @@
+"""The comparison of methods: its figures by other routes, what is compared where; the test split decides nothing."""
+
+import json
+import math
+import re
+import statistics
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score, log_loss
+from torch import nn
+
+import disalign
+from disalign import CosineClassifier, Features, InputError, comparison
+from disalign.comparison import DEFAULT, METHODS, Problem, Tally, candidates, chosen_methods, merged, table
+
+COUNTS = [150, 40, 12, 4]
+WIDTH = 5
+GROUPS = {
+    "many": torch.tensor([True, True, False, False]),
+    "few": torch.tensor([False, False, True, True]),
+}
+
+
+def draw(counts=COUNTS, seed=0, **options):
+    y = np.repeat(range(4), counts)
+    x = 0.8 * np.random.default_rng(9).normal(size=(4, WIDTH))[y]
+    x += np.random.default_rng(seed).normal(size=x.shape)
+    return Features.from_arrays(x.astype(np.float32), y, **options)
+
+
+TEST = draw([30] * 4, 1)
+
+
+@pytest.fixture(scope="module")
+def compared():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return disalign.compare(
+            draw(),
+            TEST,
+            classifier(),
+            ["disalign", "tau_normalize", "ncm"],
+            rho=1.0,
+            sweep=(0.0, 1.0, 2.0),
+            balanced=draw([60] * 4, 2),
+            others={"another": nn.Linear(WIDTH, 4)},
+            classes=list("abcd"),
+            dataset="gaussians",
+            stage_one="one.pth",
+        )
+
+
+def classifier():
+    found = disalign.fit(draw(), "linear", cross_fit=0, C=1.0)
+    return disalign.modules.plain_classifier(found)
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def tallied(scores, labels, groups=GROUPS, batch=7, **options):
+    told = Tally(4, groups, **options)
+    for some_scores, some_labels in zip(scores.split(batch), labels.split(batch), strict=True):
+        told.add(some_scores, some_labels)
+    return told
+
+
+@pytest.fixture(scope="module")
+def scored():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (200,), generator=generator)
+    scores = torch.randn(200, 4, generator=generator) + 1.5 * nn.functional.one_hot(labels, 4)
+    return scores, labels
+
+
+def test_figures_are_scikit_learns(scored):
+    scores, labels = scored
+    found, best, truth = tallied(scores, labels).figures(), scores.argmax(1).numpy(), labels.numpy()
+    assert found["average"] == pytest.approx(100 * accuracy_score(truth, best))
+    assert found["balanced"] == pytest.approx(100 * balanced_accuracy_score(truth, best))
+    assert found["nll"] == pytest.approx(log_loss(truth, scores.double().softmax(1).numpy()), rel=1e-5)
+    iou = jaccard_score(truth, best, average=None)
+    assert found["mIoU"] == pytest.approx(100 * iou.mean())
+    assert found["mIoU.few"] == pytest.approx(100 * iou[2:].mean())
+    accuracy = [100 * (best[truth == label] == label).mean() for label in range(4)]
+    assert found["many"] == pytest.approx(np.mean(accuracy[:2]))
+    assert found["few"] == pytest.approx(np.mean(accuracy[2:]))
+
+
+def test_the_calibration_error_is_that_of_fifteen_bins(scored):
+    scores, labels = scored
+    probabilities = scores.softmax(1).numpy()
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels.numpy()
+    expected = 0.0
+    for low in range(15):
+        chosen = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if chosen.any():
+            expected += chosen.mean() * abs(confidence[chosen].mean() - right[chosen].mean())
+    told = tallied(scores, labels)
+    assert told.figures()["ece"] == pytest.approx(100 * expected, abs=1e-4)
+    reliability = told.details()["reliability"]
+    assert sum(reliability["count"]) == 200
+    chosen = (confidence > 8 / 15) & (confidence <= 9 / 15)
+    assert reliability["accuracy"][8] == pytest.approx(100 * right[chosen].mean())
+    assert reliability["confidence"][8] == pytest.approx(100 * confidence[chosen].mean(), abs=1e-4)
+
+
+def test_a_certain_score_falls_into_the_last_bin():
+    told = tallied(torch.tensor([[1000.0, 0, 0, 0]]), torch.tensor([0]))
+    assert told.details()["reliability"]["count"] == [0.0] * 14 + [1.0]
+    assert told.figures()["ece"] == 0.0
+
+
+def test_the_confusion_of_groups_is_a_share_of_each(scored):
+    scores, labels = scored
+    best = scores.argmax(1)
+    head_of_tail = ((labels >= 2) & (best < 2)).sum() / (labels >= 2).sum()
+    confusion = tallied(scores, labels).details()["confusion"]
+    assert confusion[1][0] == pytest.approx(100 * float(head_of_tail))
+    assert [sum(row) for row in confusion] == pytest.approx([100, 100])
+
+
+def test_batches_do_not_matter(scored):
+    whole, parts = tallied(*scored, batch=200), tallied(*scored, batch=3)
+    assert parts.figures() == pytest.approx(whole.figures())
+
+
+def test_what_is_not_there_has_no_figure():
+    told = tallied(torch.eye(4)[:2], torch.tensor([0, 0]), probabilities=False)
+    assert told.figures()["few"] is None
+    assert told.figures()["ece"] is None
+    assert math.isnan(told.per_class()["accuracy"][3])
+    assert told.figures()["balanced"] == 50
+    assert "reliability" not in told.details()
+
+
+# ------------------------------------------------------------------------------------------- what is compared where
+
+
+def test_the_controls_are_always_there():
+    assert chosen_methods(["disalign"], "classification", False) == ["stage_one", "logit_adjust", "rho_0", "disalign"]
+
+
+def test_by_default_what_makes_sense():
+    assert chosen_methods(None, "classification", False) == [name for name in METHODS if name in DEFAULT]
+    assert set(DEFAULT) - set(chosen_methods(None, "classification", True)) == {"tau_normalize"}
+    assert set(DEFAULT) - set(chosen_methods(None, "detection", False)) == {"crt", "ncm"}
+
+
+def test_all_is_all_that_makes_sense():
+    found = {task: set(chosen_methods(["all"], task, False)) for task in ("classification", "detection")}
+    assert set(METHODS) - found["classification"] == {"norcal", "bound"}
+    assert "norcal" in found["detection"]
+    assert not found["detection"] & {"crt", "ncm", "ncm_l2", "rebalance", "disalign_cross_fit", "bound"}
+
+
+REFUSED = {
+    "unknown": (["disalgn"], "classification", False, "expected methods among stage_one, logit_adjust, tau_normalize"),
+    "norms of cosines": (["tau_normalize"], "classification", True, "the norms of a cosine classifier's weights"),
+    "norcal of images": (["norcal"], "classification", False, "'norcal': it spares a background"),
+    "cRT of a detector": (["crt"], "detection", False, "make sense for detection, got 'crt': its background is"),
+    "means of pixels": (["ncm"], "segmentation", False, "a row is a pixel interpolated from four cells"),
+    "the bound by name": (["bound"], "classification", False, "compare(..., balanced=FEATURES)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    *options, sentence = REFUSED[name]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        chosen_methods(*options)
+
+
+def test_features_of_another_trunk_are_refused():
+    other = Features.from_arrays(torch.randn(8, WIDTH + 1), np.arange(8) % 4)
+    with pytest.raises(InputError, match=r"expected test features like Features\(206 x 5 float32, 4 classes\)"):
+        disalign.compare(draw(), other, classifier())
+
+
+# ---------------------------------------------------------------------------------------------------- the comparison
+
+
+def methods_of(compared):
+    (run,) = compared["runs"]
+    return run["methods"]
+
+
+def test_stage_one_and_logit_adjustment_by_hand(compared):
+    scores, y = classifier()(TEST.x).detach().numpy(), TEST.y.numpy()
+    for name, adjusted in (("stage_one", scores), ("logit_adjust", scores - np.log(np.array(COUNTS) / 206))):
+        figures = methods_of(compared)[name]["figures"]
+        assert figures["average"] == pytest.approx(100 * accuracy_score(y, adjusted.argmax(1)))
+        assert figures["nll"] == pytest.approx(log_loss(y, torch.tensor(adjusted).double().softmax(1)), rel=1e-4)
+
+
+def test_disalign_is_the_fits(compared):
+    fitted = disalign.fit(draw(), classifier(), 1.0)
+    found = methods_of(compared)["disalign"]
+    best = fitted(TEST.x).argmax(1)
+    accuracy = [100 * float((best[TEST.y == k] == k).double().mean()) for k in range(4)]
+    assert found["per_class"]["accuracy"] == pytest.approx(accuracy)
+    assert found["margin"] == pytest.approx(fitted.calibration.margin.tolist(), abs=1e-6)
+    confidence = fitted.calibration.confidence_score(TEST.x).detach().numpy()
+    assert found["confidence"] == np.histogram(confidence, 15, (0, 1))[0].tolist()
+    assert found["setting"] == {"rho": 1.0}
+
+
+def test_rho_0_is_the_fit_without_balance(compared):
+    fitted = disalign.fit(draw(), classifier(), 0.0)
+    figures = methods_of(compared)["rho_0"]["figures"]
+    assert figures["average"] == 100 * accuracy_score(TEST.y, fitted(TEST.x).argmax(1))
+
+
+def test_the_dial_goes_from_stage_one_to_disalign_and_the_sweep_through_rho(compared):
+    (run,) = compared["runs"]
+    dial = {one["value"]: one["figures"] for one in run["dial"]}
+    assert dial[0.0] == run["methods"]["stage_one"]["figures"]
+    assert dial[1.0] == run["methods"]["disalign"]["figures"]
+    sweep = {one["value"]: one["figures"] for one in run["sweep"]}
+    assert sweep[0.0] == run["methods"]["rho_0"]["figures"]
+    assert sweep[1.0] == run["methods"]["disalign"]["figures"]
+    assert sweep[2.0]["few"] > sweep[0.0]["few"]
+
+
+def test_the_bound_learns_from_balanced_features(compared):
+    expected = disalign.methods.crt(draw([60] * 4, 2), classifier(), 0.0)
+    figures = methods_of(compared)["bound"]["figures"]
+    assert figures["average"] == 100 * accuracy_score(TEST.y, expected(TEST.x).argmax(1))
+
+
+def test_a_classifier_learnt_elsewhere_stands_beside(compared):
+    found = methods_of(compared)["another"]
+    assert found["title"] == "another"
+    assert found["seconds"] is None
+    assert "another" in table(compared)
+
+
+def test_a_comparison_is_json_without_nan(compared):
+    assert json.loads(json.dumps(compared, allow_nan=False)) == compared
+    assert compared["group_of"] == ["many", "medium", "few", "few"]
+    assert compared["class_counts"] == COUNTS
+    assert compared["classes"] == list("abcd")
+
+
+def test_the_table_has_mean_spread_and_gain_of_several_stage_ones(compared):
+    other = json.loads(json.dumps(compared))
+    for found in other["runs"][0]["methods"].values():
+        found["figures"]["average"] += 3 if found["title"] == "DisAlign" else 1
+    text = table(merged([compared, other]))
+    line = next(line for line in text.splitlines() if line.startswith("DisAlign   "))
+    own = methods_of(compared)["disalign"]["figures"]["average"]
+    before = methods_of(compared)["stage_one"]["figures"]["average"]
+    spread = statistics.stdev([own, own + 3])
+    assert f"{own + 1.5:.1f} +- {spread:.1f}" in line
+    gains = [own - before, own - before + 2]
+    assert f"{statistics.mean(gains):+.1f} +- {statistics.stdev(gains):.1f}" in line
+    assert "mean +- standard deviation of 2 stage ones" in text
+
+
+def test_settings_are_chosen_on_the_validation_split_alone():
+    validation = draw([20] * 4, 3)
+    options = {"methods": ["tau_normalize"], "validation": validation, "rho": 1.0}
+    found = disalign.compare(draw(), TEST, classifier(), **options)
+    shuffled = Features.from_arrays(TEST.x, TEST.y.roll(7))
+    assert {name: one["setting"] for name, one in methods_of(found).items()} == {
+        name: one["setting"]
+        for name, one in methods_of(disalign.compare(draw(), shuffled, classifier(), **options)).items()
+    }
+    assert found["settings"] == "best balanced accuracy on 80 others"
+    z, y = classifier()(validation.x).detach().numpy(), validation.y.numpy()
+    best = {
+        strength: balanced_accuracy_score(y, (z - strength * np.log(COUNTS)).argmax(1))
+        for strength in METHODS["logit_adjust"].grid
+    }
+    chosen = methods_of(found)["logit_adjust"]["setting"]["strength"]
+    assert best[chosen] == max(best.values()) > min(best.values())
+
+
+def test_a_probe_can_be_trained_first():
+    found = disalign.compare(draw(), TEST, "linear", ["disalign"])
+    expected = disalign.compare(draw(), TEST, classifier(), ["disalign"])
+    assert methods_of(found)["stage_one"]["figures"] == pytest.approx(methods_of(expected)["stage_one"]["figures"])
+
+
+def test_cosine_classifiers():
+    found = disalign.compare(draw(), TEST, "cosine")
+    assert "tau_normalize" not in methods_of(found)
+    assert methods_of(found)["crt"]["figures"]["average"] > 50
+
+
+def test_what_fit_warns_of_is_said_once_and_kept():
+    train = draw([5, 4, 3, 2])
+    with pytest.warns(UserWarning, match="knows by heart") as told:
+        found = disalign.compare(train, TEST, disalign.fit(train, "linear", cross_fit=0, C=100.0))
+    about = [str(one.message) for one in told if "knows by heart" in str(one.message)]
+    assert found["runs"][0]["notes"] == about[-1:]
+
+
+def test_the_given_classifier_is_left_as_it_is():
+    given = disalign.fit(draw(), "linear", cross_fit=0)
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    disalign.compare(draw(), TEST, given, ["all"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
+    assert given.calibration.margin.requires_grad
+
+
+def test_a_detectors_methods_learn_beside_its_background():
+    y = np.repeat(range(5), [100, 30, 10, 4, 400])
+    x = 0.8 * np.random.default_rng(9).normal(size=(5, WIDTH))[y] + np.random.default_rng(0).normal(
+        size=(len(y), WIDTH)
+    )
+    rows = Features.from_arrays(x.astype(np.float32), y, class_counts=[100, 30, 10, 4], background=True)
+    torch.manual_seed(0)
+    problem = Problem(rows, nn.Linear(WIDTH, 5), image_counts=torch.tensor([80, 25, 9, 4]))
+    assert problem.task == "detection"
+    found, _ = candidates(problem, chosen_methods(["all"], "detection", False), dial=())
+    for one in found:
+        scores = one.classifier(rows.x)
+        assert torch.equal(scores[:, 4], problem.classifier(rows.x)[:, 4]), one.name
+        assert scores.isfinite().all()
+    norcal = next(one for one in found if one.name == "norcal").calibration
+    assert norcal.margin.numpy() == pytest.approx(-0.6 * np.log([80, 25, 9, 4]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["tau_normalize", "logit_adjust", "vs", "lws", "marc", "disalign_one", "disalign_shrunk"]
+)
+def test_a_method_of_confidence_one_folds_into_a_stock_classifier(name):
+    problem = Problem(draw(), classifier())
+    found = comparison.learnt(name, problem, comparison.setting_of(name, problem)).classifier
+    torch.testing.assert_close(disalign.fold_classifier(found)(TEST.x), found(TEST.x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_calibration_of_another_classifier_is_refused():
+    calibration = disalign.methods.logit_adjust(nn.Linear(WIDTH, 3), [3, 2, 1])
+    with pytest.raises(InputError, match="expected a calibration of 4 classes for this classifier, got 3"):
+        disalign.modules.with_calibration(CosineClassifier(WIDTH, 4), calibration)
