@@ -93,7 +93,7 @@ def run(task: tuple[int, str], folder: str) -> dict:
         "magnitude": model.classifier.calibration.magnitude.tolist(),
         "margin": model.classifier.calibration.margin.tolist(),
     }
-    bound = load_config("cls/digits/bound_cnn_1xb64-60e_digits-lt.py", {"train_dataloader.dataset.seed": seed})
+    bound = load_config("cls/digits/bound_cnn_digits-lt.py", {"train_dataloader.dataset.seed": seed})
     train_set, test_set, balanced = (
         collect_features(model, of, split)[0]
         for of, split in ((runner.cfg, "train"), (runner.cfg, "test"), (bound, "train"))

@@ -11,7 +11,7 @@ from disalign_cls import fit as fit_command
 
 from .runs import BASELINE, DISALIGN, PLAIN, evaluate, left_behind, train
 
-BOUND = "cls/digits/bound_cnn_1xb64-60e_digits-lt.py"
+BOUND = "cls/digits/bound_cnn_digits-lt.py"
 
 
 def compare(stage_ones, out, *flags, config=DISALIGN["linear"]):

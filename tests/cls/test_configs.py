@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 LEAVES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("[!_]*/*.py"))
 STAGE_ONE = [name for name in LEAVES if "/baseline" in name]
 STAGE_TWO = [name for name in LEAVES if "/disalign" in name]
+BOUNDS = [name for name in LEAVES if "/bound" in name]
 CLASSES = {"imagenet_lt": 1000, "inaturalist2018": 8142, "places_lt": 365, "cifar_lt": None, "digits": 10}
 PAPERS_BACKBONES = [
     f"{family}{depth}{suffix}" for family, suffix in (("resnet", ""), ("resnext", "_32x4d")) for depth in (50, 101, 152)
@@ -64,7 +65,7 @@ def trunk_numbers(backbone):
 
 def test_every_row_of_the_paper_has_a_file():
     assert set(CLASSES) == {name.split("/")[0] for name in LEAVES}
-    assert sorted(STAGE_ONE + STAGE_TWO) == LEAVES
+    assert sorted(STAGE_ONE + STAGE_TWO + BOUNDS) == LEAVES
     # ImageNet-LT: 2 backbones x 2 classifiers, iNaturalist: 2 lengths x 2, Places, CIFAR: 2 x 2, digits: 2.
     assert len(STAGE_ONE) == len(STAGE_TWO) == 4 + 4 + 1 + 4 + 2
 
@@ -113,10 +114,29 @@ def test_a_file_is_short(name):
 @pytest.mark.parametrize("name", LEAVES)
 def test_its_header_says_command_paper_and_ours(name):
     lines = "\n".join(header(name))
-    assert re.search(r"disalign_cls\.train (\S+)", lines)[1] == f"configs/cls/{name}"
-    assert re.search(r"# (Paper, Table \d, .*\d\d\.\d %|Not in the paper)", lines)
-    assert re.search(r"Ours\b.*(not measured yet|docs/results\.md|\d %)", lines)
-    assert lines.startswith("# Stage one: " if name in STAGE_ONE else "# DisAlign: ")
+    command = r"--bound (\S+)" if name in BOUNDS else r"disalign_cls\.train (\S+)"
+    assert re.search(command, lines)[1] == f"configs/cls/{name}"
+    assert re.search(r"# (Paper, Table \d, .*\d\d\.\d %|Paper, Fig|Not in the paper)", lines)
+    assert re.search(r"Ours\b.*(not measured yet|docs/\w+\.md|\d %)", lines)
+    kind = "Stage one: " if name in STAGE_ONE else "The empirical bound " if name in BOUNDS else "DisAlign: "
+    assert lines.startswith(f"# {kind}")
+
+
+def test_the_command_for_imagenets_balanced_list(tmp_path):
+    """As docs/datasets.md gives it, on a toy of ImageNet's folders."""
+    text = (FOLDER.parents[1] / "docs" / "datasets.md").read_text()
+    (command,) = re.findall(r"^find train .*?ImageNet_balanced_train\.txt$", text, re.MULTILINE | re.DOTALL)
+    names = [f"train/{wnid}/{wnid}_{number}.JPEG" for wnid in ("n02", "n01", "n10") for number in (1, 10, 2)]
+    for name in names:
+        path = tmp_path / "imagenet" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "imagenet_lt").mkdir()
+    (tmp_path / "imagenet_lt" / "ImageNet_LT_val.txt").write_text("train/n02/n02_1.JPEG 1\n")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path / "imagenet", check=True)
+    found = (tmp_path / "imagenet_lt" / "ImageNet_balanced_train.txt").read_text().splitlines()
+    label = {"n01": 0, "n02": 1, "n10": 2}
+    assert sorted(found) == sorted(f"{name} {label[name.split('/')[1]]}" for name in names if name != names[0])
 
 
 @pytest.mark.parametrize("name", STAGE_TWO)
