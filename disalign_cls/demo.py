@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from disalign import InputError, compare, many_medium_few
 from disalign.cli import command, usable_cpus
-from disalign.comparison import merged, table
+from disalign.comparison import chosen_methods, merged, table
 from disalign.io import require_folder, write_json
 from disalign_mmengine.cli import load_config
 
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", default="demo_results", help="folder for results.json and the pictures")
     arguments.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    arguments.add_argument("--methods", nargs="+", help="of disalign.compare, or all; default: those that take seconds")
     args = arguments.parse_args(argv)
+    chosen_methods(args.methods, "classification", cosine=False)
     if len(set(args.seeds)) < len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
         raise InputError(
             f"expected --seeds from 0 to {2**32 - 1}, each once, got {' '.join(map(str, args.seeds))}; give others"
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
-        found = pool.map(run, tasks, [folder] * len(tasks))
+        found = pool.map(run, tasks, [folder] * len(tasks), [args.methods] * len(tasks))
         runs = list(tqdm(found, total=len(tasks), unit="run", desc="training", file=sys.stderr))
 
     out = Path(args.out)
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"all of it as a page: disalign report {out / 'linear'}")
 
 
-def run(task: tuple[int, str], folder: str) -> dict:
+def run(task: tuple[int, str], folder: str, methods: Sequence[str] | None = None) -> dict:
     """Train stage one and DisAlign for one seed and classifier, and compare, all on the same test images."""
     seed, classifier = task
     config = f"{CLASSIFIERS[classifier]}_cnn_1xb64-60e_digits-lt"
@@ -98,12 +100,14 @@ def run(task: tuple[int, str], folder: str) -> dict:
         collect_features(model, of, split)[0]
         for of, split in ((runner.cfg, "train"), (runner.cfg, "test"), (bound, "train"))
     )
+    sensible = chosen_methods(["all"], "classification", cosine=classifier == "cosine")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a training set known by heart
         compared = compare(
             train_set,
             test_set,
             model.classifier,
+            [name for name in chosen_methods(methods, "classification", cosine=False) if name in sensible],
             rho=model.loss.rho,
             groups=many_medium_few(train_set.class_counts, many=30, few=6),
             balanced=balanced,
