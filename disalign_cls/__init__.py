@@ -3,7 +3,7 @@
 try:
     import disalign_mmengine  # noqa: F401  (importing registers)
 
-    from . import classifiers, datasets, hooks, metrics, samplers  # noqa: F401
+    from . import classifiers, datasets, hooks, losses, metrics, samplers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"disalign_cls needs mmengine, timm, torchvision and more, but there is no {error.name}; install them with "

@@ -11,13 +11,14 @@ from disalign import CosineClassifier, GRWCrossEntropyLoss, InputError, calibrat
 from disalign.stage_two import freeze
 
 from .backbones import build_backbone
+from .losses import build_stage_one_loss
 
 CLASSIFIERS = ("linear", "cosine")
 
 
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
-    """A backbone and a classifier, trained with plain cross-entropy: stage one, the paper's Baseline.
+    """A backbone and a classifier: stage one. Trained with plain cross-entropy it is the paper's Baseline.
 
     Args:
         backbone: options of :func:`disalign_cls.backbones.build_backbone`, its ``name`` among them.
@@ -25,11 +26,13 @@ class ImageClassifier(BaseModel):
         classifier: ``"linear"`` (eq. 2), or ``"cosine"`` (eq. 3; the paper's starred rows).
         cosine: options of :class:`disalign.CosineClassifier` (``scale``, ``learn_scale``).
         data_preprocessor: mmengine's; it normalises the uint8 images on the device.
+        stage_one_loss: a loss of :mod:`disalign_cls.losses`, its ``type`` among the options; ``None``: cross-entropy.
+            It is not called ``loss``, since stage two's config is laid over this one's and has another loss there.
 
     Shapes: inputs (N, C, H, W), data_samples (N,) int64 labels; scores (N, K).
 
     Raises:
-        InputError: an unknown backbone or classifier.
+        InputError: an unknown backbone, classifier or loss, or a loss that does not fit the classifier.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class ImageClassifier(BaseModel):
         classifier: str = "linear",
         cosine: dict | None = None,
         data_preprocessor: dict | None = None,
+        stage_one_loss: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor)
         if classifier not in CLASSIFIERS:
@@ -52,22 +56,32 @@ class ImageClassifier(BaseModel):
             if classifier == "linear"
             else CosineClassifier(width, num_classes, **(cosine or {}))
         )
+        self.stage_one_loss = build_stage_one_loss(stage_one_loss, self.classifier) if stage_one_loss else None
 
     def init_weights(self) -> None:
         """Nothing: built is initialised. (mmengine would call timm's, which overwrites pretrained weights.)"""
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Take the training set's (K,) counts, for the groups of the metric and for stage two's loss."""
+        """Take the training set's (K,) counts, for the groups of the metric and for the loss."""
         if len(class_counts) != self.num_classes:
             raise InputError(
                 f"expected one count for each of the model's {self.num_classes} classes, got {len(class_counts)}; set "
                 "model.num_classes to the dataset's"
             )
         self.class_counts = class_counts
+        if self.stage_one_loss is not None:
+            self.stage_one_loss.set_class_counts(class_counts)
+            self.stage_one_loss.to(self.classifier.weight.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the run's epoch, from 0, before it begins."""
+        if self.stage_one_loss is not None:
+            self.stage_one_loss.epoch = epoch
 
     def metadata(self) -> dict:
-        """Plain values that a checkpoint keeps."""
-        return {"class_counts": None if self.class_counts is None else self.class_counts.tolist()}
+        """Plain values that a checkpoint keeps; without a ``stage_one_loss`` it was cross-entropy."""
+        loss = {} if self.stage_one_loss is None else {"stage_one_loss": self.stage_one_loss.metadata()}
+        return {"class_counts": None if self.class_counts is None else self.class_counts.tolist()} | loss
 
     def forward(self, inputs: Tensor, data_samples: Tensor | None = None, mode: str = "tensor") -> Any:
         """mmengine's: scores (``"tensor"``), named losses (``"loss"``) or each image's top-5 (``"predict"``)."""
@@ -79,7 +93,10 @@ class ImageClassifier(BaseModel):
         return self.predictions(features, data_samples)
 
     def losses(self, features: Tensor, labels: Any) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(self.classifier(features), labels)}
+        scores = self.classifier(features)
+        if self.stage_one_loss is None:
+            return {"loss": F.cross_entropy(scores, labels)}
+        return {"loss": self.stage_one_loss(scores, labels, self.classifier)}
 
     def predictions(self, features: Tensor, labels: Any) -> list[dict]:
         return _best_five(labels, top=self.classifier(features))
@@ -96,10 +113,18 @@ class DisAlignClassifier(ImageClassifier):
         calibration: options of :class:`disalign.AdaptiveCalibration`.
         loss: options of :class:`disalign.GRWCrossEntropyLoss`; the class counts come from the training set. Those given
             here must be the same.
+        stage_one_loss: inherited from stage one's config, and without influence.
         options: :class:`ImageClassifier`'s.
     """
 
-    def __init__(self, *args: Any, calibration: dict | None = None, loss: dict | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        calibration: dict | None = None,
+        loss: dict | None = None,
+        stage_one_loss: dict | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
         calibrate_classifier(self.classifier, **(calibration or {}))
         self.loss = GRWCrossEntropyLoss(**(loss or {}))

@@ -18,7 +18,7 @@ from disalign_mmengine.models import unwrapped
 class ClassCountsHook(Hook):
     """Takes the class counts from the training set to the model and the metrics, and keeps them in the checkpoint.
 
-    They lie, with what the model's ``metadata()`` says, under ``meta["disalign"]``.
+    They lie, with what the model's ``metadata()`` says, under ``meta["disalign"]``. It also tells the model the epoch.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,7 @@ class ClassCountsHook(Hook):
 
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode == "train":
+            unwrapped(runner.model).set_epoch(runner.epoch)
             return
         loop, model = getattr(runner, f"{mode}_loop"), unwrapped(runner.model)
         dataset = loop.dataloader.dataset
