@@ -5,7 +5,6 @@ each box predictor (disalign.fit). CONFIG is a stage two's; its rho, counts and 
 Writes a checkpoint that CONFIG evaluates as any other, and prints stage one's figures beside its own.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -16,33 +15,27 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
-from disalign import AdaptiveCalibration, InputError, fit
-from disalign.cli import command, config_errors, fit_arguments, fit_places, results_of, warnings_to_stderr
+from disalign import AdaptiveCalibration, fit
+from disalign.cli import command, fit_arguments, fit_places, results_of, warnings_to_stderr
 from disalign.fitting import require_options
 from disalign.io import locked_folder, require_folder
 
-from .checkpoint import DisAlignCheckpointer
-from .collect import collect_features
+from .cli import load_model, log_to, parser, stage_two_config, training_features
 from .data_check import require_data
 from .fast_rcnn import background_weight
-from .freezing import build_model
-from .train_net import Trainer, launch_errors, refuse_other_stage, setup
+from .train_net import Trainer, launch_errors, refuse_other_stage
 
 logger = logging.getLogger("disalign_d2")
 
 
 def run(args: Namespace) -> None:
     """What each process does."""
-    cfg = setup(args)
+    cfg = stage_two_config(args)
     disalign = cfg.MODEL.DISALIGN
-    if not disalign.CALIBRATE:
-        raise InputError(f"expected the config of a stage two, got {args.config_file!r}, which does not calibrate")
     folder = Path(cfg.OUTPUT_DIR)
     require_folder(folder)
     refuse_other_stage(cfg)
@@ -60,19 +53,10 @@ def run(args: Namespace) -> None:
     if comm.is_main_process():
         require_data(cfg, training=True)
     comm.synchronize()
-    # Logs, the config and evaluations go to a folder of their own: those beside it may be train_net's.
-    cfg.defrost()
-    cfg.OUTPUT_DIR = str(folder / "fit")
-    cfg.freeze()
     with locked_folder(folder, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():
-        default_setup(cfg, args)
-        for name in ("disalign", "disalign_d2"):
-            setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
-        with config_errors(args.config_file):
-            model: Any = build_model(cfg)
-        checkpointer = DisAlignCheckpointer(model, str(folder), training=True)
+        log_to(folder / "fit", cfg, args)
+        model, checkpointer = load_model(cfg, args, cfg.MODEL.WEIGHTS, str(folder))
         checkpointer.tag_last_checkpoint = lambda name: None  # a fit's is none to resume
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
         found = learn(model, cfg, args, [*places], options)
         predictors = model.roi_heads.box_predictors()
         for rho, path in places.items():
@@ -93,8 +77,7 @@ def run(args: Namespace) -> None:
 def learn(model: Any, cfg: CfgNode, args: Namespace, rhos: Sequence[float], options: dict) -> list[dict]:
     """One pass, and a fit for each box predictor: rho -> its calibrated classifier."""
     begun = time.perf_counter()
-    sample = {"background": args.background, "images": args.images, "seed": args.seed, "batch_size": args.batch_size}
-    features = collect_features(model, cfg, out=args.features, dtype=getattr(torch, args.dtype), **sample)
+    features = training_features(model, cfg, args, args.features)
     found, rows, fitted = [], 0, 0.0
     for predictor, learns_from in zip(model.roi_heads.box_predictors(), features, strict=True):
         started = time.perf_counter()
@@ -116,18 +99,11 @@ def set_calibration(predictor: Any, calibration: AdaptiveCalibration, rho: float
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("config_file", metavar="config", help="a file, or the name of a shipped one below configs/")
+    arguments = parser(__doc__)
     fit_arguments(arguments, "float16")
-    arguments.add_argument("--images", type=int, help="of the training set, drawn by repeat factors; default: all")
-    arguments.add_argument(
-        "--background", type=int, default=16, help="RoIs of the background to keep of an image (%(default)s)"
-    )
-    arguments.add_argument("--batch-size", type=int, default=8, help="images at a time (%(default)s)")
     arguments.add_argument("--seed", type=int, default=0, help="of the images and RoIs drawn (%(default)s)")
     arguments.add_argument("--test", action="store_true", help="evaluate each of several rho")
     arguments.add_argument("--num-gpus", type=int, default=1, help="processes (%(default)s)")
-    arguments.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings over the config's")
     args = arguments.parse_args(argv)
     if args.stage_one:
         args.opts += ["MODEL.WEIGHTS", args.stage_one]

@@ -84,7 +84,10 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(cfg, False))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None, max_dets: int | None = None
+    ) -> DatasetEvaluator:
+        """As in Detectron2; ``max_dets`` are LVIS's detections of an image that AP counts, 300 by default."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # their files have the same names
             output_folder = os.path.join(output_folder, dataset_name)
@@ -94,6 +97,7 @@ class Trainer(DefaultTrainer):
                 dataset_name,
                 tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
                 output_dir=output_folder,
+                max_dets_per_image=max_dets,
                 fixed_ap=cfg.TEST.FIXED_AP,
                 image_counts=functools.partial(training_image_counts, cfg),
             )

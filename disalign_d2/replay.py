@@ -1,0 +1,71 @@
+"""Many calibrations of a detector at the price of one: what they leave alone is computed once for an image."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from disalign import AdaptiveCalibration
+
+
+@contextmanager
+def detector_of(model: Any, calibrations: Sequence[Sequence[AdaptiveCalibration]]) -> Iterator[Callable]:
+    """Within it a stage-two model, in eval mode and without masks and keypoints, detects under several calibrations.
+
+    What a box head sees does not depend on scores, in a cascade neither, whose box regression knows no classes. So the
+    backbone, the proposals, the box pooler and the box heads run under the first calibration, and are remembered for
+    the others.
+
+    Args:
+        model: ``GeneralizedRCNN``.
+        calibrations: one for each box predictor, of each candidate.
+
+    Yields:
+        From Detectron2's inputs to the model's outputs, on the CPU, for each candidate.
+    """
+    heads, training = model.roi_heads, model.training
+    classifiers = [predictor.cls_score for predictor in heads.box_predictors()]
+    own = [classifier.calibration for classifier in classifiers]
+    box_heads = heads.box_head if isinstance(heads.box_head, nn.ModuleList) else [heads.box_head]
+    steps = [one for one in (model.backbone, model.proposal_generator, heads.box_pooler, *box_heads) if one is not None]
+    # Per module what it returned in the first run, in the order of its calls: a cascade's pooler has several.
+    memory: dict[nn.Module, deque] = {step: deque() for step in steps}
+    first = True
+
+    def remembered(step: nn.Module, forward: Callable, *inputs: Any, **options: Any) -> Any:
+        kept = memory[step]
+        if first:
+            kept.append(forward(*inputs, **options))
+        else:
+            kept.rotate(-1)  # the oldest becomes the last; after a run all are in order again
+        return kept[-1]
+
+    @torch.no_grad()
+    def detect(inputs: list[dict]) -> list[list[dict]]:
+        nonlocal first
+        outputs = []
+        for number, candidate in enumerate(calibrations):
+            first = number == 0
+            for classifier, calibration in zip(classifiers, candidate, strict=True):
+                classifier.calibration = calibration
+            outputs.append([{name: found.to("cpu") for name, found in one.items()} for one in model(inputs)])
+        for kept in memory.values():
+            kept.clear()
+        return outputs
+
+    model.eval()
+    heads.mask_on = heads.keypoint_on = False
+    for step in steps:
+        step.forward = partial(remembered, step, step.forward)
+    try:
+        yield detect
+    finally:
+        for step in steps:
+            del step.forward
+        for classifier, calibration in zip(classifiers, own, strict=True):
+            classifier.calibration = calibration
+        model.train(training)  # and with it the masks and keypoints, see LeanTraining
