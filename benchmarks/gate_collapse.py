@@ -4,8 +4,9 @@
 
 CONFIG is a stage-two config of images of one size (CIFAR's). The trunk is frozen and the images are not augmented, so
 features and scores are computed once; then stage two runs on them as the config says (SGD, cosine by epoch), with and
-without clipping, for the confidence layer's start of disalign (zeros) and of torch (uniform). Collapsed: at the end the
-mean confidence over the training set is below 0.05. Prints a table; --out writes JSON.
+without clipping, for three starts of the confidence layer: zeros (disalign), uniform (torch) and weights of 0.1 (the
+official release's classification). Collapsed: at the end the mean confidence over the training set is below 0.05.
+Prints a table; --out writes JSON.
 """
 
 import sys
@@ -24,6 +25,11 @@ from disalign.io import write_json
 from disalign_mmengine.cli import load_config, parser
 
 THRESHOLD = 0.05
+STARTS = {
+    "zeros": lambda layer: None,
+    "uniform": lambda layer: layer.reset_parameters(),
+    "0.1": lambda layer: nn.init.constant_(layer.weight, 0.1),
+}
 
 
 @torch.no_grad()
@@ -41,13 +47,12 @@ def cached(config, stage_one):
     return torch.cat(features), torch.cat(logits), torch.cat(labels), dataset.class_counts
 
 
-def final_confidence(data, config, rho, seed, clip, zero_start) -> float:
+def final_confidence(data, config, rho, seed, clip, start) -> float:
     """Mean confidence over the training set after stage two."""
     features, logits, labels, counts = data
     torch.manual_seed(seed)
     calibration = AdaptiveCalibration(logits.shape[1], features.shape[1])
-    if not zero_start:
-        calibration.confidence.reset_parameters()
+    STARTS[start](calibration.confidence)
     loss = GRWCrossEntropyLoss(counts, rho)
     options = {key: value for key, value in config.optim_wrapper.items() if clip or key != "clip_grad"}
     optimizer = build_optim_wrapper(nn.ModuleDict({"calibration": calibration}), options)
@@ -72,17 +77,15 @@ def main(argv=None):
     MMLogger.get_instance("gate_collapse", log_level="ERROR")  # else a line for each optimizer
     data = cached(config, args.stage_one)
     rows = []
-    for zero_start in (True, False):
+    for start in STARTS:
         for rho in args.rho:
             for clip in (False, True):
-                means = [final_confidence(data, config, rho, seed, clip, zero_start) for seed in range(args.seeds)]
+                means = [final_confidence(data, config, rho, seed, clip, start) for seed in range(args.seeds)]
                 collapsed = sum(mean < THRESHOLD for mean in means)
-                rows.append(
-                    {"start": "zeros" if zero_start else "torch", "rho": rho, "clip": clip, "confidence": means}
-                )
+                rows.append({"start": start, "rho": rho, "clip": clip, "confidence": means})
                 shown = " ".join(f"{mean:.2f}" for mean in means)
                 clipped = "clipped" if clip else "not clipped"
-                print(f"start {rows[-1]['start']:<6} rho {rho:<4} {clipped:<12} {collapsed}/{args.seeds}   {shown}")
+                print(f"start {start:<7} rho {rho:<4} {clipped:<12} {collapsed}/{args.seeds}   {shown}")
     if args.out:
         write_json(args.out, rows)
 

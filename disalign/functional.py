@@ -99,7 +99,7 @@ def generalized_reweight(
         raise InputError(
             f"expected normalize 'mean' or 'sum' and zero_count 'error' or 'exclude', got {normalize!r}, {zero_count!r}"
         )
-    if not (isinstance(rho, numbers.Real) and math.isfinite(rho) and rho >= 0):
+    if not (isinstance(rho, numbers.Real) and not isinstance(rho, bool) and math.isfinite(rho) and rho >= 0):
         raise InputError(f"expected a finite rho >= 0, got {rho!r}")
     if counts.dim() != 1 or counts.numel() == 0:
         raise InputError(f"expected one count per class, got a tensor of shape {tuple(counts.shape)}")
@@ -198,7 +198,7 @@ def grw_denominator(target: Tensor, weight: Tensor, reduction: str, ignore_index
     Args:
         target: (N, *) whole labels.
         weight: (K,) class weights.
-        reduction: ``"weighted_mean"``, the summed weights of the valid labels; ``"mean"``, their number.
+        reduction: ``"mean"`` for the number of valid labels; otherwise their summed weights.
         ignore_index: label that is left out.
 
     Returns:

@@ -74,7 +74,10 @@ class AdaptiveCalibration(nn.Module):
             self.register_buffer(name, start, persistent=False)
 
     def confidence_score(self, features: Tensor) -> Tensor:
-        """sigma(x) = sigmoid(v.x + b) of eq. 5, in fp32 even under autocast; (N, d, *) -> (N, 1, *)."""
+        """sigma(x) = sigmoid(v.x + b) of eq. 5; (N, d, *) -> (N, 1, *).
+
+        In the dtype of the confidence layer's weights, under autocast too: fp32 unless the model was cast to another.
+        """
         if self.confidence is None:
             return torch.ones_like(features[:, :1])
         if torch.jit.is_scripting():  # knows no autocast for a device that it learns only at run time

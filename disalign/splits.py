@@ -80,6 +80,9 @@ def group_means(values: Sequence[float] | Tensor, groups: Mapping[str, Tensor]) 
 
     Returns:
         Name -> mean, or ``None`` for a group without any evaluated class: not available, never 0.
+
+    Raises:
+        InputError: a group of another number of classes.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     means: dict[str, float | None] = {}

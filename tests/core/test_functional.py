@@ -222,7 +222,7 @@ def test_counts_are_one_number_per_class(counts):
         generalized_reweight(counts, 1.0)
 
 
-@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, "1.2", None])
+@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, "1.2", None, True])
 def test_a_senseless_rho_is_refused(rho):
     with pytest.raises(InputError, match="finite rho >= 0"):
         generalized_reweight(torch.tensor([1, 2]), rho)

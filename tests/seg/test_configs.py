@@ -187,7 +187,10 @@ def test_its_header_has_the_papers_row(name):
     (line,) = (line for line in header(name).splitlines() if re.match(r"# (Paper|Not in the paper)\b", line))
     assert re.search(r"Ours: (not measured yet|.*docs/results\.md)", line)
     row = row_of(name)
-    assert line.startswith("# Paper, Table 6, " if row else "# Not in the paper")
+    if "fcn_s101" in name:  # its row is a sentence
+        assert line.startswith("# Paper, Sec. 4.2: +0.7 mIoU, +2.8 mean accuracy over stage one")
+    else:
+        assert line.startswith("# Paper, Table 6, " if row else "# Not in the paper")
     if row is None:
         return
     assert line.startswith(f"# Paper, Table 6, {row[0]} {row[1]}, multi-scale and flip (--tta): mIoU ")
