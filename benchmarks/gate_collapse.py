@@ -22,6 +22,7 @@ from tqdm import tqdm
 from disalign import AdaptiveCalibration, GRWCrossEntropyLoss, load_stage_one
 from disalign.cli import command
 from disalign.io import write_json
+from disalign_mmengine.checkpoints import load_checkpoint
 from disalign_mmengine.cli import load_config, parser
 
 THRESHOLD = 0.05
@@ -36,7 +37,7 @@ STARTS = {
 def cached(config, stage_one):
     """Features, stage-one scores and labels of the whole training set, and its class counts."""
     model = MODELS.build(config.model).eval()
-    load_stage_one(model, stage_one, new=model.freeze_report.trainable)
+    load_stage_one(model, load_checkpoint(stage_one), name=stage_one)
     dataset = DATASETS.build(dict(config.train_dataloader.dataset, transforms=[]))
     features, logits, labels = [], [], []
     for batch in tqdm(DataLoader(dataset, batch_size=500), desc="features", file=sys.stderr):
