@@ -1,6 +1,5 @@
 """Many calibrations of a detector at the price of one: what they leave alone is computed once for an image."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,17 +31,14 @@ def detector_of(model: Any, calibrations: Sequence[Sequence[AdaptiveCalibration]
     own = [classifier.calibration for classifier in classifiers]
     box_heads = heads.box_head if isinstance(heads.box_head, nn.ModuleList) else [heads.box_head]
     steps = [one for one in (model.backbone, model.proposal_generator, heads.box_pooler, *box_heads) if one is not None]
-    # Per module what it returned in the first run, in the order of its calls: a cascade's pooler has several.
-    memory: dict[nn.Module, deque] = {step: deque() for step in steps}
+    # Of a cascade's pooler, which is called for each stage, the last: the remembered box heads behind it do not read it.
+    memory: dict[nn.Module, Any] = {}
     first = True
 
     def remembered(step: nn.Module, forward: Callable, *inputs: Any, **options: Any) -> Any:
-        kept = memory[step]
         if first:
-            kept.append(forward(*inputs, **options))
-        else:
-            kept.rotate(-1)  # the oldest becomes the last; after a run all are in order again
-        return kept[-1]
+            memory[step] = forward(*inputs, **options)
+        return memory[step]
 
     @torch.no_grad()
     def detect(inputs: list[dict]) -> list[list[dict]]:
@@ -53,8 +49,6 @@ def detector_of(model: Any, calibrations: Sequence[Sequence[AdaptiveCalibration]
             for classifier, calibration in zip(classifiers, candidate, strict=True):
                 classifier.calibration = calibration
             outputs.append([{name: found.to("cpu") for name, found in one.items()} for one in model(inputs)])
-        for kept in memory.values():
-            kept.clear()
         return outputs
 
     model.eval()
