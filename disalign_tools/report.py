@@ -261,13 +261,13 @@ img {{ max-width: 100%; height: auto; display: block; }}
 .note, figcaption {{ font-size: .92rem; line-height: 1.45; margin: .5rem 0; }}
 .beside {{ display: flex; flex-wrap: wrap; column-gap: 3rem; }}
 .beside div {{ max-width: 100%; }}
-.scroll {{ overflow: auto; max-height: 42rem; margin: .6rem 0 1.4rem; }}
+.scroll {{ overflow: auto; max-height: 60rem; margin: .6rem 0 1.4rem; }}
 table {{ border-collapse: separate; border-spacing: 0; font-size: .86rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }}
 tr > :first-child {{ text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--page); }}
 thead th {{ position: sticky; top: 0; background: var(--page); border-bottom: 2px solid var(--soft); }}
 thead th:first-child {{ z-index: 1; }}
-tbody th {{ font-weight: 400; max-width: 40vw; overflow: hidden; text-overflow: ellipsis; }}
+tbody th {{ font-weight: 400; white-space: normal; overflow-wrap: break-word; min-width: min(11rem, 36vw); }}
 .warning {{ border-left: .25rem solid var(--warn); padding: .4rem .9rem; }}
 .warning strong {{ color: var(--warn); }}
 dt {{ margin-top: .7rem; }}

@@ -466,6 +466,7 @@ def test_a_detectors_results_by_task(tmp_path, undrawn):
 def many_classes(number=8142):
     rng = np.random.default_rng(0)
     counts = np.maximum(2, 1000 * 0.002 ** (np.arange(number) / number)).astype(int)
+    counts[7] = 0
     methods = {}
     for name, shift in (("stage_one", 0), ("disalign", 15)):
         accuracy = rng.integers(0, 4, number) * 25.0 + shift * rng.random(number)
@@ -498,6 +499,12 @@ def test_with_8142_classes(tmp_path):
     assert "The figures of all 8,142 classes are in report.json, under per_class." in page.text
     kept = json.loads((folder / "report" / "report.json").read_text())
     assert kept["per_class"]["mean"]["disalign"] == after.tolist()
+    # The class without training examples has no weight and nothing learnt, but a place on the axis.
+    assert kept["weights"]["count"][0] == 2
+    assert kept["calibration"]["count"] == [count for count in content["class_counts"] if count]
+    figure = Figure()
+    pictures.per_class(figure, kept["per_class"], {"stage_one": "before", "disalign": "after"})
+    assert figure.axes[-1].get_xscale() == "symlog"
 
 
 BAD = {
