@@ -80,10 +80,8 @@ class ClassCountsHook(Hook):
         counts = getattr(calibrated_head(runner.model).loss_decode, "class_counts", None)
         counts = self._kept.get("class_counts") if counts is None else counts
         for metric in loop.evaluator.metrics:
-            if counts is not None and isinstance(metric, LongTailIoUMetric) and metric.class_counts is None:
-                if metric.total_pixels is None:
-                    metric.total_pixels = self._kept.get("total_pixels")
-                metric.class_counts = counts
+            if counts is not None and isinstance(metric, LongTailIoUMetric):
+                metric.take_counts(counts, self._kept.get("total_pixels"))
 
 
 def calibrated_head(model: nn.Module) -> DisAlignHead:

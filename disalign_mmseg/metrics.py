@@ -103,6 +103,13 @@ class LongTailIoUMetric(IoUMetric):
         self._dataset_meta = dataset_meta
         self.members()
 
+    def take_counts(self, class_counts: ClassCounts, total_pixels: float | None) -> None:
+        """A run's counts and pixels in all, for a metric whose config names none."""
+        if self.class_counts is None:
+            if self.total_pixels is None:
+                self.total_pixels = total_pixels
+            self.class_counts = class_counts
+
     def members(self) -> dict[str, Tensor] | None:
         """``{"head", "body", "tail"}`` -> (K,) bool, or None without class counts.
 
@@ -131,10 +138,16 @@ class LongTailIoUMetric(IoUMetric):
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         for sample in () if self.format_only else data_samples:
-            self._refuse_other_classes(sample, len(self.dataset_meta["classes"]))
+            self.refuse_other_classes(sample)
         super().process(data_batch, data_samples)
 
-    def _refuse_other_classes(self, sample: Mapping, num_classes: int) -> None:
+    def refuse_other_classes(self, sample: Mapping) -> None:
+        """Refuse a data sample, as a dict, without ground truth, of two sizes, or with classes out of range.
+
+        Raises:
+            InputError: names its file.
+        """
+        num_classes = len(self.dataset_meta["classes"])
         name = sample.get("seg_map_path") or sample.get("img_path")
         if "gt_sem_seg" not in sample:
             raise InputError(f"expected ground truth for {name}, got none; for a set without it, set format_only=True")
@@ -214,9 +227,20 @@ class LongTailIoUMetric(IoUMetric):
             return "ADE20K's official split, 20 head, 55 body and 75 tail classes"
         if self.class_counts is None:
             return "no groups, for want of class counts"
+        return ", ".join(f"{group}: {text}" for group, text in self.groups_text().items())
+
+    def groups_text(self) -> dict[str, str]:
+        """What each group is, in words."""
+        if self.groups == "ade20k":
+            sizes = {"head": 20, "body": 55, "tail": 75}
+            return {group: f"{size} classes of ADE20K's official split" for group, size in sizes.items()}
         pixels = "the labelled" if self.total_pixels is None else "all"
         head, tail = (f"{100 * self.groups[name]:g} %" for name in ("head", "tail"))
-        return f"head: more than {head} of {pixels} training pixels, tail: at most {tail}, body: between them"
+        return {
+            "head": f"more than {head} of {pixels} training pixels",
+            "tail": f"at most {tail}",
+            "body": "between them",
+        }
 
 
 def _are_thresholds(groups: Any) -> bool:
