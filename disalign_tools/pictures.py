@@ -304,7 +304,11 @@ def _legend(axes: Axes) -> None:
 
 def _counts_axis(axes: Axes, count: Sequence[float] | np.ndarray) -> None:
     """Training counts on a logarithmic axis; one of 0 has its place on it."""
-    axes.set_xscale("symlog" if np.min(count) < 1 else "log", **({"linthresh": 1} if np.min(count) < 1 else {}))
+    if np.min(count) < 1:
+        axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+        axes.set_xlim(-0.2, 1.3 * np.max(count))
+    else:
+        axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("training count of the class")

@@ -505,6 +505,7 @@ def test_with_8142_classes(tmp_path):
     figure = Figure()
     pictures.per_class(figure, kept["per_class"], {"stage_one": "before", "disalign": "after"})
     assert figure.axes[-1].get_xscale() == "symlog"
+    assert -1 < figure.axes[-1].get_xlim()[0] < 0
 
 
 BAD = {
