@@ -426,7 +426,13 @@ def comparison(runs: Sequence[Mapping[str, Any]], columns: Mapping[str, str], **
 
 
 def merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Comparisons from several stage ones of the same config as one."""
+    """Comparisons from several stage ones of the same training set as one.
+
+    Raises:
+        InputError: class counts that differ.
+    """
+    if any(one["class_counts"] != contents[0]["class_counts"] for one in contents):
+        raise InputError("expected comparisons of the same class counts, got others; compare each by itself")
     return {**contents[0], "runs": [run for one in contents for run in one["runs"]]}
 
 

@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     out = Path(args.out)
     for classifier in CLASSIFIERS:
-        found = merged([one["comparison"] for one in runs if one["classifier"] == classifier]) | {"columns": COLUMNS}
-        print(f"\n{classifier} classifier, test accuracy in %\n\n{table(found)}")
-        write_json(out / classifier / "comparison.json", found)
+        content = merged([one["comparison"] for one in runs if one["classifier"] == classifier]) | {"columns": COLUMNS}
+        print(f"\n{classifier} classifier, test accuracy in %\n\n{table(content)}")
+        write_json(out / classifier / "comparison.json", content)
     kept = [{key: value for key, value in one.items() if key != "comparison"} for one in runs]
     write_json(out / "results.json", {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": kept})
     pictures(runs, out)
@@ -116,10 +116,23 @@ def run(task: tuple[int, str], folder: str, methods: Sequence[str] | None = None
             seed=seed,
             dataset="digits-lt",
             split="test",
-            classes=[str(digit) for digit in range(10)],
+            classes=[f"rank {rank}" for rank in range(1, 11)],
             command="python -m disalign_cls.demo",
         )
-    return found | {"comparison": compared}
+    return found | {"comparison": by_rank(compared)}
+
+
+def by_rank(content: dict) -> dict:
+    """Classes from many training images to few: which digit is rare changes with the seed."""
+    order = sorted(range(10), key=lambda label: -content["class_counts"][label])
+
+    def sort(values: list) -> list:
+        return [values[label] for label in order]
+
+    for method in (method for run in content["runs"] for method in run["methods"].values()):
+        method["per_class"] = {name: sort(values) for name, values in method["per_class"].items()}
+        method |= {name: sort(method[name]) for name in ("magnitude", "margin") if name in method}
+    return content | {name: sort(content[name]) for name in ("class_counts", "group_of")}
 
 
 def train(config: str, seed: int, work_dir: str, **options: Any) -> Runner:

@@ -260,6 +260,11 @@ def test_the_table_has_mean_spread_and_gain_of_several_stage_ones(compared):
     assert "mean +- standard deviation of 2 stage ones" in text
 
 
+def test_stage_ones_of_other_training_sets_are_not_averaged(compared):
+    with pytest.raises(InputError, match="expected comparisons of the same class counts"):
+        merged([compared, compared | {"class_counts": COUNTS[::-1]}])
+
+
 def test_settings_are_chosen_on_the_validation_split_alone():
     validation = draw([20] * 4, 3)
     options = {"methods": ["tau_normalize"], "validation": validation, "rho": 1.0}
