@@ -182,7 +182,21 @@ def other(stage_one, tmp_path_factory):
 def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch, seen):
     learn = compare_command.candidates
     monkeypatch.setattr(compare_command, "candidates", lambda *a, **b: (learn(*a, **b)[0], ["take care"]))
-    flags = ("--features", tmp_path / "kept", "--methods", "stage_one", "--pixels", "8", "--images", "9", "--force")
+    flags = (
+        "--features",
+        tmp_path / "kept",
+        "--methods",
+        "disalign",
+        "--rho",
+        "0.5",
+        "--sweep",
+        "1",
+        "--pixels",
+        "8",
+        "--images",
+        "9",
+        "--force",
+    )
     given = {
         "options": [
             "model.decode_head.loss_decode.class_counts=dataset",
@@ -204,8 +218,12 @@ def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch,
         weights = load(path)["state_dict"]
         linear = nn.Linear(16, 150)
         linear.load_state_dict({name: weights[f"decode_head.conv_seg.{name}"].squeeze() for name in ("weight", "bias")})
-        expected = disalign.fit(kept, linear, 0.0).calibration.margin.tolist()
-        assert run["methods"]["rho_0"]["margin"] == pytest.approx(expected, abs=1e-5)
+        for name, rho in (("rho_0", 0.0), ("disalign", 0.5)):
+            expected = disalign.fit(kept, linear, rho).calibration.margin.tolist()
+            assert run["methods"][name]["margin"] == pytest.approx(expected, abs=1e-5)
+        (swept,) = run["sweep"]
+        assert swept["value"] == 1
+        assert swept["figures"] != run["methods"]["disalign"]["figures"]
     first = len(seen)
     assert compare(configs.two, [stage_one, other], tmp_path, *flags, **given) == 0
     assert len(seen) - first == first - 2 * (9 - collect.COMPARED)  # the features are there
