@@ -31,7 +31,7 @@ def detector_of(model: Any, calibrations: Sequence[Sequence[AdaptiveCalibration]
     own = [classifier.calibration for classifier in classifiers]
     box_heads = heads.box_head if isinstance(heads.box_head, nn.ModuleList) else [heads.box_head]
     steps = [one for one in (model.backbone, model.proposal_generator, heads.box_pooler, *box_heads) if one is not None]
-    # Of a cascade's pooler, which is called for each stage, the last: the remembered box heads behind it do not read it.
+    # Of a cascade's pooler, called for each stage, the last: the remembered box heads behind it do not read it.
     memory: dict[nn.Module, Any] = {}
     first = True
 

@@ -1,5 +1,7 @@
-"""disalign fit and disalign compare find the command of a config's framework."""
+"""disalign fit, compare and check find the command of a config's framework."""
 
+import importlib
+import re
 import sys
 
 import pytest
@@ -31,6 +33,25 @@ def test_the_framework_is_the_configs(package, name, tmp_path, monkeypatch, capf
     arguments, sentence = REFUSED[name]
     assert console.main([name, CONFIGS[package], "--stage-one", "one.pth", *arguments]) == 2
     assert sentence in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("package", CONFIGS)
+def test_check_too(package, tmp_path, monkeypatch, capfd):
+    pytest.importorskip(FRAMEWORKS[package])
+    monkeypatch.chdir(tmp_path)
+    assert console.main(["check", CONFIGS[package]]) == 2
+    assert re.search("^error: expected (complete|whole) data, ", capfd.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", console.COMMANDS)
+def test_every_command_describes_itself(name, capsys):
+    module, purpose = console.COMMANDS[name]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        sys.exit(importlib.import_module(module).main(["--help"]))
+    assert re.search("usage: |CONFIG", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        console.main(["--help"])
+    assert re.search(rf"^  {name} +{re.escape(purpose)}$", capsys.readouterr().out, re.MULTILINE)
 
 
 @COMMANDS
