@@ -43,7 +43,6 @@ def style(theme: str) -> Any:
         "axes.labelcolor": ink,
         "axes.edgecolor": ink,
         "axes.facecolor": background,
-        "figure.facecolor": background,
         "savefig.facecolor": background,
         "xtick.color": ink,
         "ytick.color": ink,

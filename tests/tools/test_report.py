@@ -26,7 +26,7 @@ from disalign_tools.results import Results
 
 COUNTS = [400, 200, 120, 70, 40, 25, 15, 9, 6, 4]
 #: A page, a picture, a formula and a file could each take one of these for something else.
-CLASSES = ['<b>&"x"', "$a_1$", "two\nlines", "\ud800", *"efghij"]
+CLASSES = ['<b>&"x"', "$\\wrong$", "two\nlines", "\ud800", *"efghij"]
 COMMAND = "compare '<script>alert(1)</script>' --stage-one a&b.pth"
 ALL = ["per_class", "groups", "weights", "curves", "calibration", "confidence", "confusion", "reliability"]
 
@@ -233,6 +233,16 @@ def test_winners_and_losers(comparison, out):
             assert float(after) == pytest.approx(scores["disalign"][label], abs=0.051)
 
 
+def test_what_does_not_change_neither_wins_nor_loses():
+    scores = {"stage_one": [50.0, 60.0, 70.0, None, 10.0], "disalign": [50.0, 70.0, 65.0, 5.0, math.inf]}
+    methods = {name: {"figures": {"top1": 1.0}, "per_class": {"accuracy": of}} for name, of in scores.items()}
+    results = Results({"columns": {"top1": "top-1"}, "runs": [{"methods": methods}]})
+    winners, losers = results.movers()
+    assert [(row["class"], row["change"]) for row in winners] == [("1", 10.0)]
+    assert [(row["class"], row["change"]) for row in losers] == [("2", -5.0)]
+    assert results.figures()["per_class"]["mean"]["disalign"] == [50.0, 70.0, 65.0, 5.0, None]
+
+
 def test_the_end_says_how_it_was_made(comparison, out):
     text = Page(out / "report.html").text
     for run in comparison["runs"]:
@@ -346,8 +356,9 @@ def test_a_collapsed_confidence_is_a_warning(bins, warned, comparison, tmp_path,
     folder = written(tmp_path, collapsed(comparison, bins))
     assert console.main(["report", str(folder)]) == 0
     text = Page(folder / "report" / "report.html").text
+    assert ("Warning: " in text) == warned
     # The middle of the first bin of fifteen.
-    assert ("Warning: the mean confidence fell to about 0.033: magnitude and margin hardly get" in text) == warned
+    assert ("the mean confidence fell to about 0.033: magnitude and margin hardly get" in text) == warned
 
 
 def test_the_method_is_named_or_disalign_whatever_the_scores(comparison, tmp_path, undrawn, capfd):
@@ -506,6 +517,16 @@ def test_with_8142_classes(tmp_path):
     pictures.per_class(figure, kept["per_class"], {"stage_one": "before", "disalign": "after"})
     assert figure.axes[-1].get_xscale() == "symlog"
     assert -1 < figure.axes[-1].get_xlim()[0] < 0
+
+
+@pytest.mark.parametrize(("number", "drawn"), [(20, True), (21, False)])
+def test_only_few_classes_have_a_picture_without_counts(number, drawn):
+    content = many_classes(number)
+    del content["class_counts"]
+    results = Results(content)
+    names = [one.name for one in all_pictures(results, results.figures())]
+    assert ("per_class" in names) == drawn
+    assert "groups" in names
 
 
 BAD = {
