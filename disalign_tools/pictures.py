@@ -278,7 +278,7 @@ def reliability(figure: Figure, data: Data) -> None:
             *where, marker=MARKERS[number], ls=LINES[number], color=f"C{number}", label=f"{printable(title, 40)}{ece}"
         )
         edges = np.linspace(0, 100, len(one["share"]) + 1)
-        lower.stairs(one["share"], edges, color=f"C{number}", ls=LINES[number], lw=1.6)
+        lower.stairs(numbers(one["share"]), edges, color=f"C{number}", ls=LINES[number], lw=1.6)
     upper.set_ylabel("accuracy, %")
     upper.set_ylim(0, 100)
     lower.set_ylabel("% of\nexamples")

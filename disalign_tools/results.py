@@ -322,6 +322,8 @@ class Results:
             share = counts / counts.sum(1, keepdims=True)
         centres = (np.arange(share.shape[1]) + 0.5) / share.shape[1]
         means = share @ centres
+        if np.isnan(means).any():
+            return None
         return {"share": (100 * share.mean(0)).tolist(), "mean": float(means.mean()), "lowest": float(means.min())}
 
     def confusion(self) -> Data | None:
@@ -342,12 +344,13 @@ class Results:
             count = self.rows(name, "reliability", "count")
             if count is None:
                 continue
-            own: Data = {"share": (100 * count.sum(0) / count.sum()).tolist(), "ece": self.figure(name, "ece")["mean"]}
-            for key in ("confidence", "accuracy"):
-                values = self.rows(name, "reliability", key)
-                if values is None or values.shape != count.shape:
-                    raise ValueError("the lists of its reliability differ in length")
-                with np.errstate(invalid="ignore"):
+            own: Data = {"ece": self.figure(name, "ece")["mean"]}
+            with np.errstate(invalid="ignore"):
+                own["share"] = (100 * count.sum(0) / count.sum()).tolist()
+                for key in ("confidence", "accuracy"):
+                    values = self.rows(name, "reliability", key)
+                    if values is None or values.shape != count.shape:
+                        raise ValueError("the lists of its reliability differ in length")
                     own[key] = (np.nansum(count * values, 0) / count.sum(0)).tolist()
             found[self.titles[name]] = own
         return found or None

@@ -389,7 +389,7 @@ def test_without_disalign_the_best_supported_stands_in(comparison):
     assert Results(content).method == "disalign_one"
     for run in content["runs"]:
         del run["methods"]["disalign_one"]
-    del content["runs"][0]["methods"]["logit_adjust"]
+    del content["runs"][1]["methods"]["logit_adjust"]
     assert Results(content).method == "ncm"
 
 
@@ -517,6 +517,21 @@ def test_with_8142_classes(tmp_path):
     pictures.per_class(figure, kept["per_class"], {"stage_one": "before", "disalign": "after"})
     assert figure.axes[-1].get_xscale() == "symlog"
     assert -1 < figure.axes[-1].get_xlim()[0] < 0
+
+
+def test_what_is_not_finite_is_not_there(comparison):
+    content = copy.deepcopy(comparison)
+    for run in content["runs"]:
+        run["methods"]["disalign"]["confidence"][0] = math.inf
+        run["methods"]["disalign"]["reliability"]["accuracy"][14] = math.inf
+        run["methods"]["stage_one"]["reliability"]["count"] = [0.0] * 15
+    results = Results(content)
+    figures = results.figures()
+    assert "confidence" not in figures
+    assert figures["reliability"]["stage one"]["share"] == [None] * 15
+    json.dumps(figures, allow_nan=False)
+    drawn = next(one for one in all_pictures(results, figures) if one.name == "reliability")
+    assert drawn.render()
 
 
 @pytest.mark.parametrize(("number", "drawn"), [(20, True), (21, False)])
