@@ -3,7 +3,7 @@
     python examples/d2_custom_predictor.py [--seed 0]
 
 Stage one, the strict hand-over and stage two of a Mask R-CNN that is small enough for a CPU, on coloured squares drawn
-on the fly. It shows that the parts fit, not what DisAlign gains: for that see the long-tailed shapes of the README. It
+on the fly. It shows that the parts fit, not what DisAlign gains: for that see the long-tailed shapes of docs/results.md. It
 printed:
 
 stage one: {'loss_cls': 0.255, 'loss_box_reg': 0.384, 'loss_mask': 0.298, 'loss_rpn_cls': 0.024, 'loss_rpn_loc': 0.003}

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ import disalign
 import disalign.cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def code_blocks(language):
@@ -48,11 +49,37 @@ def test_the_three_lines_of_the_readme_run():
     ]
 
 
+def test_the_features_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    for suffix, counts in (("", [60, 20, 6]), ("_test", [20, 20, 20])):
+        y = np.repeat(range(3), counts)
+        centres = 2 * np.random.default_rng(9).normal(size=(3, 8))
+        np.save(tmp_path / f"x{suffix}.npy", centres[y] + 2 * generator.normal(size=(len(y), 8)))
+        np.save(tmp_path / f"y{suffix}.npy", y)
+    monkeypatch.chdir(tmp_path)
+    exec(code_blocks("python")[1], {})
+    assert re.fullmatch(r"balanced accuracy: 0\.\d+\n", capsys.readouterr().out)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_to_a_file_leads_somewhere(page):
-    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in target]
-    missing = [target for target in targets if target and not (page.parent / target).exists()]
-    assert missing == []
+def test_every_link_within_the_repository_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_every_deviation_names_tests_that_exist():
@@ -70,10 +97,14 @@ def test_one_version_everywhere():
     assert f"## {disalign.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_shipped_command_of_the_readme_names_a_config_that_exists():
-    configs = re.findall(r"\b((?:cls|d2|mmseg)/[\w/.-]+\.(?:py|yaml))", (ROOT / "README.md").read_text())
-    assert configs
-    assert [config for config in configs if not (ROOT / "configs" / config).is_file()] == []
+def test_every_shipped_command_names_a_config_that_exists():
+    configs = [
+        config
+        for page in PAGES
+        for config in re.findall(r"(?<![\w/])((?:cls|d2|mmseg)/[a-z]\w+/[\w.-]+\.(?:py|yaml))", page.read_text())
+    ]
+    assert len(configs) > 40
+    assert [one for one in configs if "NAME" not in one and not (ROOT / "configs" / one).is_file()] == []
 
 
 def test_a_checkout_reads_its_own_configs(tmp_path, monkeypatch):

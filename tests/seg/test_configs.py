@@ -28,7 +28,7 @@ from disalign.cli import find_config
 from disalign_mmseg.bases import disalign_config, mmseg_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "mmseg"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "segmentation.md"
 STOCK = Path(mmseg.__path__[0], ".mim", "configs")
 ADE20K = sorted(str(path.relative_to(FOLDER)) for path in (FOLDER / "ade20k").glob("*.py"))
 
@@ -396,10 +396,9 @@ def test_stage_ones_own_start_is_not_stage_twos(tmp_path):
     assert cfg.log_processor.by_epoch is False
 
 
-def test_the_readmes_recipe_for_heads_in_a_row_builds(tmp_path):
-    (recipe,) = (
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL) if "ocrnet" in block
-    )
+def test_the_pages_recipe_for_heads_in_a_row_builds(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    (recipe,) = (block for block in blocks if "ocrnet" in block)
     (tmp_path / "two.py").write_text(textwrap.dedent(recipe))
     model = MODELS.build(Config.fromfile(tmp_path / "two.py").model)
     assert type(model).__name__ == "DisAlignCascadeEncoderDecoder"
