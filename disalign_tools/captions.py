@@ -63,7 +63,7 @@ def _by_name(results: Results) -> bool:
 
 def _per_class(results: Results, data: Data) -> Picture:
     titles = {name: results.titles[name] for name in results.shown}
-    order = ", from many to few training examples" if _by_name(results) else " by its training count"
+    order = ", from many to few in training" if _by_name(results) else " by its training count"
     caption = f"The {data['score']} of each class{'' if results.counts is None else order}"
     if len(titles) == 2:
         before, after = titles.values()
@@ -114,7 +114,7 @@ def _weights(_: Results, data: Data) -> Picture:
     return Picture(
         "weights",
         "Re-weighting",
-        "The weight of an example in the loss by the training count of its class (eq. 11 of the paper): the steeper, "
+        "The weight in the loss by the training count of the class (eq. 11 of the paper): the steeper, "
         "the more the rare classes count; rho 0 weighs all alike, rho 1 by the inverse of the count.",
         "; ".join(told),
         pictures.weights,
@@ -160,13 +160,13 @@ def _calibration(results: Results, data: Data) -> Picture:
     )
 
 
-def _confidence(_: Results, data: Data) -> Picture:
+def _confidence(results: Results, data: Data) -> Picture:
     mean = f"about {shown(data['mean'], '.2f')}"
     collapsed = data["lowest"] is not None and data["lowest"] < COLLAPSED
     return Picture(
         "confidence",
         "Confidence",
-        "How much of the calibration the evaluated examples get: a mean near 1 makes it the same for all of them, one "
+        f"How much of the calibration the evaluated {results.each} get: a mean near 1 makes it the same for all, one "
         f"near 0 leaves stage one's scores; here it is {mean}, by the histogram.",
         f"histogram of the confidence in {len(data['share'])} bins from 0 to 1, mean {mean}",
         pictures.confidence,
@@ -179,15 +179,15 @@ def _confidence(_: Results, data: Data) -> Picture:
     )
 
 
-def _confusion(_: Results, data: Data) -> Picture:
+def _confusion(results: Results, data: Data) -> Picture:
     groups, tables = data["groups"], data["percent"]
     last = max((row for rows in tables.values() for row in range(len(groups)) if rows[row][0] is not None), default=0)
     shares = " and ".join(f"{shown(rows[last][0])} % ({title})" for title, rows in tables.items())
-    astray = f"of the examples of {groups[last]!r}, {shares} are taken for {groups[0]!r}"
+    astray = f"of the {results.each} of {groups[last]!r}, {shares} are taken for {groups[0]!r}"
     return Picture(
         "confusion",
-        "Where examples go",
-        f"Of the examples of each group (rows), the percentage predicted as a class of each (columns): {astray}.",
+        f"Where {results.each} go",
+        f"Of the {results.each} of each group (rows), the percentage predicted as a class of each (columns): {astray}.",
         f"confusion of groups: {astray}",
         pictures.confusion,
         (data,),
@@ -195,13 +195,13 @@ def _confusion(_: Results, data: Data) -> Picture:
     )
 
 
-def _reliability(_: Results, data: Data) -> Picture:
+def _reliability(results: Results, data: Data) -> Picture:
     errors = ", ".join(f"{title} {shown(one['ece'])} %" for title, one in data.items())
     return Picture(
         "reliability",
         "Reliability",
-        "Accuracy by predicted probability, and the share of examples at each: below the diagonal the classifier is "
-        f"too sure of itself; expected calibration error (ECE): {errors}.",
+        f"Accuracy by predicted probability, and the share of {results.each} at each: below the diagonal the classifier "
+        f"is too sure of itself; expected calibration error (ECE): {errors}.",
         f"reliability diagram; ECE: {errors}",
         pictures.reliability,
         (data,),

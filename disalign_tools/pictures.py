@@ -243,7 +243,7 @@ def confidence(figure: Figure, data: Data) -> None:
     axes.axvline(data["mean"], color=_ink(axes), ls="--", lw=1.4, label=f"mean, about {data['mean']:.2f}")
     axes.set_xlim(0, 1)
     axes.set_xlabel("confidence: 0 leaves stage one's scores, 1 calibrates in full")
-    axes.set_ylabel("% of examples")
+    axes.set_ylabel("share, %")
     _legend(axes)
 
 
@@ -281,7 +281,7 @@ def reliability(figure: Figure, data: Data) -> None:
         lower.stairs(numbers(one["share"]), edges, color=f"C{number}", ls=LINES[number], lw=1.6)
     upper.set_ylabel("accuracy, %")
     upper.set_ylim(0, 100)
-    lower.set_ylabel("% of\nexamples")
+    lower.set_ylabel("share, %")
     lower.set_xlabel("probability of the predicted class, %")
     lower.set_xlim(0, 100)
     _legend(upper)

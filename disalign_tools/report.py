@@ -161,7 +161,7 @@ def _movers(results: Results, movers: Iterable[list[Data]]) -> str:
             for one in rows
         ]
         if cells:
-            tables.append(_table(f"Classes that {what} the most, {results.score} in percent", header, cells))
+            tables.append(_table(f"Classes that {what} the most, {results.score_title} in percent", header, cells))
     return f'<div class="beside">{"".join(f"<div>{table}</div>" for table in tables)}</div>'
 
 

@@ -133,6 +133,10 @@ class Results:
         self.prefix, scores = SCORES.get(self.first, ("", ("accuracy",)))
         self.score = next((key for key in scores if self.rows(self.method, "per_class", key) is not None), None)
 
+        self.score_title = "IoU" if self.score == "iou" else self.score
+        #: What is counted in figures other than the scores: the evaluation's pixels, or examples.
+        self.each = "pixels" if content.get("task") == "segmentation" else "examples"
+
         counts, group_of, classes = (content.get(key) for key in ("class_counts", "group_of", "classes"))
         learnt = [(self.method, key) for key in ("magnitude", "margin")]
         scored = [(name, "per_class", self.score) for name in self.titles] if self.score else []
@@ -213,7 +217,7 @@ class Results:
         """Everything that there is of each class: name, training count, group, and each method's mean and spread."""
         if self.score is None:
             return None
-        found: Data = {"class": self.classes, "score": self.score, "mean": {}, "sd": {}}
+        found: Data = {"class": self.classes, "score": self.score_title, "mean": {}, "sd": {}}
         if self.counts is not None:
             found["count"] = self.counts.tolist()
         if self.group_of is not None:

@@ -458,6 +458,25 @@ def test_an_evaluations_results(tmp_path, undrawn):
     assert [(row["class"], row["change"]) for row in winners] == [("pole", "+15.0")]
 
 
+def test_a_segmentations_comparison_counts_pixels(comparison, tmp_path, undrawn):
+    content = copy.deepcopy(comparison) | {"task": "segmentation", "columns": {"mIoU": "mIoU", "average": "aAcc"}}
+    for run in content["runs"]:
+        for one in run["methods"].values():
+            one["per_class"]["iou"] = [value / 2 for value in one["per_class"]["accuracy"]]
+    folder = written(tmp_path, content)
+    assert console.main(["report", str(folder)]) == 0
+    text = Page(folder / "report" / "report.html").text
+    assert "of the pixels of 'few', " in text
+    assert "The IoU of each class, from many to few in training" in text
+    kept = json.loads((folder / "report" / "report.json").read_text())
+    assert kept["groups"]["DisAlign"]["many"]["mean"] == statistics.mean(
+        run["methods"]["disalign"]["figures"]["mIoU.many"] for run in content["runs"]
+    )
+    assert kept["per_class"]["mean"]["ncm"][0] == statistics.mean(
+        run["methods"]["ncm"]["per_class"]["iou"][0] for run in content["runs"]
+    )
+
+
 def test_a_detectors_results_by_task(tmp_path, undrawn):
     tasks = {
         task: report({"AP": ap, "APr": 1.0, "APc": 2.0, "APf": 3.0}, {"AP": 10.0, "APr": 0.0, "APc": 1.0, "APf": 4.0})
