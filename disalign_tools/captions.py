@@ -161,8 +161,7 @@ def _calibration(results: Results, data: Data) -> Picture:
 
 
 def _confidence(results: Results, data: Data) -> Picture:
-    mean = f"about {shown(data['mean'], '.2f')}"
-    collapsed = data["lowest"] is not None and data["lowest"] < COLLAPSED
+    mean = f"about {data['mean']:.2f}"
     return Picture(
         "confidence",
         "Confidence",
@@ -174,7 +173,7 @@ def _confidence(results: Results, data: Data) -> Picture:
         3.2,
         f"the mean confidence fell to about {data['lowest']:.3f}: magnitude and margin hardly get gradients any more "
         "and stage two may end as stage one; see whether a confidence of one (disalign_one) does better"
-        if collapsed
+        if data["lowest"] < COLLAPSED
         else "",
     )
 
@@ -200,7 +199,7 @@ def _reliability(results: Results, data: Data) -> Picture:
     return Picture(
         "reliability",
         "Reliability",
-        f"Accuracy by predicted probability, and the share of {results.each} at each: below the diagonal the classifier "
+        f"Accuracy by predicted probability, and the share of {results.each} at each: below the diagonal it "
         f"is too sure of itself; expected calibration error (ECE): {errors}.",
         f"reliability diagram; ECE: {errors}",
         pictures.reliability,
