@@ -35,7 +35,7 @@ from disalign_tools import compare as dispatched
 
 from . import annotated
 from .runs import left_behind, load, quick
-from .test_fit import fit, results
+from .test_fit import COUNTED, fit, results
 from .toy_models import COUNTS, FCN, OCR, stage_two
 
 GROUPS = ("head", "body", "tail")
@@ -182,28 +182,10 @@ def other(stage_one, tmp_path_factory):
 def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch, seen):
     learn = compare_command.candidates
     monkeypatch.setattr(compare_command, "candidates", lambda *a, **b: (learn(*a, **b)[0], ["take care"]))
-    flags = (
-        "--features",
-        tmp_path / "kept",
-        "--methods",
-        "disalign",
-        "--rho",
-        "0.5",
-        "--sweep",
-        "1",
-        "--pixels",
-        "8",
-        "--images",
-        "9",
-        "--force",
-    )
-    given = {
-        "options": [
-            "model.decode_head.loss_decode.class_counts=dataset",
-            *(f"test_evaluator.{key}=None" for key in ("class_counts", "groups")),
-        ]
-    }
-    assert compare(configs.two, [stage_one, other], tmp_path, *flags, **given) == 0
+    flags = ["--features", tmp_path / "kept", "--methods", "disalign", "--rho", "0.5", "--sweep", "1"]
+    flags += ["--pixels", "8", "--images", "9", "--force"]
+    options = [COUNTED, "test_evaluator.class_counts=None", "test_evaluator.groups=None"]
+    assert compare(configs.two, [stage_one, other], tmp_path, *flags, options=options) == 0
     out, error = capfd.readouterr()
     content = comparison(tmp_path)
     assert [run["stage_one"] for run in content["runs"]] == [str(stage_one), str(other)]
@@ -225,7 +207,7 @@ def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch,
         assert swept["value"] == 1
         assert swept["figures"] != run["methods"]["disalign"]["figures"]
     first = len(seen)
-    assert compare(configs.two, [stage_one, other], tmp_path, *flags, **given) == 0
+    assert compare(configs.two, [stage_one, other], tmp_path, *flags, options=options) == 0
     assert len(seen) - first == first - 2 * (9 - collect.COMPARED)  # the features are there
     again = comparison(tmp_path)["runs"]
     assert again[1]["methods"]["rho_0"]["figures"] == content["runs"][1]["methods"]["rho_0"]["figures"]
@@ -271,7 +253,7 @@ REFUSED = {
     "twice the same": ("two", ["--stage-one", "STAGE_ONE", "STAGE_ONE"], [], "expected every stage one once"),
     "a negative rho": ("two", ["--rho", "-1"], [], "expected a finite rho >= 0"),
     "a negative rho in the sweep": ("two", ["--sweep", "0", "-1"], [], "expected a finite rho >= 0"),
-    "no pixels": ("two", ["--pixels", "0"], [], "expected 1 or more pixels of each image, got 0"),
+    "no pixels": ("two", ["--pixels", "0"], [COUNTED], "expected 1 or more pixels of each image, got 0"),
     "no evaluator": ("two", [], ["test_evaluator.type=Nothing"], "expected a config that can be built in"),
     "other classes": (
         "two",
