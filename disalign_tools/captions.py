@@ -199,8 +199,8 @@ def _reliability(results: Results, data: Data) -> Picture:
     return Picture(
         "reliability",
         "Reliability",
-        f"Accuracy by predicted probability, and the share of {results.each} at each: below the diagonal it "
-        f"is too sure of itself; expected calibration error (ECE): {errors}.",
+        f"Accuracy by predicted probability, and the share of {results.each} at each: below the diagonal a "
+        f"classifier is too sure of itself; expected calibration error (ECE): {errors}.",
         f"reliability diagram; ECE: {errors}",
         pictures.reliability,
         (data,),
