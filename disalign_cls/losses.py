@@ -199,14 +199,14 @@ class EqualizationLoss(StageOneLoss):
 
     Args:
         gamma: in [0, 1]; 0 is cross-entropy.
-        tail_share: lambda, > 0. The default is for ImageNet-LT (a class of up to 49 images); the fewer the classes, the
-            larger it has to be (Zhang et al., Bag of Tricks, AAAI 2021: 0.005 with gamma 0.9 on CIFAR-100-LT).
+        tail_share: lambda, > 0; the more classes, the smaller it has to be. Both defaults are those of the code of
+            Zhang et al., Bag of Tricks for Long-Tailed Visual Recognition, AAAI 2021, for CIFAR-100-LT.
 
     Raises:
         InputError: no class is as rare as that.
     """
 
-    def __init__(self, gamma: float = 0.95, tail_share: float = 4.3e-4) -> None:
+    def __init__(self, gamma: float = 0.9, tail_share: float = 5e-3) -> None:
         _require(_in(gamma, 0, 1) or gamma == 1, "a gamma in [0, 1]", gamma)
         _require(_in(tail_share, 0, math.inf) and tail_share > 0, "a finite tail_share > 0", tail_share)
         super().__init__(gamma=gamma, tail_share=tail_share)
