@@ -258,7 +258,7 @@ def test_it_needs_class_counts(name):
 
 
 def test_equalization_without_a_rare_class_is_refused():
-    with pytest.raises(InputError, match=r"a smaller share .* than 0.00043, got 0.0067 and more; raise model.stage_on"):
+    with pytest.raises(InputError, match=r"a smaller share .* than 0.005, got 0.0067 and more; raise model.stage_on"):
         with_counts(EqualizationLoss())
 
 
