@@ -1,4 +1,4 @@
-# What every run has: hooks, logs (text, JSON, TensorBoard), one seed.
+# Common to all runs: hooks, logs (text, JSON, TensorBoard), one seed.
 custom_imports = dict(imports=["disalign_cls"], allow_failed_imports=False)
 default_scope = "mmengine"
 runner_type = "DisAlignRunner"

@@ -26,7 +26,7 @@ val_dataloader = dict(
     collate_fn=dict(type="default_collate"),
 )
 test_dataloader = val_dataloader
-# Groups for so small a set: many > 30, medium 6-30, few <= 5 training images.
+# Groups for such a small set: many > 30, medium 6-30, few <= 5 training images.
 val_evaluator = dict(type="LongTailAccuracy", many=30, few=6)
 test_evaluator = val_evaluator
 train_cfg = dict(by_epoch=True, max_epochs=60, val_interval=60)

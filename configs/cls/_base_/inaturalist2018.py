@@ -1,4 +1,4 @@
-# iNaturalist-2018: 437,513 training images, 8,142 classes; its test labels are secret, so tests are on val. Layout: docs/datasets.md.
+# iNaturalist-2018: 437,513 training images, 8,142 classes; its test labels are not public, so tests are on val. Layout: docs/datasets.md.
 _base_ = "images_224.py"
 model = dict(num_classes=8142, data_preprocessor=dict(mean=[118.83, 120.105, 96.9], std=[49.725, 49.47, 48.96]))
 train_dataloader = dict(

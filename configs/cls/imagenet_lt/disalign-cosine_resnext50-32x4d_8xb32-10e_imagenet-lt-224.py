@@ -1,6 +1,6 @@
 # DisAlign: ImageNet-LT, ResNeXt-50 32x4d, cosine classifier
 #   torchrun --nproc-per-node 8 -m disalign_cls.train configs/cls/imagenet_lt/disalign-cosine_resnext50-32x4d_8xb32-10e_imagenet-lt-224.py --launcher pytorch
-# On one GPU: python -m disalign_cls.train without --launcher; the learning rate follows the batch.
+# On one GPU: python -m disalign_cls.train without --launcher; the learning rate scales with the batch.
 # Stage one: baseline-cosine_resnext50-32x4d_8xb32-90e_imagenet-lt-224.py; another file: --cfg-options stage_one=FILE
 # Paper, Table 1, DisAlign* ResNeXt-50 32x4d: 53.4 % (62.7/52.1/31.4). Ours: not measured yet.
 _base_ = "baseline-cosine_resnext50-32x4d_8xb32-90e_imagenet-lt-224.py"

@@ -1,6 +1,6 @@
 # DisAlign: ImageNet-LT, ResNet-50, linear classifier
 #   torchrun --nproc-per-node 8 -m disalign_cls.train configs/cls/imagenet_lt/disalign_resnet50_8xb32-10e_imagenet-lt-224.py --launcher pytorch
-# On one GPU: python -m disalign_cls.train without --launcher; the learning rate follows the batch.
+# On one GPU: python -m disalign_cls.train without --launcher; the learning rate scales with the batch.
 # Stage one: baseline_resnet50_8xb32-90e_imagenet-lt-224.py; another file: --cfg-options stage_one=FILE
 # Paper, Table 1, DisAlign ResNet-50: 51.3 % (59.9/49.9/31.8). Ours: not measured yet.
 _base_ = "baseline_resnet50_8xb32-90e_imagenet-lt-224.py"

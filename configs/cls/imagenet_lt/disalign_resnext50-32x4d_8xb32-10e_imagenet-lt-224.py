@@ -1,6 +1,6 @@
 # DisAlign: ImageNet-LT, ResNeXt-50 32x4d, linear classifier
 #   torchrun --nproc-per-node 8 -m disalign_cls.train configs/cls/imagenet_lt/disalign_resnext50-32x4d_8xb32-10e_imagenet-lt-224.py --launcher pytorch
-# On one GPU: python -m disalign_cls.train without --launcher; the learning rate follows the batch.
+# On one GPU: python -m disalign_cls.train without --launcher; the learning rate scales with the batch.
 # Stage one: baseline_resnext50-32x4d_8xb32-90e_imagenet-lt-224.py; another file: --cfg-options stage_one=FILE
 # Paper, Table 1, DisAlign ResNeXt-50 32x4d: 52.6 % (61.5/50.7/33.1). Ours: not measured yet.
 _base_ = "baseline_resnext50-32x4d_8xb32-90e_imagenet-lt-224.py"

@@ -1,6 +1,6 @@
 # Stage one: iNaturalist-2018, ResNet-50, 90 epochs, linear classifier
 #   torchrun --nproc-per-node 8 -m disalign_cls.train configs/cls/inaturalist2018/baseline_resnet50_8xb32-90e_inaturalist2018-224.py --launcher pytorch
-# On one GPU: python -m disalign_cls.train without --launcher; the learning rate follows the batch.
+# On one GPU: python -m disalign_cls.train without --launcher; the learning rate scales with the batch.
 # Paper, Table 3, Baseline ResNet-50 90 E: 61.7 %. Ours: not measured yet.
 _base_ = ["../_base_/inaturalist2018.py", "../_base_/schedule_90e.py", "../_base_/default_runtime.py"]
 model = dict(backbone=dict(name="resnet50"))

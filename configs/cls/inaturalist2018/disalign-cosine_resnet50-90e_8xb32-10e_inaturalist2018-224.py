@@ -1,9 +1,9 @@
 # DisAlign: iNaturalist-2018, ResNet-50, 90 epochs, cosine classifier
 #   torchrun --nproc-per-node 8 -m disalign_cls.train configs/cls/inaturalist2018/disalign-cosine_resnet50-90e_8xb32-10e_inaturalist2018-224.py --launcher pytorch
-# On one GPU: python -m disalign_cls.train without --launcher; the learning rate follows the batch.
+# On one GPU: python -m disalign_cls.train without --launcher; the learning rate scales with the batch.
 # Stage one: baseline-cosine_resnet50_8xb32-90e_inaturalist2018-224.py; another file: --cfg-options stage_one=FILE
 # Paper, Table 3, DisAlign* ResNet-50 90 E: 69.5 %. Ours: not measured yet.
-# The paper names neither rho nor epochs of stage two here; these are ImageNet-LT's.
+# The paper gives neither rho nor the number of epochs for stage two here; these are ImageNet-LT's.
 _base_ = "baseline-cosine_resnet50_8xb32-90e_inaturalist2018-224.py"
 stage_one = "work_dirs/baseline-cosine_resnet50_8xb32-90e_inaturalist2018-224/epoch_90.pth"
 model = dict(type="DisAlignClassifier", loss=dict(rho=1.2, reduction="weighted_mean"))

@@ -1,12 +1,12 @@
 # Stage two over any stage-one config of MMSegmentation 1.x:
 #   _base_ = "my_stage_one.py"
 #   __import__("disalign_mmseg").stage_two(_base_)
-# lays it over, with the names of segmentor and head that fit.
+# applies it, with the matching segmentor and head.
 # Official: rho 0.2, 4,000 iterations of 8 x 4 images, SGD at lr 0.01, polynomial to 1e-4.
 stage_two = dict(
     custom_imports=dict(imports=["disalign_mmseg"], allow_failed_imports=False),
     runner_type="DisAlignSegRunner",
-    # All weights come from stage one: --cfg-options stage_one=FILE. Stage one's own start is not stage two's.
+    # All weights come from stage one: --cfg-options stage_one=FILE. Its own initial weights are not inherited.
     stage_one=None,
     load_from=None,
     resume=False,
@@ -15,7 +15,7 @@ stage_two = dict(
         pretrained=None,
         backbone=dict(init_cfg=None),
         decode_head=dict(
-            # Official: weights of mean 1, divided by the number of all pixels, ignored ones too.
+            # Official: weights of mean 1, divided by the number of all pixels, including ignored ones.
             loss_decode=dict(
                 _delete_=True, type="GRWCrossEntropyLoss", rho=0.2, reduction="mean", avg_non_ignore=False
             ),
@@ -34,7 +34,7 @@ stage_two = dict(
     ),
     param_scheduler=[dict(type="PolyLR", power=0.9, eta_min=1e-4, begin=0, end=4000, by_epoch=False)],
     log_processor=dict(by_epoch=False),
-    # The learning rate follows the batch, whatever the number of GPUs.
+    # The learning rate scales with the batch, whatever the number of GPUs.
     auto_scale_lr=dict(enable=True, base_batch_size=32),
     default_hooks=dict(
         checkpoint=dict(by_epoch=False, interval=1000, max_keep_ckpts=2),

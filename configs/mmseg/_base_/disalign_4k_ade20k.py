@@ -4,7 +4,7 @@ stage_two = dict(
     model=dict(decode_head=dict(loss_decode=dict(class_counts="ade20k"))),
     val_evaluator=dict(class_counts="ade20k", groups="ade20k"),
     test_evaluator=dict(class_counts="ade20k", groups="ade20k"),
-    # MMSegmentation 0.x, hence the paper, multiplies the plain test's 2048 x 512; 1.x multiplies the original image.
+    # MMSegmentation 0.x, hence the paper, scales the plain test's 2048 x 512; 1.x scales the original image.
     tta_pipeline=[
         dict(type="LoadImageFromFile"),
         dict(

@@ -1,4 +1,4 @@
-# Stage two: DisAlign on CamVid, over the small FCN of the baseline beside. An example of ours, not in the paper.
+# Stage two: DisAlign on CamVid, on the small FCN of the baseline config. An example of ours, not in the paper.
 #   mim train mmseg configs/mmseg/camvid/disalign_fcn_r18_1xb8-400_camvid-160x224.py --cfg-options stage_one=FILE
 # Without mim: python -m disalign_mmseg.train mmseg/camvid/disalign_fcn_r18_1xb8-400_camvid-160x224.py --cfg-options stage_one=FILE
 # rho 0.5 and lr 0.1 were chosen on the val set of seed 0.
