@@ -1,4 +1,7 @@
-"""DisAlign (CVPR 2021): a short second stage that calibrates the decision boundary of a long-tailed recogniser."""
+"""DisAlign (CVPR 2021): a short second stage that calibrates the decision boundary of a long-tailed recogniser.
+
+Examples in docstrings assume ``import torch, disalign`` and ``from torch import nn``.
+"""
 
 from .collecting import collect
 from .comparison import compare

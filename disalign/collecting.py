@@ -92,6 +92,12 @@ def collect(
     Raises:
         InputError: no such classifier; features that are not (n, d), or not finite (the rows are named); labels out of
             range; no room for ``out``; or features of another trunk or of other data in it.
+
+    Examples:
+        >>> data = torch.utils.data.TensorDataset(torch.randn(6, 8), torch.tensor([0, 0, 0, 1, 1, 2]))
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> disalign.collect(model, torch.utils.data.DataLoader(data, batch_size=4), classifier="2")
+        Features(6 x 4 float32, 3 classes)
     """
     name, layer = _find(model, classifier)
     if dtype not in DTYPES:

@@ -477,6 +477,14 @@ def compare(
 
     Raises:
         InputError: features that do not belong together, an unknown method, or one that makes no sense.
+
+    Examples:
+        >>> x, y = torch.tensor([-1.0, 0, 1, 2, -1, 0, 1, 2, 1, 3])[:, None], [0] * 8 + [1] * 2
+        >>> train = disalign.Features.from_arrays(x, y)
+        >>> test = disalign.Features.from_arrays(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), [0, 0, 1, 1])
+        >>> (run,) = disalign.compare(train, test, methods=["disalign"], rho=1.0)["runs"]
+        >>> {name: method["figures"]["balanced"] for name, method in run["methods"].items()}
+        {'stage_one': 75.0, 'logit_adjust': 100.0, 'rho_0': 75.0, 'disalign': 100.0}
     """
     base = new_classifier(classifier, train) if isinstance(classifier, str) else plain_classifier(classifier)
     if isinstance(classifier, str):
@@ -571,7 +579,21 @@ def group_names(groups: Mapping[str, Tensor]) -> list[str | None]:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """A :func:`comparison` as text: a row for each method, mean +- standard deviation over several runs."""
+    """A :func:`comparison` as text: a row for each method, mean +- standard deviation over several runs.
+
+    Examples:
+        >>> x, y = torch.tensor([-1.0, 0, 1, 2, -1, 0, 1, 2, 1, 3])[:, None], [0] * 8 + [1] * 2
+        >>> train = disalign.Features.from_arrays(x, y)
+        >>> test = disalign.Features.from_arrays(torch.arange(-1.0, 5.0)[:, None], [0, 0, 0, 1, 1, 1])
+        >>> content = disalign.compare(train, test, methods=["disalign"], rho=1.0, groups={})
+        >>> print(disalign.comparison.table(content))
+                             setting  average  balanced   ECE   NLL   gain    s
+        ----------------  ----------  -------  --------  ----  ----  -----  ---
+        stage one                        83.3      83.3  26.7  0.37   +0.0  ...
+        logit adjustment  strength 1    100.0     100.0  23.0  0.28  +16.7  ...
+        DisAlign, rho 0                  83.3      83.3  10.7  0.30   +0.0  ...
+        DisAlign               rho 1    100.0     100.0  19.3  0.23  +16.7  ...
+    """
     runs, columns = content["runs"], content["columns"]
     first = next(iter(columns))
     rows = [["", "setting", *columns.values(), "gain", "s"]]

@@ -41,6 +41,12 @@ def load_class_counts(source: ClassCounts, unit: str | None = None) -> Tensor:
     Raises:
         InputError: an unknown name, a missing or malformed file, labels with gaps, or counts that are not whole numbers
             >= 0.
+
+    Examples:
+        >>> disalign.load_class_counts({1: 20, 0: 100, 2: 3})
+        tensor([100,  20,   3])
+        >>> disalign.load_class_counts("lvis_v1").shape
+        torch.Size([1203])
     """
     if isinstance(source, (str, os.PathLike)):
         counts = _read(source, unit)

@@ -14,6 +14,12 @@ class InputError(ValueError):
     """Bad input: one sentence that says what was expected, what came, and what to do.
 
     Commands turn it into exit status 2; everything else is a fault of ours and keeps its traceback.
+
+    Examples:
+        >>> disalign.load_class_counts([10, 2.5])
+        Traceback (most recent call last):
+            ...
+        disalign.errors.InputError: expected counts that are whole numbers >= 0, got 2.5 at class 1
     """
 
 

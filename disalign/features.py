@@ -75,6 +75,13 @@ class Features:
         Raises:
             InputError: arrays of other shapes or dtypes, labels outside [0, K), NaN or infinity (the rows are named),
                 or negative weights.
+
+        Examples:
+            >>> features = disalign.Features.from_arrays(torch.randn(6, 4), [0, 0, 0, 1, 1, 2])
+            >>> features
+            Features(6 x 4 float32, 3 classes)
+            >>> features.class_counts
+            tensor([3, 2, 1])
         """
         x, y, background = as_tensor(x), as_tensor(y), bool(background)
         if x.dim() != 2 + (bilinear is not None) or x.dtype not in DTYPES or not x.numel():

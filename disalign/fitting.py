@@ -122,6 +122,13 @@ def fit(
 
     Raises:
         InputError: a classifier that does not fit the features, or options that do not go together.
+
+    Examples:
+        >>> x, y = torch.tensor([-1.0, 0, 1, 2, -1, 0, 1, 2, 1, 3])[:, None], [0] * 8 + [1] * 2
+        >>> classifier = disalign.fit(disalign.Features.from_arrays(x, y), "linear", rho=1.0, cross_fit=0)
+        >>> unseen = torch.tensor([[0.0], [2.0], [3.0]])
+        >>> classifier.stage_one(unseen).argmax(1), classifier(unseen).argmax(1)
+        (tensor([0, 0, 1]), tensor([0, 1, 1]))
     """
     probe = isinstance(classifier, str)
     if cross_fit is None:

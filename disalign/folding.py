@@ -93,6 +93,15 @@ def fold_classifier(classifier: nn.Module) -> nn.Module:
 
     Raises:
         InputError: a learnt confidence, or a classifier of another type.
+
+    Examples:
+        >>> classifier = disalign.calibrate_classifier(nn.Linear(4, 3), confidence="one")
+        >>> classifier.calibration.margin.data[:] = torch.tensor([0.0, 1.0, 2.0])  # as learnt
+        >>> folded, features = disalign.fold_classifier(classifier), torch.randn(2, 4)
+        >>> folded
+        Linear(in_features=4, out_features=3, bias=True)
+        >>> torch.allclose(folded(features), classifier(features), atol=1e-5)
+        True
     """
     if not isinstance(classifier, CalibratedLinear | CalibratedConv2d | CalibratedCosineClassifier):
         raise InputError(

@@ -56,6 +56,13 @@ def freeze_except(model: nn.Module, names: Sequence[str], held: Sequence[str] = 
 
     Raises:
         InputError: a name that the model does not have, or nothing left to train.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        >>> print(disalign.freeze_except(model, ["2"]))
+        15 numbers train (2.weight [3, 4], 2.bias [3]); 7 tensors are frozen
+        >>> [layer.training for layer in model.train()]
+        [False, False, True]
     """
     modules = dict(model.named_modules())
     known = set(modules) | {name for name, _ in model.named_parameters()}

@@ -40,6 +40,11 @@ def calibrate(
 
     Raises:
         InputError: shapes that do not fit.
+
+    Examples:
+        >>> logits, confidence = torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5]])
+        >>> disalign.calibrate(logits, confidence, magnitude=torch.tensor([1.0, 2.0]), margin=torch.tensor([0.0, 1.0]))
+        tensor([[2., 2.]])
     """
     k = logits.shape[1] - passthrough
     if not torch.jit.is_scripting() and not torch.jit.is_tracing():
@@ -93,6 +98,13 @@ def generalized_reweight(
     Raises:
         InputError: counts that are empty, negative, not finite or all zero; a zero count under ``"error"``; a rho that
             is negative or not finite; an unknown option.
+
+    Examples:
+        >>> counts = torch.tensor([6, 3, 2, 1])
+        >>> disalign.generalized_reweight(counts, rho=1.0)
+        tensor([0.3333, 0.6667, 1.0000, 2.0000])
+        >>> disalign.generalized_reweight(counts, rho=1.0, normalize="sum")
+        tensor([0.0833, 0.1667, 0.2500, 0.5000])
     """
     counts = torch.as_tensor(class_counts).to(torch.float64)
     if normalize not in ("mean", "sum") or zero_count not in ("error", "exclude"):
@@ -240,6 +252,13 @@ def grw_cross_entropy(
 
     Raises:
         InputError: an unknown reduction, a weight of wrong length, or a wrong label (see :func:`check_labels`).
+
+    Examples:
+        >>> logits, target, weight = torch.zeros(3, 2), torch.tensor([0, 1, -100]), torch.tensor([0.5, 1.5])
+        >>> disalign.grw_cross_entropy(logits, target, weight, reduction="none")
+        tensor([0.3466, 1.0397, 0.0000])
+        >>> disalign.grw_cross_entropy(logits, target, weight)
+        tensor(0.6931)
     """
     num_classes = logits.shape[1]
     if reduction not in REDUCTIONS:

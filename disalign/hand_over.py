@@ -198,6 +198,12 @@ def load_stage_one(
     Raises:
         InputError: a frozen tensor is missing, mis-shaped, or not finite; a calibration in the checkpoint; or a key
             that the model does not know; or a model that is not frozen. The model is then unchanged.
+
+    Examples:
+        >>> checkpoint = nn.Linear(4, 3).state_dict()
+        >>> model, loss = disalign.wrap_classifier(nn.Linear(4, 3), class_counts=[100, 10, 1], confidence="one")
+        >>> print(disalign.load_stage_one(model, checkpoint))
+        loaded 2 of 2 frozen tensors; new, starting at the identity: calibration.magnitude, calibration.margin
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         name = os.fspath(checkpoint)

@@ -33,6 +33,13 @@ class GRWCrossEntropyLoss(nn.Module):
 
     Raises:
         InputError: bad counts or options, or a call before the counts are known.
+
+    Examples:
+        >>> loss = disalign.GRWCrossEntropyLoss(class_counts=[6, 3, 2, 1], rho=1.0)
+        >>> loss.weight
+        tensor([0.3333, 0.6667, 1.0000, 2.0000])
+        >>> loss(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(1.3863)
     """
 
     def __init__(

@@ -35,6 +35,12 @@ def tau_normalize(classifier: nn.Module, tau: float = 1.0, background: bool = Fa
 
     Raises:
         InputError: another classifier, or weights of norm 0.
+
+    Examples:
+        >>> classifier = nn.Linear(2, 2)
+        >>> classifier.weight.data = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
+        >>> disalign.methods.tau_normalize(classifier).magnitude.detach()
+        tensor([0.2000, 2.0000])
     """
     return _filled(classifier, background, magnitude=_norms(classifier, background) ** -tau)
 
@@ -57,6 +63,10 @@ def logit_adjust(
 
     Raises:
         InputError: counts that do not fit the classifier, or are 0; a prior that is not positive.
+
+    Examples:
+        >>> disalign.methods.logit_adjust(nn.Linear(4, 3), class_counts=[100, 10, 1]).margin.detach()
+        tensor([-3.6109, -1.3083,  0.9943])
     """
     counts, background = _counts_of(classifier, class_counts)
     if not (math.isfinite(strength) and strength >= 0):

@@ -36,6 +36,14 @@ class AdaptiveCalibration(nn.Module):
 
     Raises:
         InputError: an unknown confidence, nothing to learn, or logits of another number of classes.
+
+    Examples:
+        >>> calibration = disalign.AdaptiveCalibration(num_classes=3, feature_dim=4)
+        >>> logits, features = torch.randn(2, 3), torch.randn(2, 4)
+        >>> torch.equal(calibration(logits, features), logits)
+        True
+        >>> calibration.confidence_score(features).tolist()
+        [[0.5], [0.5]]
     """
 
     def __init__(
@@ -105,6 +113,12 @@ class AdaptiveCalibration(nn.Module):
         """A copy that goes a part of the way: stage one at ``t`` 0, this calibration at 1, on a straight line.
 
         The confidence stays. Beyond [0, 1] it goes on along the line.
+
+        Examples:
+            >>> calibration = disalign.AdaptiveCalibration(num_classes=2, feature_dim=4)
+            >>> calibration.magnitude.data[:] = torch.tensor([1.0, 3.0])  # as learnt
+            >>> calibration.strength(0.5).magnitude.tolist()
+            [1.0, 2.0]
         """
         dialled = copy.deepcopy(self)
         with torch.no_grad():
@@ -140,6 +154,12 @@ class CosineClassifier(nn.Module):
         learn_scale: learn the scale with stage one, or keep it fixed.
 
     Shapes: features (N, d); returns (N, K).
+
+    Examples:
+        >>> classifier = disalign.CosineClassifier(feature_dim=4, num_classes=3)
+        >>> features = torch.randn(2, 4)
+        >>> torch.allclose(classifier(features), classifier(10 * features), atol=1e-4)
+        True
     """
 
     # Norms below this count as it. The gradient there is up to scale / eps, which fp16 must still hold.
@@ -186,6 +206,11 @@ class ZeroShotClassifier(CosineClassifier):
     Args:
         embeddings: (K, d), one a class, of any length.
         scale: s of eq. 3, fixed (CLIP: ``model.logit_scale.exp()``, about 100).
+
+    Examples:
+        >>> classifier = disalign.ZeroShotClassifier(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        >>> classifier(torch.tensor([[3.0, 4.0]])).detach().round()
+        tensor([[60., 80.]])
     """
 
     def __init__(self, embeddings: Tensor, scale: float = 100.0) -> None:
@@ -300,6 +325,13 @@ def calibrate_classifier(classifier: nn.Module, **options: Any) -> Calibrated:
 
     Raises:
         InputError: a classifier of another type (a calibrated one included).
+
+    Examples:
+        >>> classifier = nn.Linear(4, 3)
+        >>> disalign.calibrate_classifier(classifier, confidence="one") is classifier
+        True
+        >>> list(classifier.state_dict())
+        ['weight', 'bias', 'calibration.magnitude', 'calibration.margin']
     """
     calibrated = calibrated_form(type(classifier))
     if calibrated is None:
@@ -384,6 +416,13 @@ def wrap_classifier(
 
     Raises:
         InputError: the classifier is not found, is of another type, or does not fit the counts.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> model, loss = disalign.wrap_classifier(model, class_counts=[100, 10, 1], confidence="one")
+        >>> loss(model(torch.randn(2, 8)), torch.tensor([0, 2])).backward()
+        >>> [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        ['2.calibration.magnitude', '2.calibration.margin']
     """
     loss = GRWCrossEntropyLoss(class_counts, rho, reduction=reduction)
     outputs = len(loss.weight)

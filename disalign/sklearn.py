@@ -43,6 +43,12 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         calibrated_: the same with the calibration.
         calibration_: its :class:`disalign.AdaptiveCalibration`.
         fit_report_: its :class:`disalign.FitReport`.
+
+    Examples:
+        >>> from disalign.sklearn import DisAlignClassifier
+        >>> X, y = [[-1], [0], [1], [2], [-1], [0], [1], [2], [1], [3]], ["common"] * 8 + ["rare"] * 2
+        >>> DisAlignClassifier(cross_fit=0).fit(X, y).predict([[0], [2], [3]])
+        array(['common', 'rare', 'rare'], dtype='<U6')
     """
 
     def __init__(

@@ -23,6 +23,10 @@ def many_medium_few(class_counts: ClassCounts, many: float = 100, few: float = 2
 
     Returns:
         ``{"many", "medium", "few"}`` -> (K,) bool.
+
+    Examples:
+        >>> disalign.many_medium_few([101, 100, 20, 19])["medium"]
+        tensor([False,  True,  True, False])
     """
     return _three_groups(load_class_counts(class_counts), ("many", "medium", "few"), above=many, least=few)
 
@@ -42,6 +46,10 @@ def head_body_tail(
 
     Returns:
         ``{"head", "body", "tail"}`` -> (K,) bool. With ADE20K's printed ratios: 20, 55 and 75 classes.
+
+    Examples:
+        >>> disalign.head_body_tail([98_000, 1_000, 900, 100])["body"]
+        tensor([False,  True,  True, False])
     """
     shares = torch.as_tensor(class_counts, dtype=torch.float64)
     if total is None:
@@ -60,6 +68,10 @@ def frequent_common_rare(image_counts: ClassCounts, frequent: float = 100, rare:
 
     Returns:
         ``{"f", "c", "r"}`` -> (K,) bool.
+
+    Examples:
+        >>> disalign.frequent_common_rare([101, 100, 11, 10])["c"]
+        tensor([False,  True,  True, False])
     """
     counts = load_class_counts(image_counts)
     return _three_groups(counts, ("f", "c", "r"), above=frequent, least=math.floor(rare) + 1)
@@ -83,6 +95,11 @@ def group_means(values: Sequence[float] | Tensor, groups: Mapping[str, Tensor]) 
 
     Raises:
         InputError: a group of another number of classes.
+
+    Examples:
+        >>> groups = disalign.many_medium_few([500, 50, 30, 5])
+        >>> disalign.group_means([90.0, 60.0, 40.0, float("nan")], groups)
+        {'many': 90.0, 'medium': 50.0, 'few': None}
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     means: dict[str, float | None] = {}

@@ -44,7 +44,17 @@ def freeze(model: nn.Module, held: Sequence[str] = ("",)) -> FreezeReport:
 
 @contextmanager
 def at_identity(model: Model) -> Iterator[Model]:
-    """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations."""
+    """Within it a model gives stage one's scores: magnitude 1 and margin 0 in all its calibrations.
+
+    Examples:
+        >>> model = disalign.calibrate_classifier(nn.Linear(4, 3))
+        >>> model.calibration.margin.data[:] = torch.tensor([0.0, 1.0, 2.0])  # as learnt
+        >>> with disalign.at_identity(model):
+        ...     print(model.calibration.margin.tolist())
+        [0.0, 0.0, 0.0]
+        >>> model.calibration.margin.tolist()
+        [0.0, 1.0, 2.0]
+    """
     modules = calibrations(model).values()
     tensors = [tensor for module in modules for tensor in (module.magnitude, module.margin)]
     saved = [tensor.detach().clone() for tensor in tensors]
