@@ -113,7 +113,9 @@ def test_its_figures_are_those_of_an_evaluation_of_each(kind, tiny, cascade, tmp
 
 
 def test_norcal_by_hand(tiny, tmp_path):
-    assert compared(tiny.config_two, [tiny.weights_one], tmp_path / "out", flags=["--methods", "all"]) == 0
+    (tmp_path / "instances.json").write_text("[90, 60, 30, 4, 4]")  # other than the images that show a class
+    counts = ["MODEL.DISALIGN.CLASS_COUNTS", tmp_path / "instances.json"]
+    assert compared(tiny.config_two, [tiny.weights_one], tmp_path / "out", *counts, flags=["--methods", "all"]) == 0
     methods = written(tmp_path / "out")["runs"][0]["methods"]
     assert {"tau_normalize", "vs", "marc", "disalign_anchor"} < set(methods)
     assert not {"crt", "ncm", "rebalance", "disalign_cross_fit", "bound"} & set(methods)
@@ -276,6 +278,9 @@ def test_norcal_needs_the_images_of_each_class(counts, tiny, tmp_path, capfd, mo
 
 def test_what_would_only_show_after_the_passes_is_refused_before(tiny, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(compare_command, "learn", lambda *_: pytest.fail("it has run a pass"))
+    weightless = ["MODEL.DISALIGN.BACKGROUND_WEIGHT", "0.0"]
+    for flags, options in ((["--sweep", "1", "-2"], []), ([], weightless)):
+        assert compared(tiny.config_two, [tiny.weights_one], tmp_path / "out", *options, flags=flags) == 2
     (tmp_path / "broken.pth").write_text("no checkpoint")
     assert compared(tiny.config_two, [tiny.weights_one, tmp_path / "broken.pth"], tmp_path / "out") == 2
     assert "broken.pth" in capfd.readouterr().err
