@@ -112,7 +112,9 @@ METHODS = {
     "stage_one": Method("stage one", lambda problem, _: plain_classifier(problem.classifier)),
     "logit_adjust": Method(
         "logit adjustment",
-        lambda problem, strength: methods.logit_adjust(problem.classifier, problem.features.class_counts, strength),
+        lambda problem, strength: methods.logit_adjust(
+            problem.classifier, problem.features.class_counts, strength, zero_count=problem.zero_count
+        ),
         "strength",
         1.0,
         STRENGTHS,
@@ -315,49 +317,63 @@ class Tally:
     """
 
     def __init__(self, num_classes: int, groups: Mapping[str, Tensor], probabilities: bool = True) -> None:
+        group_means(torch.zeros(num_classes), groups)  # refuses groups of another number of classes
         self.groups = groups
         self.probabilities = probabilities
         member = torch.full((num_classes,), len(groups))
         for number, members in enumerate(groups.values()):
             member[members] = number
         self._member = member
-        self.hits, self.seen, self.predicted = (torch.zeros(num_classes, dtype=torch.int64) for _ in range(3))
-        self.confusion = torch.zeros(len(groups) + 1, len(groups) + 1, dtype=torch.int64)
+        self.hits, self.seen, self.predicted = (torch.zeros(num_classes, dtype=torch.float64) for _ in range(3))
+        self.confusion = torch.zeros(len(groups) + 1, len(groups) + 1, dtype=torch.float64)
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)
         self.loss = 0.0
 
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """(n, K) scores and (n,) labels in [0, K), on any device."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        best = scores.argmax(1)
-        right = best == labels
+    def add(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """(n, K) scores, (n,) labels in [0, K) and (n,) weights, 1 by default, on any one device.
+
+        Raises:
+            InputError: scores of another number of classes, or whose largest is NaN or infinite.
+        """
         classes, groups = len(self.seen), len(self.confusion)
-        for summed, chosen in ((self.hits, labels[right]), (self.seen, labels), (self.predicted, best)):
-            summed += torch.bincount(chosen, minlength=classes).cpu()
+        if scores.shape[1] != classes:
+            raise InputError(f"expected scores of {classes} classes, got {scores.shape[1]}; give another classifier")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        highest, best = scores.amax(1), scores.argmax(1)
+        if not highest.isfinite().all():
+            raise InputError("expected finite scores to evaluate, got NaN or infinity; is the classifier finite?")
+        weights = torch.ones_like(labels, dtype=torch.float64) if weights is None else weights.double()
+        right = weights * (best == labels)
+        for summed, chosen, counted in (
+            (self.hits, labels, right),
+            (self.seen, labels, weights),
+            (self.predicted, best, weights),
+        ):
+            summed += torch.bincount(chosen, counted, minlength=classes).cpu()
         member = self._member.to(labels.device)
-        pairs = torch.bincount(member[labels] * groups + member[best], minlength=groups**2)
+        pairs = torch.bincount(member[labels] * groups + member[best], weights, minlength=groups**2)
         self.confusion += pairs.reshape(groups, groups).cpu()
         if not self.probabilities:
             return
         logs = scores.logsumexp(1)
-        confidence = (scores.amax(1) - logs).exp()
+        confidence = (highest - logs).exp()
         place = (confidence * BINS).long().clamp(max=BINS - 1)
-        for summed, values in zip(self.bins, (torch.ones_like(confidence), confidence, right), strict=True):
-            summed += torch.bincount(place, values.double(), minlength=BINS).cpu()
-        self.loss += float((logs - scores.gather(1, labels[:, None])[:, 0]).double().sum())
+        for summed, values in zip(self.bins, (weights, weights * confidence, right), strict=True):
+            summed += torch.bincount(place, values, minlength=BINS).cpu()
+        self.loss += float(((logs - scores.gather(1, labels[:, None])[:, 0]) * weights).sum())
 
     def per_class(self) -> dict[str, list[float]]:
         """Percent of each class, NaN where there is no example: accuracy and IoU."""
-        seen = torch.where(self.seen > 0, self.seen.double(), math.nan)
+        seen = torch.where(self.seen > 0, self.seen, math.nan)
         union = seen + self.predicted - self.hits
         return {"accuracy": (100 * self.hits / seen).tolist(), "iou": (100 * self.hits / union).tolist()}
 
     def figures(self) -> dict[str, float | None]:
         """Percent but for ``nll``, in nats; ``None`` where there is none."""
-        per_class, number = self.per_class(), max(int(self.seen.sum()), 1)
+        per_class, number = self.per_class(), float(self.seen.sum()) or 1.0
         accuracy, iou = (torch.tensor(values) for values in per_class.values())
         found: dict[str, float | None] = {
-            "average": 100 * int(self.hits.sum()) / number,
+            "average": 100 * float(self.hits.sum()) / number,
             "balanced": float(accuracy.nanmean()),
             "mIoU": float(iou.nanmean()),
             **group_means(accuracy, self.groups),
@@ -373,7 +389,7 @@ class Tally:
         """For the report: mean confidence and accuracy of the bins, and where each group's examples go, in percent."""
         number, confidence, right = self.bins
         told = number.clamp(min=1e-300)
-        rows = self.confusion[: len(self.groups), : len(self.groups)].double()
+        rows = self.confusion[: len(self.groups), : len(self.groups)]
         found: dict[str, Any] = {"confusion": (100 * rows / rows.sum(1, keepdim=True)).tolist()}
         if self.probabilities:
             found["reliability"] = {
@@ -459,7 +475,8 @@ def compare(
     accuracy on ``validation`` is best.
 
     Args:
-        train, test: features of the training and the evaluation set.
+        train, test: features of the training and the evaluation set, without a background; rows count by their
+            weights.
         classifier: stage one's; or ``"linear"``, ``"cosine"`` to train one on ``train`` first (C 1).
         methods: see :func:`chosen_methods`.
         rho: of all methods that learn with eq. 11.
@@ -486,6 +503,10 @@ def compare(
         >>> {name: method["figures"]["balanced"] for name, method in run["methods"].items()}
         {'stage_one': 75.0, 'logit_adjust': 100.0, 'rho_0': 75.0, 'disalign': 100.0}
     """
+    if any(one is not None and one.background for one in (train, test, validation, balanced)):
+        raise InputError("expected features without a background, got a detector's; use python -m disalign_d2.compare")
+    if taken := METHODS.keys() & (others or {}):
+        raise InputError(f"expected titles of others that name no method, got {some(taken)}; choose others")
     base = new_classifier(classifier, train) if isinstance(classifier, str) else plain_classifier(classifier)
     if isinstance(classifier, str):
         train_classifier(base, train, 1.0)
@@ -551,12 +572,12 @@ def choose(problem: Problem, names: Sequence[str], validation: Features) -> dict
 
 @torch.no_grad()
 def tally(found: Sequence[Candidate], features: Features, groups: Mapping[str, Tensor]) -> list[Tally]:
-    """Figures of all candidates in one pass over features."""
+    """Figures of all candidates on features, each in the dtype and on the device of its classifier."""
     classes = len(features.class_counts)
     tallies = [Tally(classes, groups, one.method.probabilities) for one in found]
-    for chunk in Part(found[0].classifier, features).chunks():
-        for one, told in zip(found, tallies, strict=True):
-            told.add(chunk.scores(one.classifier), chunk.y)
+    for one, told in zip(found, tallies, strict=True):
+        for chunk in Part(one.classifier, features).chunks():
+            told.add(chunk.scores(one.classifier), chunk.y, chunk.weights)
     return tallies
 
 
@@ -605,7 +626,10 @@ def table(content: Mapping[str, Any]) -> str:
             for run in present
         ]
         cells = [_spread([one["figures"].get(key) for one in own], ".2f" if key == "nll" else ".1f") for key in columns]
-        setting = " ".join(f"{key} {value:g}" for key, value in own[0]["setting"].items())
+        setting = " ".join(
+            f"{key} {'/'.join(f'{value:g}' for value in sorted({one['setting'][key] for one in own}))}"
+            for key in own[0]["setting"]
+        )
         rows.append(
             [own[0]["title"], setting, *cells, _spread(gains, "+z.1f"), _spread([one["seconds"] for one in own][:1])]
         )

@@ -50,6 +50,7 @@ def logit_adjust(
     class_counts: ClassCounts,
     strength: float = 1.0,
     target_prior: Tensor | None = None,
+    zero_count: str = "error",
 ) -> AdaptiveCalibration:
     """margin_j = -strength ln r_j + const. (Menon et al., "Long-tail learning via logit adjustment", 2021).
 
@@ -60,6 +61,7 @@ def logit_adjust(
         class_counts: training counts r, anything :func:`disalign.load_class_counts` takes.
         strength: 0 leaves the scores, 1 turns posteriors under r into those under equal classes.
         target_prior: (K,) frequencies to expect in place of equal ones.
+        zero_count: of a class without examples: ``"error"``, or ``"exclude"`` to leave its margin at 0.
 
     Raises:
         InputError: counts that do not fit the classifier, or are 0; a prior that is not positive.
@@ -71,7 +73,7 @@ def logit_adjust(
     counts, background = _counts_of(classifier, class_counts)
     if not (math.isfinite(strength) and strength >= 0):
         raise InputError(f"expected a finite strength >= 0, got {strength!r}")
-    margin = log_weights(generalized_reweight(counts, strength).double())
+    margin = log_weights(generalized_reweight(counts, strength, zero_count=zero_count).double())
     if target_prior is not None:
         prior = torch.as_tensor(target_prior, dtype=torch.float64)
         if prior.shape != counts.shape or not (prior > 0).all():
@@ -218,7 +220,7 @@ def nearest_mean(features: Features, metric: str = "cosine") -> nn.Module:
     if metric == "cosine":
         found, tensors = CosineClassifier(width, classes, scale=1.0, learn_scale=False), {"weight": means}
     else:
-        nothing = torch.where(torch.bincount(features.y, minlength=classes) > 0, 0.0, -torch.inf)
+        nothing = torch.where(torch.bincount(features.y, features.weights, classes) > 0, 0.0, -torch.inf)
         found, tensors = nn.Linear(width, classes), {"weight": 2 * means, "bias": nothing - means.square().sum(1)}
     found.to(dtype).load_state_dict(tensors, strict=False)
     return found.requires_grad_(False)

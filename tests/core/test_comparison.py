@@ -1,5 +1,7 @@
 """The comparison of methods: its figures by other routes, what is compared where; the test split decides nothing."""
 
+import copy
+import inspect
 import json
 import math
 import re
@@ -108,6 +110,11 @@ def test_the_calibration_error_is_that_of_fifteen_bins(scored):
     assert reliability["confidence"][8] == pytest.approx(100 * confidence[chosen].mean(), abs=1e-4)
 
 
+def test_too_sure_and_not_sure_enough_do_not_cancel_out():
+    told = tallied(torch.tensor([[math.log(9), 0, -99, -99], [math.log(1.5), 0, -99, -99]]), torch.tensor([1, 0]))
+    assert told.figures()["ece"] == pytest.approx((90 + 40) / 2)
+
+
 def test_a_certain_score_falls_into_the_last_bin():
     told = tallied(torch.tensor([[1000.0, 0, 0, 0]]), torch.tensor([0]))
     assert told.details()["reliability"]["count"] == [0.0] * 14 + [1.0]
@@ -128,12 +135,50 @@ def test_batches_do_not_matter(scored):
     assert parts.figures() == pytest.approx(whole.figures())
 
 
+def test_a_weighted_example_counts_as_often(scored):
+    scores, labels = scored
+    weights = torch.arange(200) % 3
+    weighted = Tally(4, GROUPS)
+    weighted.add(scores, labels, weights)
+    repeated = tallied(scores.repeat_interleave(weights, 0), labels.repeat_interleave(weights))
+    assert weighted.figures() == pytest.approx(repeated.figures())
+    assert weighted.details()["confusion"] == pytest.approx(np.array(repeated.details()["confusion"]))
+    assert weighted.details()["reliability"]["count"] == repeated.details()["reliability"]["count"]
+
+
+def test_a_class_of_no_group_is_in_no_row_of_the_confusion():
+    one = {"few": torch.tensor([False, False, True, True])}
+    told = tallied(torch.eye(4)[[0, 2, 3, 0]], torch.tensor([0, 2, 2, 2]), one)
+    assert told.details()["confusion"] == [[100.0]]
+
+
+def test_half_precision_scores_lose_nothing_more():
+    scores = torch.tensor([[9.0, 0, 0, 0], [8.0, 0, 0, 0]])
+    labels = torch.tensor([0, 0])
+    assert tallied(scores.half(), labels).figures() == tallied(scores, labels).figures()
+
+
+WRONG = {
+    "NaN": (torch.full((1, 4), math.nan), GROUPS, "expected finite scores to evaluate"),
+    "infinity": (torch.tensor([[math.inf, 0, 0, 0]]), GROUPS, "expected finite scores to evaluate"),
+    "classes": (torch.zeros(1, 3), GROUPS, "expected scores of 4 classes, got 3"),
+    "groups": (torch.zeros(1, 4), {"all": torch.tensor([True])}, "expected 4 classes in group 'all', got 1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_scores_that_cannot_be_evaluated_are_refused(name):
+    scores, groups, sentence = WRONG[name]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        tallied(scores, torch.tensor([0]), groups)
+
+
 def test_what_is_not_there_has_no_figure():
     told = tallied(torch.eye(4)[:2], torch.tensor([0, 0]), probabilities=False)
     assert told.figures()["few"] is None
     assert told.figures()["ece"] is None
     assert math.isnan(told.per_class()["accuracy"][3])
-    assert told.figures()["balanced"] == 50
+    assert told.figures()["balanced"] == told.figures()["mIoU"] == 50
     assert "reliability" not in told.details()
 
 
@@ -157,11 +202,93 @@ def test_all_is_all_that_makes_sense():
     assert not found["detection"] & {"crt", "ncm", "ncm_l2", "rebalance", "disalign_cross_fit", "bound"}
 
 
+#: Method -> the same by a call of its own: rho 0.7, seed 3, and for the closed forms a setting that is no default.
+BY_HAND = {
+    "stage_one": lambda train, one: one,
+    "logit_adjust": lambda train, one: disalign.methods.logit_adjust(one, COUNTS, 0.7),
+    "tau_normalize": lambda train, one: disalign.methods.tau_normalize(one, 0.7),
+    "vs": lambda train, one: disalign.methods.vs(one, COUNTS, tau=1.0, gamma=0.7),
+    "rebalance": lambda train, one: disalign.methods.rebalance(one, train.x),
+    "lws": lambda train, one: disalign.fit(train, one, 0.7, confidence="one", learn_margin=False),
+    "marc": lambda train, one: disalign.fit(
+        train, one, 0.7, confidence="one", margin_scale=one.weight.detach().square().sum(1).sqrt()
+    ),
+    "crt": lambda train, one: disalign.methods.crt(train, one, 0.7, C=1.0),
+    "ncm": lambda train, one: disalign.methods.nearest_mean(train, "cosine"),
+    "ncm_l2": lambda train, one: disalign.methods.nearest_mean(train, "l2"),
+    "vector_scaling": lambda train, one: disalign.fit(train, one, 0.0, confidence="one"),
+    "rho_0": lambda train, one: disalign.fit(train, one, 0.0),
+    "disalign_magnitude": lambda train, one: disalign.fit(train, one, 0.7, learn_margin=False),
+    "disalign_margin": lambda train, one: disalign.fit(train, one, 0.7, learn_magnitude=False),
+    "disalign_one": lambda train, one: disalign.fit(train, one, 0.7, confidence="one"),
+    "disalign": lambda train, one: disalign.fit(train, one, 0.7),
+    "disalign_anchor": lambda train, one: disalign.fit(train, one, 0.7, confidence="one", anchor="logit_adjust"),
+    "disalign_shrunk": lambda train, one: disalign.methods.shrink(
+        disalign.fit(train, one, 0.7, confidence="one", anchor="logit_adjust", penalty=0.01).calibration, COUNTS, 0.7
+    ),
+    "disalign_cross_fit": lambda train, one: disalign.fit(
+        train, one, 0.7, confidence="one", anchor="logit_adjust", cross_fit=5, seed=3
+    ),
+    "bound": lambda train, one: disalign.methods.crt(train, one, 0.0, C=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def fitted_once():
+    return classifier()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_name_stands_for_its_method(name, fitted_once):
+    train, one = draw(), fitted_once
+    problem = Problem(train, one, rho=0.7, seed=3)
+    expected = BY_HAND[name](train, one)
+    if isinstance(expected, disalign.AdaptiveCalibration):
+        expected = disalign.modules.with_calibration(one, expected)
+    found = comparison.learnt(name, problem, 0.7 if METHODS[name].setting != "rho" else problem.rho).classifier
+    torch.testing.assert_close(found(TEST.x), expected(TEST.x), rtol=1e-5, atol=1e-5)
+    assert METHODS[name].probabilities == (name not in ("ncm", "ncm_l2"))
+
+
+def test_every_method_is_checked_by_hand():
+    assert METHODS.keys() - BY_HAND.keys() == {"norcal"}  # below, beside a background
+
+
+def test_the_settings_of_a_method_are_its_functions_own(fitted_once):
+    problem = Problem(draw(), fitted_once, rho=0.7)
+    for name, method in METHODS.items():
+        default = comparison.setting_of(name, problem)
+        if method.setting in ("tau", "gamma", "strength"):
+            assert default == inspect.signature(getattr(disalign.methods, name)).parameters[method.setting].default
+            assert not method.grid or default in method.grid
+        else:
+            assert default == (0.7 if method.setting == "rho" else 0.0)
+
+
+@pytest.mark.parametrize("name", ["disalign", "lws", "marc", "vector_scaling"])
+def test_options_of_the_fit_are_passed_on(name):
+    """A background's weight, and classes without examples."""
+    counts = [100, 30, 10, 0]
+    y = np.repeat(range(5), [*counts, 50])
+    x = np.random.default_rng(0).normal(size=(len(y), WIDTH)).astype(np.float32)
+    rows = Features.from_arrays(x, y, class_counts=counts, background=True)
+    torch.manual_seed(0)
+    one, rho = nn.Linear(WIDTH, 5), METHODS[name].value if METHODS[name].setting == "" else 0.7
+    options = {} if name == "disalign" else {"confidence": "one"}
+    options |= {"learn_margin": False} if name == "lws" else {}
+    options |= {"margin_scale": one.weight.detach().norm(dim=1)[:4]} if name == "marc" else {}
+    given = {"background_weight": 0.3, "zero_count": "exclude"}
+    expected = disalign.fit(rows, one, rho, **options, **given)
+    found = comparison.learnt(name, Problem(rows, one, 0.7, **given), rho).classifier
+    torch.testing.assert_close(found(rows.x), expected(rows.x), rtol=1e-5, atol=1e-5)
+
+
 REFUSED = {
     "unknown": (["disalgn"], "classification", False, "expected methods among stage_one, logit_adjust, tau_normalize"),
     "norms of cosines": (["tau_normalize"], "classification", True, "the norms of a cosine classifier's weights"),
     "norcal of images": (["norcal"], "classification", False, "'norcal': it spares a background"),
     "cRT of a detector": (["crt"], "detection", False, "make sense for detection, got 'crt': its background is"),
+    "MARC of cosines": (["marc"], "classification", True, "the norms of a cosine classifier's weights"),
     "means of pixels": (["ncm"], "segmentation", False, "a row is a pixel interpolated from four cells"),
     "the bound by name": (["bound"], "classification", False, "compare(..., balanced=FEATURES)"),
 }
@@ -178,6 +305,51 @@ def test_features_of_another_trunk_are_refused():
     other = Features.from_arrays(torch.randn(8, WIDTH + 1), np.arange(8) % 4)
     with pytest.raises(InputError, match=r"expected test features like Features\(206 x 5 float32, 4 classes\)"):
         disalign.compare(draw(), other, classifier())
+
+
+def test_what_compare_has_no_use_for_is_refused(fitted_once):
+    rows = Features.from_arrays(torch.randn(8, WIDTH), np.arange(8) % 5, class_counts=[1] * 4, background=True)
+    with pytest.raises(InputError, match="expected features without a background"):
+        disalign.compare(draw(), rows, fitted_once)
+    with pytest.raises(InputError, match="expected titles of others that name no method, got lws"):
+        disalign.compare(draw(), TEST, fitted_once, others={"lws": fitted_once})
+
+
+@pytest.mark.parametrize(("rows", "own"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_classifier_of_another_dtype_than_the_features(rows, own, fitted_once):
+    """As with devices, what is learnt from features need not lie where stage one does."""
+    train, test = (Features.from_arrays(some.x.to(rows), some.y) for some in (draw(), TEST))
+    expected = methods_of(disalign.compare(draw(), TEST, fitted_once, dial=()))
+    found = methods_of(disalign.compare(train, test, copy.deepcopy(fitted_once).to(own), dial=()))
+    assert {name: one["figures"]["average"] for name, one in found.items()} == pytest.approx(
+        {name: one["figures"]["average"] for name, one in expected.items()}, abs=1.0
+    )
+
+
+def test_a_class_without_training_examples_can_be_left_out(fitted_once):
+    train = draw([150, 40, 12, 0], class_counts=[150, 40, 12, 0])
+    with pytest.raises(InputError, match="zero_count='exclude'"):
+        disalign.compare(train, TEST, fitted_once, ["disalign"])
+    found = methods_of(disalign.compare(train, TEST, fitted_once, ["disalign"], zero_count="exclude", dial=()))
+    margin = -np.log([150, 40, 12])
+    adjusted = np.array(found["logit_adjust"]["margin"])
+    assert np.diff(adjusted[:3]) == pytest.approx(np.diff(margin), abs=1e-5)
+    assert adjusted[3] == 0
+    assert found["disalign"]["magnitude"][3] == 1
+
+
+def test_seed_weights_and_groups_are_passed_on(fitted_once):
+    test = Features.from_arrays(TEST.x, TEST.y, weights=1 + np.arange(120) % 2)
+    content = disalign.compare(draw(), test, fitted_once, ["disalign_cross_fit"], rho=0.7, seed=3, dial=())
+    found = methods_of(content)
+    expected = disalign.fit(
+        draw(), fitted_once, 0.7, confidence="one", anchor="logit_adjust", cross_fit=5, seed=3
+    ).calibration.margin
+    assert found["disalign_cross_fit"]["margin"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert content["runs"][0]["seed"] == 3
+    right = fitted_once(TEST.x).argmax(1) == TEST.y
+    average = 100 * np.average(right.numpy(), weights=test.weights)
+    assert found["stage_one"]["figures"]["average"] == pytest.approx(average)
 
 
 # ---------------------------------------------------------------------------------------------------- the comparison
@@ -258,6 +430,13 @@ def test_the_table_has_mean_spread_and_gain_of_several_stage_ones(compared):
     gains = [own - before, own - before + 2]
     assert f"{statistics.mean(gains):+.1f} +- {statistics.stdev(gains):.1f}" in line
     assert "mean +- standard deviation of 2 stage ones" in text
+
+
+def test_the_table_shows_all_settings_that_were_chosen(compared):
+    other = json.loads(json.dumps(compared))
+    methods_of(other)["tau_normalize"]["setting"]["tau"] = 0.5
+    assert re.search("^tau-normalisation +tau 0.5/1 ", table(merged([compared, other])), re.MULTILINE)
+    assert re.search("^tau-normalisation +tau 1 ", table(merged([compared, compared])), re.MULTILINE)
 
 
 def test_stage_ones_of_other_training_sets_are_not_averaged(compared):

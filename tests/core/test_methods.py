@@ -61,6 +61,8 @@ def test_logit_adjustment_to_a_prior():
     calibration = methods.logit_adjust(classifier, COUNTS, target_prior=torch.from_numpy(prior))
     found = softmax(scores_of(calibration, classifier, x).numpy())
     assert found == pytest.approx(shifted / shifted.sum(1, keepdims=True), abs=1e-6)
+    counted = methods.logit_adjust(classifier, COUNTS, target_prior=torch.from_numpy(1000 * prior))
+    torch.testing.assert_close(counted.margin, calibration.float().margin)
 
 
 def test_logit_adjustment_is_the_anchor_of_the_fit():
@@ -281,7 +283,9 @@ def test_a_weighted_row_counts_as_often_in_the_mean():
 
 def test_a_class_without_examples_is_never_the_nearest():
     train = rows(class_counts=[*COUNTS, 0])
-    assert 4 not in methods.nearest_mean(train, "l2")(train.x).argmax(1)
+    assert 4 not in methods.nearest_mean(train, "l2")(0 * train.x).argmax(1)
+    weightless = rows(weights=(train.y != 3).double())
+    assert 3 not in methods.nearest_mean(weightless, "l2")(0 * train.x).argmax(1)
 
 
 def shrunk(margin, counts=COUNTS, rho=1.0):
