@@ -7,6 +7,6 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"disalign_cls needs mmengine, timm, torchvision and more, but there is no {error.name}; install them with "
-        "pip install 'disalign[cls]', or one by one beside an upstream mmengine",
+        "pip install 'disalign[cls]', or individually beside an upstream mmengine",
         name=error.name,
     ) from error

@@ -55,10 +55,10 @@ def build_backbone(name: str, pretrained: bool = False, **options: Any) -> Any:
     Args:
         name: any timm model, or one of ``cifar_resnet20``, ``cifar_resnet32``, ``small_cnn``, ``resnext152_32x4d``.
         pretrained: timm's weights for it (downloaded by timm).
-        options: the model's own.
+        options: passed to the model.
 
     Raises:
-        InputError: an unknown name, or ``pretrained`` where there is none.
+        InputError: an unknown name, or ``pretrained`` for a model without public weights.
     """
     if name in OWN:
         if pretrained:
@@ -68,6 +68,6 @@ def build_backbone(name: str, pretrained: bool = False, **options: Any) -> Any:
         close = difflib.get_close_matches(name, [*OWN, *timm.list_models()])
         raise InputError(f"expected the name of a timm model or one of {some(OWN)}, got {name!r}; close: {some(close)}")
     trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    # What the classifier sees, where a layer stands between it and the trunk's own features (MobileNetV3).
+    # The classifier's input size, where a layer lies between it and the trunk's own features (MobileNetV3).
     trunk.num_features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
     return trunk

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(config: Config, name: str, list_all: bool, classes: Sequence[str] | None = None) -> Any:
-    """Print one line on a dataloader's dataset, or on what is wrong with it; return it if it is complete, else None."""
+    """Print one line about a dataloader's dataset or its problem; return the dataset if it is complete, else None."""
     try:
         with config_errors(config.filename):
             if config.get(name) is None:
@@ -46,7 +46,7 @@ def check(config: Config, name: str, list_all: bool, classes: Sequence[str] | No
             if found > known or (found < known and name.startswith("train")):
                 raise InputError(
                     f"expected a dataset of as many classes as the model, whose num_classes is {known}, got {found}; "
-                    "correct the one or the other"
+                    "correct one of them"
                 )
     except InputError as error:
         print(f"{name}: {error}")
@@ -56,7 +56,7 @@ def check(config: Config, name: str, list_all: bool, classes: Sequence[str] | No
     counts = dataset.class_counts
     thresholds = {key: value for key, value in config.get("val_evaluator", {}).items() if key in ("many", "few")}
     sizes = [f"{group} {int(members.sum())}" for group, members in many_medium_few(counts, **thresholds).items()]
-    # The groups are of the training set's counts; an evaluated set has none of its own.
+    # The groups are defined by the training counts; an evaluated set has none of its own.
     groups = f"; {', '.join(sizes)} classes" if name.startswith("train") else ""
     print(
         f"{name}: {len(dataset)} images of {dataset.num_classes} classes, {int(counts.min())} to {int(counts.max())} "

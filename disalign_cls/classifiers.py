@@ -21,13 +21,13 @@ class ImageClassifier(BaseModel):
     """A backbone and a classifier: stage one. Trained with plain cross-entropy it is the paper's Baseline.
 
     Args:
-        backbone: options of :func:`disalign_cls.backbones.build_backbone`, its ``name`` among them.
+        backbone: options of :func:`disalign_cls.backbones.build_backbone`, including its ``name``.
         num_classes: K.
         classifier: ``"linear"`` (eq. 2), or ``"cosine"`` (eq. 3; the paper's starred rows).
         cosine: options of :class:`disalign.CosineClassifier` (``scale``, ``learn_scale``).
         data_preprocessor: mmengine's; it normalises the uint8 images on the device.
-        stage_one_loss: a loss of :mod:`disalign_cls.losses`, its ``type`` among the options; ``None``: cross-entropy.
-            It is not called ``loss``, since stage two's config is laid over this one's and has another loss there.
+        stage_one_loss: options of a loss of :mod:`disalign_cls.losses`, including its ``type``; ``None`` for
+            cross-entropy. Not called ``loss``, because stage two's config inherits this one and sets its own ``loss``.
 
     Shapes: inputs (N, C, H, W), data_samples (N,) int64 labels; scores (N, K).
 
@@ -59,10 +59,10 @@ class ImageClassifier(BaseModel):
         self.stage_one_loss = build_stage_one_loss(stage_one_loss, self.classifier) if stage_one_loss else None
 
     def init_weights(self) -> None:
-        """Nothing: built is initialised. (mmengine would call timm's, which overwrites pretrained weights.)"""
+        """Do nothing: the constructor initialises. (MMEngine's would call timm's and overwrite pretrained weights.)"""
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Take the training set's (K,) counts, for the groups of the metric and for the loss."""
+        """Set the training set's (K,) counts, for the metric's groups and the loss."""
         if len(class_counts) != self.num_classes:
             raise InputError(
                 f"expected one count for each of the model's {self.num_classes} classes, got {len(class_counts)}; set "
@@ -74,12 +74,12 @@ class ImageClassifier(BaseModel):
             self.stage_one_loss.to(self.classifier.weight.device)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the run's epoch, from 0, before it begins."""
+        """Set the epoch, from 0, before it begins."""
         if self.stage_one_loss is not None:
             self.stage_one_loss.epoch = epoch
 
     def metadata(self) -> dict:
-        """Plain values that a checkpoint keeps; without a ``stage_one_loss`` it was cross-entropy."""
+        """Plain values stored in a checkpoint; without a ``stage_one_loss``, the loss was cross-entropy."""
         loss = {} if self.stage_one_loss is None else {"stage_one_loss": self.stage_one_loss.metadata()}
         return {"class_counts": None if self.class_counts is None else self.class_counts.tolist()} | loss
 
@@ -104,16 +104,16 @@ class ImageClassifier(BaseModel):
 
 @MODELS.register_module()
 class DisAlignClassifier(ImageClassifier):
-    """Stage two: the same classifier, frozen, with a calibration on top that alone learns (Sec. 3.2).
+    """Stage two: the same classifier, frozen, with a trainable calibration on top (Sec. 3.2).
 
-    Parameter names are stage one's; new are ``classifier.calibration.*``. Built frozen, so DDP needs no
-    ``find_unused_parameters``.
+    Parameter names are stage one's, plus ``classifier.calibration.*``. The constructor freezes the model, so DDP needs
+    no ``find_unused_parameters``.
 
     Args:
         calibration: options of :class:`disalign.AdaptiveCalibration`.
-        loss: options of :class:`disalign.GRWCrossEntropyLoss`; the class counts come from the training set. Those given
-            here must be the same.
-        stage_one_loss: inherited from stage one's config, and without influence.
+        loss: options of :class:`disalign.GRWCrossEntropyLoss`; the class counts come from the training set. Counts
+            given here must match them.
+        stage_one_loss: inherited from stage one's config; not used.
         options: :class:`ImageClassifier`'s.
     """
 
@@ -137,8 +137,8 @@ class DisAlignClassifier(ImageClassifier):
         if given is not None and given.tolist() != class_counts.tolist():
             raise InputError(
                 f"expected the counts of the training set ({int(class_counts.sum())} images of {len(class_counts)} "
-                f"classes) as model.loss.class_counts, got others ({int(given.sum())} of {len(given)}); leave it out, "
-                "and they are taken from there"
+                f"classes) as model.loss.class_counts, got others ({int(given.sum())} of {len(given)}); leave it out "
+                "to use the training set's"
             )
         self.loss.set_class_counts(class_counts)
 
@@ -150,12 +150,12 @@ class DisAlignClassifier(ImageClassifier):
         return {"loss": loss} | self.classifier.calibration.statistics()
 
     def predictions(self, features: Tensor, labels: Any) -> list[dict]:
-        # The trunk is frozen, so stage one's scores come with the same pass: its figures cost nothing.
+        # The trunk is frozen, so the same pass gives stage one's scores: its figures cost nothing.
         stage_one, calibrated = self.classifier.scores(features)
         return _best_five(labels, top=calibrated, stage_one=stage_one)
 
 
 def _best_five(labels: Tensor, **scores: Tensor) -> list[dict]:
-    """Per image its label and, for each of the named (N, K) scores, the labels of the (up to) five best."""
+    """For each image its label and, for each of the named (N, K) scores, the (up to) five highest-scoring labels."""
     best = {name: z.topk(min(5, z.shape[1]), dim=1).indices.cpu() for name, z in scores.items()}
     return [{"label": label} | {name: best[name][i] for name in best} for i, label in enumerate(labels.cpu())]

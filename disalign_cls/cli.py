@@ -12,14 +12,14 @@ from disalign_mmengine.checkpoints import load_whole
 
 
 def without_pretrained(config: Config, args: argparse.Namespace | None = None) -> None:
-    """Where a checkpoint follows there is nothing to download first."""
+    """Download no pretrained weights if a checkpoint is loaded afterwards."""
     checkpoint = args is None or any(config.get(key) for key in ("stage_one", "load_from", "resume"))
     if checkpoint and config.model.backbone.get("pretrained"):
         config.model.backbone.pretrained = False
 
 
 def load_model(config: Config, path: str) -> tuple[nn.Module, dict]:
-    """The config's model with a checkpoint's tensors, all of them and no others, in eval mode; and the checkpoint."""
+    """The config's model in eval mode, with exactly the tensors of a checkpoint; and the checkpoint."""
     checkpoint = load_file(path)
     model = build_model(config)
     load_whole(model, checkpoint, path)

@@ -1,4 +1,4 @@
-"""Features of a config's images: what the classifier of a trained model sees of them."""
+"""Features of a config's images: the input of a trained model's classifier."""
 
 import hashlib
 import json
@@ -28,22 +28,22 @@ def collect_features(
     dtype: torch.dtype = torch.float32,
     classes: Sequence[str] | None = None,
 ) -> tuple[Features, Any]:
-    """Run a config's model once over one of its data sets, on the device that it is on.
+    """Run a config's model once over one of its data sets, on the model's device.
 
     Args:
         model: an :class:`disalign_cls.classifiers.ImageClassifier` with its weights.
-        config: names the data sets.
+        config: defines the data sets.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        views: 0 for every image once, under the evaluation's transforms; else that many views of each under the
-            split's own, drawn anew, with weights that sum to 1 for each image, and never split over folds.
-        out, dtype: :func:`disalign.collect`'s.
-        classes: that the data set must have, in this order; ``None`` where they are not known.
+        views: 0: every image once, with the evaluation's transforms; otherwise the number of random views of each
+            image, with the split's own transforms; their weights sum to 1 and they stay in one fold.
+        out, dtype: see :func:`disalign.collect`.
+        classes: class names that the data set must have, in this order; ``None`` if unknown.
 
     Returns:
         The features, and the data set (without views) for its classes and counts.
 
     Raises:
-        InputError: a data set that can't be built, and what :func:`disalign.collect` refuses.
+        InputError: a data set that can't be built, or as in :func:`disalign.collect`.
     """
     if views < 0:
         raise InputError(f"expected 0 views (each image once) or more, got {views}")
@@ -79,7 +79,7 @@ def collect_features(
 
 
 def _describe(dataset: Any, description: dict, copies: int) -> str:
-    """The images and labels, wherever they lie, and the transforms."""
+    """Identify the images and labels, independent of their location, and the transforms."""
     digest = hashlib.sha256(dataset.labels.numpy().tobytes())
     if isinstance(dataset.images, np.ndarray):
         digest.update(np.ascontiguousarray(dataset.images).data)

@@ -2,8 +2,8 @@
 
 One pass of each stage one over the training images and one over the evaluation's; then every method (disalign.compare)
 learns from the former and is evaluated on the latter. CONFIG is a stage two's. Several stage ones give mean +- standard
-deviation. Nothing is chosen on the evaluation's images: settings are fixed, or those that are best on
-the config's validation split (--choose-on val). Prints a table and writes comparison.json, for `disalign report`.
+deviation. Nothing is tuned on the evaluation images: settings are fixed, or the best on the
+config's validation split (--choose-on val). Prints a table and writes comparison.json, for `disalign report`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
-    """The passes, the methods and the table."""
+    """Run the passes and the methods, and print the table."""
     model: Any = build_model(config)
     if not calibrations(model):
         raise InputError(f"expected the config of a stage two, got {config.filename!r}, whose model has no calibration")

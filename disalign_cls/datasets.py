@@ -38,7 +38,7 @@ def build_transforms(steps: Sequence[dict]) -> v2.Compose:
 
 
 class MissingFilesError(InputError):
-    """Images that a list names and that are not there; ``paths`` holds them all."""
+    """Images that a list names but that do not exist; ``paths`` holds them all."""
 
     def __init__(self, sentence: str, paths: Sequence[str] = ()) -> None:
         super().__init__(sentence)
@@ -46,12 +46,12 @@ class MissingFilesError(InputError):
 
 
 class LongTailDataset(Dataset):
-    """What all datasets share; they differ in where images and labels come from.
+    """Base class of the datasets, which differ in where images and labels come from.
 
     Args:
         images: (N,) paths, whose existence is checked here, or (N, H, W, 3) or (N, H, W) uint8.
         labels: (N,), in [0, K).
-        where: they are from, for error messages.
+        where: the source of both, for error messages.
         num_classes: K; default: the number of ``classes``, or else the largest label + 1.
         classes: names of the classes.
         transforms: see :func:`build_transforms`.
@@ -59,7 +59,7 @@ class LongTailDataset(Dataset):
         split: ``"train"``, ``"val"``, ``"test"`` ...; every metric is named after it.
 
     Raises:
-        InputError: no images, missing ones, a label outside [0, K), or another number of names than K.
+        InputError: no images, missing images, a label outside [0, K), or a number of class names other than K.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LongTailDataset(Dataset):
         return len(self.labels)
 
     def open(self, index: int) -> Image.Image:
-        """The image as the transforms get it."""
+        """The image as passed to the transforms."""
         image = self.images[index]
         return open_image(image) if isinstance(image, str) else Image.fromarray(image)
 
@@ -118,7 +118,7 @@ class LongTailDataset(Dataset):
 
 @DATASETS.register_module()
 class ListDataset(LongTailDataset):
-    """Images named in a ``path label`` list file, as ImageNet-LT, Places-LT and iNaturalist-2018 have them.
+    """Images named in a ``path label`` list file, the format of ImageNet-LT, Places-LT and iNaturalist-2018.
 
     Args:
         ann_file: the list.
@@ -132,7 +132,7 @@ class ListDataset(LongTailDataset):
         names, labels = read_list(ann_file, data_root)
         try:
             if isinstance(rewrite, str):
-                raise TypeError("it is no list")
+                raise TypeError("it is not a list")
             for pattern, replacement in zip(rewrite[::2], rewrite[1::2], strict=True):
                 names = [re.sub(pattern, replacement, name) for name in names]
         except (re.error, TypeError, ValueError, IndexError) as error:
@@ -144,11 +144,11 @@ class ListDataset(LongTailDataset):
 
 @DATASETS.register_module()
 class JsonDataset(LongTailDataset):
-    """Images and their classes in a JSON of COCO's form without boxes, as iNaturalist ships them (``train2018.json``).
+    """Images and their classes in a COCO-style JSON without boxes, as iNaturalist ships them (``train2018.json``).
 
     Args:
         ann_file: ``images`` with a ``file_name``, ``annotations`` with ``image_id`` and ``category_id``, one of each
-            image, and ``categories``, whose order by id is that of the labels.
+            image, and ``categories``, which give the labels in the order of their ids.
         data_root: what the file names are relative to.
         options: :class:`LongTailDataset`'s.
     """
@@ -164,7 +164,7 @@ class FolderDataset(LongTailDataset):
     """One folder per class.
 
     Args:
-        data_root: the folder of folders.
+        data_root: the folder that holds them.
         classes: the folders' names in the order of the labels; default: those found, in alphabetical order.
         options: :class:`LongTailDataset`'s.
 
@@ -197,7 +197,7 @@ class ArrayDataset(LongTailDataset):
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
                 if "class_names" in arrays:
                     options.setdefault("classes", [str(name) for name in arrays["class_names"]])
-        except Exception as error:  # a broken file can break a reader anywhere
+        except Exception as error:  # a broken file can raise anything in a reader
             raise InputError(
                 f"expected '{split}_images' and '{split}_labels' in {file!r}, but: {first_line(error)}; make it again"
             ) from None
@@ -214,7 +214,7 @@ class ArrayDataset(LongTailDataset):
 def _refuse_bomb(file: str) -> None:
     with zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
-            # Images, drawings even, are not packed a hundredfold.
+            # No images, not even drawings, compress a hundredfold.
             if record.file_size > max(100 * record.compress_size, 1 << 28):
                 raise ValueError(f"{record.filename} would unpack {record.compress_size} bytes to {record.file_size}")
 
@@ -226,8 +226,8 @@ class DigitsLT(LongTailDataset):
     The test split is balanced, 50 images per class, and shares no image with training.
 
     Args:
-        split: ``"train"``, ``"test"``, or ``"balanced"``: training as it would be without a long tail, 124 images of
-            each digit, for the empirical bound (Sec. 3.1).
+        split: ``"train"``, ``"test"``, or ``"balanced"``: a training set without a long tail, 124 images of each digit,
+            for the empirical bound (Sec. 3.1).
         seed: permutes which digit is rare, and which images are drawn.
         options: :class:`LongTailDataset`'s.
     """
@@ -235,7 +235,7 @@ class DigitsLT(LongTailDataset):
     #: The exponential profile of imbalance 100: int(100 * 0.01 ** (j / 9)).
     profile = (100, 59, 35, 21, 12, 7, 4, 2, 1, 1)
     test_per_class = 50
-    balanced_per_class = 124  # as many as there are of the rarest digit beside the test split
+    balanced_per_class = 124  # what the rarest digit has beside the test split
 
     def __init__(self, split: str = "train", seed: int = 0, **options: Any) -> None:
         from sklearn.datasets import load_digits

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", default="demo_results", help="folder for results.json and the pictures")
     arguments.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    arguments.add_argument("--methods", nargs="+", help="of disalign.compare, or all; default: those that take seconds")
+    arguments.add_argument("--methods", nargs="+", help="of disalign.compare, or all; default: those that need seconds")
     args = arguments.parse_args(argv)
     chosen_methods(args.methods, "classification", cosine=False)
     if len(set(args.seeds)) < len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"digits, {sum(DigitsLT.profile)} training images ({per_class} per class): "
         f"{len(args.seeds)} seeds x {len(CLASSIFIERS)} classifiers, stage one and DisAlign"
     )
-    # Several processes of one thread: torch's own threads only slow so small a network.
+    # Several single-threaded processes: torch's own threads only slow down so small a network.
     workers = min(len(tasks), usable_cpus(), 8)
     # On the CPU everywhere, so that the figures do not depend on the machine's GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -102,7 +102,7 @@ def run(task: tuple[int, str], folder: str, methods: Sequence[str] | None = None
     )
     sensible = chosen_methods(["all"], "classification", cosine=classifier == "cosine")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a training set known by heart
+        warnings.simplefilter("ignore")  # the network has memorised its training set
         compared = compare(
             train_set,
             test_set,
@@ -149,7 +149,7 @@ def pictures(runs: list[dict], out: Path) -> None:
     """Accuracy per class before and after, and the learned calibration, one panel per classifier."""
 
     def panels(pick):
-        """Title -> per run the picked values of its classes, from many training images to few."""
+        """Title -> for each run, the picked values of its classes, from many training images to few."""
         result = {f"long-tailed digits, {classifier} classifier": [] for classifier in CLASSIFIERS}
         for one in runs:
             classes = sorted(zip(one["report"]["class_counts"], pick(one), strict=True), key=lambda pair: -pair[0])

@@ -1,10 +1,11 @@
 """Export a classifier, its normalisation included: python -m disalign_cls.export CONFIG CHECKPOINT OUT
 
 OUT ends in .pt (TorchScript: Python and C++) or .onnx (ONNX: onnxruntime and others); it then runs without this
-package. In go uint8 images (N, C, H, W) in 0..255, RGB or gray, resized and cropped as in evaluation (TorchScript takes
-floats too); out come scores (N, K), before the softmax. Class names, class counts and rho lie within as JSON: in
-TorchScript's extra file "disalign.json", in ONNX's metadata as "disalign". Before it is written, it is loaded and must
-give the model's own scores, for several batches and, where the backbone takes them, sizes of images.
+package. Its input are uint8 images (N, C, H, W) in 0..255, RGB or gray, resized and cropped as in evaluation
+(TorchScript takes floats too); its output are scores (N, K), before the softmax. Class names, class counts and rho are
+stored inside as JSON: in TorchScript's extra file "disalign.json", in ONNX's metadata as "disalign". Before OUT is
+written, the export is loaded and must reproduce the model's own scores, for several batch sizes and, if the backbone
+accepts them, image sizes.
 """
 
 import io
@@ -58,30 +59,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "class_names": class_names(checkpoint),
         **(metadata(checkpoint).get("disalign") or {}),
         "image_size": size,
-        # What an image goes through before: resized and cropped as in evaluation.
+        # The preprocessing of an image: resized and cropped as in evaluation.
         "transforms": [dict(one) for one in config.test_dataloader.dataset.get("transforms", ())],
     }
     export, load = FORMATS[suffix]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters' about themselves
+            warnings.simplefilter("ignore")  # the exporters warn about themselves
             content = export(deployed, batches, json.dumps(facts))
             run = load(content)
             difference = largest_difference([run(images) for images in batches], expected) if run else None
     except InputError:
         raise
-    except Exception as error:  # an exporter and its runtime fail as they like
+    except Exception as error:  # an exporter and its runtime may raise anything
         raise InputError(
             f"expected a model that can be exported to {suffix}, but: {first_line(error)}; try the other format"
         ) from error
     with atomic_file(args.out) as file:
         file.write(content)
-    sizes = "any size that the backbone takes" if len(batches) > 2 else "no other size"
+    sizes = "any size that the backbone accepts" if len(batches) > 2 else "no other size"
     print(f"wrote {args.out} ({len(content) / 1e6:.1f} MB) for images of {size} x {size} and {sizes}")
     if difference is None:
-        print("not compared with the model's own scores, for want of onnxruntime: pip install onnxruntime")
+        print("not compared with the model's own scores, as onnxruntime is missing: pip install onnxruntime")
     else:
-        print(f"largest difference to the model's own scores: {difference:.1e} of the largest score")
+        print(f"largest difference from the model's own scores: {difference:.1e} of the largest score")
 
 
 def image_size(config: Config) -> int:
@@ -89,7 +90,7 @@ def image_size(config: Config) -> int:
     for transform in reversed(config.test_dataloader.dataset.get("transforms", ())):
         if isinstance(transform.get("size"), int):
             return transform["size"]
-    raise InputError("expected --size, since the config's test images are not resized or cropped to any; give it")
+    raise InputError("expected --size, since the config's test images have no fixed size, got none; give it")
 
 
 class Deployed(nn.Module):
@@ -131,13 +132,13 @@ def examples(model: BaseModel, channels: int, size: int) -> tuple[list[Tensor], 
     try:
         add(5, size, size)
         add(1, size, size)
-    except Exception as error:  # a backbone fails as it likes
+    except Exception as error:  # a backbone may raise anything
         raise InputError(
             f"expected a backbone that takes images of {size} x {size}, but: {first_line(error)}; give their --size"
         ) from error
     if not scores[0].isfinite().all():
         raise InputError(
-            "expected finite scores from the model itself, got NaN or infinity; look at the std, the weights"
+            "expected finite scores from the model itself, got NaN or infinity; check the std and the weights"
         )
     with suppress(Exception):
         add(2, size + 32, size + 64)
@@ -145,8 +146,8 @@ def examples(model: BaseModel, channels: int, size: int) -> tuple[list[Tensor], 
 
 
 def largest_difference(exported: list[Tensor], expected: list[Tensor]) -> float:
-    """Between an exported model's scores and its own, batch by batch, relative to the largest of its own."""
-    # The maximum of tensors lets a NaN through.
+    """Largest over the batches, relative to the largest ``expected`` score of the batch."""
+    # Unlike Python's, the maximum of tensors propagates NaN.
     pairs = zip(exported, expected, strict=True)
     worst = float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
     if not worst <= TOLERANCE:
@@ -165,7 +166,7 @@ def to_torchscript(deployed: nn.Module, batches: list[Tensor], facts: str) -> by
 
 
 def to_onnx(deployed: nn.Module, batches: list[Tensor], facts: str) -> bytes:
-    """By torch's exporter of today (``dynamo=True``), with weights and metadata in the one file."""
+    """By torch's current exporter (``dynamo=True``), with weights and metadata in one file."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise InputError(f"expected {' and '.join(missing)} to write ONNX, got none; pip install {' '.join(missing)}")

@@ -1,8 +1,8 @@
 """Stage two in seconds: python -m disalign_cls.fit CONFIG --stage-one FILE
 
 One pass of stage one over the training images, every image once, then a solver without a learning rate learns the 2K +
-d + 1 numbers (disalign.fit). CONFIG is a stage two's; its rho and calibration count, its schedule does not. Writes a
-checkpoint that CONFIG tests, exports and folds as any other, and prints stage one's figures beside its own.
+d + 1 numbers (disalign.fit). CONFIG is a stage two's; its rho and calibration apply, its schedule does not. Writes a
+checkpoint to test, export and fold with CONFIG as any other, and prints stage one's figures beside its own.
 """
 
 import argparse
@@ -39,14 +39,12 @@ from .collect import collect_features
 def add_arguments(arguments: argparse.ArgumentParser) -> None:
     """The command's options."""
     fit_arguments(arguments, "float32")
-    arguments.add_argument("--views", type=int, default=0, help="random views of each image, not the image once")
-    arguments.add_argument(
-        "--cross-fit", type=int, default=0, help="folds; stage one's classifier is then trained anew"
-    )
+    arguments.add_argument("--views", type=int, default=0, help="random views of each image; default: the image once")
+    arguments.add_argument("--cross-fit", type=int, default=0, help="number of folds; retrains stage one's classifier")
 
 
 def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
-    """The pass, the fits, and the evaluation of each in a folder."""
+    """Run the pass and the fits, and evaluate each into a folder."""
     path = args.stage_one or config.get("stage_one")
     model: Any = build_model(config)
     if not calibrations(model):
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
 
 
 def evaluate(model: Any, features: Features, dataset: Any, config: Config) -> dict:
-    """Both stages' figures on features of a data set, as the config's evaluator has them; it prints their table."""
+    """Both stages' figures on features of a data set, by the config's evaluator, which prints their table."""
     with config_errors(config.filename):
         metric = METRICS.build(config.test_evaluator)
     metric.dataset_meta = dataset.metainfo

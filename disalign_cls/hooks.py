@@ -1,4 +1,4 @@
-"""What a classification run adds: class counts, one set of BatchNorm statistics, results."""
+"""Hooks of a classification run: class counts, one set of BatchNorm statistics, results."""
 
 import os
 
@@ -16,9 +16,9 @@ from disalign_mmengine.models import unwrapped
 
 @HOOKS.register_module()
 class ClassCountsHook(Hook):
-    """Takes the class counts from the training set to the model and the metrics, and keeps them in the checkpoint.
+    """Passes the training set's class counts to the model and the metrics, and saves them in the checkpoint.
 
-    They lie, with what the model's ``metadata()`` says, under ``meta["disalign"]``. It also tells the model the epoch.
+    They are stored under ``meta["disalign"]``, with the model's ``metadata()``. It also tells the model the epoch.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class ClassCountsHook(Hook):
         require_same_classes(self._classes, dataset.metainfo["classes"], f"the {dataset.metainfo['split']} set")
         for metric in loop.evaluator.metrics:
             if metric.collect_dir is None and metric.collect_device == "cpu":
-                # mmengine's default is below the current folder, which may be read-only, or another on each node.
+                # mmengine's default is below the current folder, which may be read-only, or differ between nodes.
                 metric.collect_dir = os.path.join(runner.work_dir, ".collect")
             if getattr(metric, "class_counts", 0) is None:
                 metric.class_counts = model.class_counts
@@ -70,9 +70,9 @@ class ClassCountsHook(Hook):
 
 @HOOKS.register_module()
 class BroadcastBuffersHook(Hook):
-    """Evaluates all ranks with rank 0's BatchNorm statistics, those that the checkpoint keeps.
+    """Evaluates on all ranks with rank 0's BatchNorm statistics, which the checkpoint stores.
 
-    Each rank of a stage-one run has its own, and stage two would meet other figures than stage one printed.
+    Each rank of a stage-one run has its own: stage one would print other figures than stage two finds for it.
     """
 
     def before_val_epoch(self, runner: Runner) -> None:

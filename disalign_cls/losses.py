@@ -2,14 +2,14 @@
 
 Any stage one takes one: ``--cfg-options model.stage_one_loss.type=BalancedSoftmaxLoss``, or in a config
 ``model = dict(stage_one_loss=dict(type="FocalLoss", gamma=1.0))``. Stage two starts from its checkpoint as from any.
-:class:`LDAMLoss` needs a cosine classifier, officially of fixed scale 30, and its re-weighting an epoch to begin at::
+:class:`LDAMLoss` needs a cosine classifier, officially of fixed scale 30, and its re-weighting a start epoch::
 
     python -m disalign_cls.train cls/cifar_lt/baseline-cosine_resnet32_1xb128-200e_cifar100-lt.py --cfg-options \\
         model.stage_one_loss.type=LDAMLoss model.stage_one_loss.defer_until=160 \\
         model.cosine.scale=30 model.cosine.learn_scale=False
 
 In the equations z are an image's K scores, y is its label, n are the training images per class. All are means over the
-images of a batch, but for LDAM's re-weighting.
+images of a batch, except with LDAM's re-weighting.
 """
 
 import math
@@ -26,10 +26,10 @@ from disalign.functional import check_labels, grw_cross_entropy
 
 
 class StageOneLoss(nn.Module):
-    """What these losses share. One of your own: subclass, define :meth:`loss` and register it in MMEngine's MODELS.
+    """Base class of these losses. For your own, define :meth:`loss` and register the class in MMEngine's MODELS.
 
-    It has no parameters, and nothing of it is in a checkpoint but what :meth:`metadata` says. Half-precision scores
-    count in fp32. A class without a training image counts as the smallest that has some: it is never a label.
+    It has no parameters; a checkpoint stores only its :meth:`metadata`. Half-precision scores are computed in fp32.
+    A class without training images gets the smallest count above 0: it is never a label.
 
     Args:
         options: plain values, for :meth:`metadata`.
@@ -41,9 +41,9 @@ class StageOneLoss(nn.Module):
             needs class counts before they are known.
     """
 
-    #: Whether it makes sense for a :class:`disalign.CosineClassifier` alone.
+    #: Whether it requires a :class:`disalign.CosineClassifier`.
     cosine_only = False
-    #: Of the run, from 0; :class:`.hooks.ClassCountsHook` says it.
+    #: Epoch of the run, from 0; set by :class:`.hooks.ClassCountsHook`.
     epoch = 0
 
     _table: Tensor | None
@@ -54,11 +54,11 @@ class StageOneLoss(nn.Module):
         self.register_buffer("_table", None, persistent=False)
 
     def per_class(self, counts: Tensor) -> Tensor:
-        """What :attr:`table` holds for (K,) float64 counts > 0."""
+        """The :attr:`table` for (K,) float64 counts > 0."""
         return counts
 
     def loss(self, scores: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
-        """The loss of fp32 (or better) scores and valid labels; the ``classifier`` gave the scores."""
+        """The loss of fp32 (or better) scores of the ``classifier`` and valid labels."""
         raise NotImplementedError
 
     @property
@@ -69,13 +69,13 @@ class StageOneLoss(nn.Module):
         return self._table
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Take the training set's (K,) counts."""
+        """Set the training set's (K,) counts."""
         counts = class_counts.double().cpu()
         table = self.per_class(torch.where(counts > 0, counts, counts[counts > 0].min()))
         self._table = table.float() if table.is_floating_point() else table
 
     def metadata(self) -> dict[str, Any]:
-        """Plain values that a checkpoint keeps: the type and its options."""
+        """Plain values stored in a checkpoint: the type and its options."""
         return {"type": type(self).__name__, **self.options}
 
     def forward(self, scores: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
@@ -96,10 +96,10 @@ def build_stage_one_loss(options: dict[str, Any], classifier: nn.Module) -> Stag
     kind = MODELS.get(given) if isinstance(given, str) else given
     if not (isinstance(kind, type) and issubclass(kind, StageOneLoss)):
         names = sorted(one.__name__ for one in StageOneLoss.__subclasses__())
-        raise InputError(f"expected as type of model.stage_one_loss one of {some(names, len(names))}, got {given!r}")
+        raise InputError(f"expected model.stage_one_loss.type to be one of {some(names, len(names))}, got {given!r}")
     if kind.cosine_only and not isinstance(classifier, CosineClassifier):
         raise InputError(
-            f"expected a cosine classifier for {kind.__name__}, whose margins are of cosines, got "
+            f"expected a cosine classifier for {kind.__name__}, whose margins are on cosines, got "
             f"{type(classifier).__name__}; set model.classifier='cosine'"
         )
     loss: StageOneLoss = MODELS.build(dict(options))
@@ -112,7 +112,7 @@ class FocalLoss(StageOneLoss):
 
     Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 4, without its alpha; as in Cui et al.'s code for
     images, the sum over the classes is divided by the number of images. There is no softmax in it: stage one's
-    probabilities are sigmoids then. Written by logarithms, whose gradient is finite for gamma < 1 too.
+    probabilities are then sigmoids. Computed in log space, so the gradient is finite for gamma < 1 too.
 
     Args:
         gamma: >= 0, official: 2; 0 is binary cross-entropy.
@@ -137,7 +137,7 @@ class EffectiveNumberLoss(StageOneLoss):
     mean divides by the number of images, as their code does.
 
     Args:
-        beta: in [0, 1), official: 0.9999 (of 0.9, 0.99, 0.999, 0.9999); 0 is cross-entropy, near 1 weighs by 1 / n.
+        beta: in [0, 1), official: 0.9999 (of 0.9, 0.99, 0.999, 0.9999); 0 is cross-entropy, near 1 weights by 1 / n.
     """
 
     def __init__(self, beta: float = 0.9999) -> None:
@@ -156,13 +156,13 @@ class EffectiveNumberLoss(StageOneLoss):
 class LDAMLoss(StageOneLoss):
     """Cross-entropy of the scores less the label's margin: z_y - s * Delta_y, with Delta_k = C / n_k^(1/4).
 
-    z = s * cos, so a margin is one of cosines. s is the classifier's own ``scale`` (official: fixed at 30). Cao et al.,
+    z = s * cos, so margins are on cosines. s is the classifier's own ``scale`` (official: fixed at 30). Cao et al.,
     Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019, eq. 13 and Algorithm 1, with
     their code's weighted mean: sum(w * ce) / sum(w) over the images of a process.
 
     Args:
         max_margin: >= 0, the largest Delta, which gives C (official: 0.5); 0 is cross-entropy.
-        defer_until: epoch, from 0, from which on :class:`EffectiveNumberLoss`'s weights count (official: 160 of 200);
+        defer_until: epoch, from 0, at which :class:`EffectiveNumberLoss`'s weights start (official: 160 of 200);
             ``None``: never. A run counted in iterations stays in epoch 0.
         beta: of these weights, official: 0.9999.
     """
@@ -172,7 +172,7 @@ class LDAMLoss(StageOneLoss):
     def __init__(self, max_margin: float = 0.5, defer_until: int | None = None, beta: float = 0.9999) -> None:
         _require(_in(max_margin, 0, math.inf), "a finite max_margin >= 0", max_margin)
         whole = type(defer_until) is int and defer_until >= 0
-        _require(defer_until is None or whole, "an epoch from 0 as defer_until, or None", defer_until)
+        _require(defer_until is None or whole, "defer_until to be an epoch >= 0 or None", defer_until)
         _require(_in(beta, 0, 1), "a beta in [0, 1)", beta)
         super().__init__(max_margin=max_margin, defer_until=defer_until, beta=beta)
         self.max_margin, self.defer_until, self.beta = max_margin, defer_until, beta
@@ -203,7 +203,7 @@ class EqualizationLoss(StageOneLoss):
             Zhang et al., Bag of Tricks for Long-Tailed Visual Recognition, AAAI 2021, for CIFAR-100-LT.
 
     Raises:
-        InputError: no class is as rare as that.
+        InputError: no class is rarer than ``tail_share``.
     """
 
     def __init__(self, gamma: float = 0.9, tail_share: float = 5e-3) -> None:
@@ -243,7 +243,7 @@ class BalancedSoftmaxLoss(StageOneLoss):
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
     """w_k = (1 - beta) / (1 - beta^n_k), scaled to sum K; (K,) float64 counts > 0 -> (K,) float64."""
-    # expm1, since 1 - beta^n loses its digits for beta near 1.
+    # expm1, since 1 - beta^n loses precision for beta near 1.
     weights = -1 / torch.expm1(counts * counts.new_tensor(beta).log())
     return weights * (len(weights) / weights.sum())
 

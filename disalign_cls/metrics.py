@@ -1,4 +1,4 @@
-"""The long tail's metric: average, groups, per class; stage two beside stage one."""
+"""The long-tail metric: average, groups, per class; stage two beside stage one."""
 
 from typing import Any
 
@@ -31,8 +31,8 @@ class LongTailAccuracy(BaseMetric):
     own: the trunk is frozen, so both come from one pass.
 
     Args:
-        class_counts: training counts, anything :func:`disalign.load_class_counts` takes; default: those that the
-            training set gave, or that the checkpoint keeps.
+        class_counts: training counts, anything :func:`disalign.load_class_counts` takes; default: the training set's,
+            or those stored in the checkpoint.
         many, few: thresholds of the groups (training images).
         stage_one: report stage one's figures too.
     """
@@ -47,7 +47,7 @@ class LongTailAccuracy(BaseMetric):
     ) -> None:
         super().__init__(**options)
         self.class_counts = None if class_counts is None else load_class_counts(class_counts)
-        many_medium_few([0], many, few)  # refuses thresholds before the first evaluation does
+        many_medium_few([0], many, few)  # refuse bad thresholds before the first evaluation
         self.many, self.few = many, few
         self.stage_one = stage_one
         #: The last evaluation in full, ready for JSON.
@@ -87,7 +87,7 @@ class LongTailAccuracy(BaseMetric):
         hits, seen, predicted = (
             np.bincount(chosen, minlength=num_classes) for chosen in (labels[best == labels], labels, best)
         )
-        seen = np.where(seen > 0, seen, np.nan)  # only the classes that were evaluated count
+        seen = np.where(seen > 0, seen, np.nan)  # only evaluated classes count
         accuracy = 100 * hits / seen
         f1 = 200 * hits / (seen + predicted)  # 2 TP / (images + predictions)
         groups = dict.fromkeys(("many", "medium", "few"))

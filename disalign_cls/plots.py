@@ -26,7 +26,7 @@ STYLE: Any = {
 def picture(
     path: str | os.PathLike[str], counts: Sequence[int], columns: int, rows: int, height: float, note: str
 ) -> Iterator[Any]:
-    """Panels over the classes (rows, columns) to draw on; then a PNG, whole or not at all."""
+    """Panels over the classes (rows, columns) to draw on; then writes a PNG, completely or not at all."""
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6 * columns, height), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)

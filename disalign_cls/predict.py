@@ -29,7 +29,7 @@ from .datasets import build_transforms
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, checkpoint="of the config's model")
     arguments.add_argument("images", nargs="+", help="image files, or folders of them")
-    arguments.add_argument("--out", help="write the JSON to this file rather than to the screen")
+    arguments.add_argument("--out", help="write the JSON to this file, not to the screen")
     arguments.add_argument("--force", action="store_true", help="replace an existing --out")
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)

@@ -13,10 +13,12 @@ from disalign.errors import InputError
 
 @DATA_SAMPLERS.register_module()
 class PowerSampler(DefaultSampler):
-    """Draw class j with probability n_j^q / sum_i n_i^q, its images alike, as many as the dataset has.
+    """Draw class j with probability n_j^q / sum_i n_i^q, then one of its images uniformly.
+
+    An epoch draws as many images as the dataset has.
 
     q = 1 is instance-balanced (then every image once, without replacement), q = 1/2 square-root, q = 0 class-balanced.
-    One seed and epoch give one order over all ranks, dealt out in turn; each rank gets equally many.
+    Seed and epoch determine one order for all ranks, which take turns; each rank gets equally many.
 
     Args:
         dataset: with ``labels`` (N,) and ``class_counts`` (K,).

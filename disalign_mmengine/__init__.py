@@ -1,3 +1,3 @@
-"""What the packages on MMEngine's Runner share; importing it registers the Runner, hooks and optimizer constructor."""
+"""Code for the packages on MMEngine's Runner; importing it registers the Runner, hooks and optimizer constructor."""
 
 from . import hooks, optim, runner  # noqa: F401

@@ -15,7 +15,7 @@ from disalign.io.unpickling import records_left_out
 #: What MMEngine keeps in meta and message_hub beside plain values; it only smooths the first log lines after a resume.
 LOG_BUFFERS = ("mmengine.logging.history_buffer.HistoryBuffer",)
 
-#: What a checkpoint's records are, where it has them.
+#: Types of a checkpoint's records, if present.
 RECORDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("meta", "meta.dataset_meta", "meta.disalign", "message_hub", "optimizer"), dict),
     **dict.fromkeys(("meta.CLASSES", "meta.dataset_meta.classes", "meta.disalign.class_counts"), (list, tuple)),
@@ -24,9 +24,9 @@ RECORDS: dict[str, type | tuple[type, ...]] = {
 
 
 def load_checkpoint(source: str | os.PathLike) -> dict:
-    """Read a checkpoint of MMEngine's, on the CPU, log buffers left out (``weights_only`` stays on).
+    """Read an MMEngine checkpoint on the CPU, without its log buffers (``weights_only`` stays on).
 
-    ``source`` is a file, or an http(s) address, whose file torch keeps in its hub folder.
+    ``source`` is a file, or an http(s) address, whose file torch caches in its hub folder.
     """
     source = os.fspath(source)
     if not source.startswith(("http://", "https://")):
@@ -52,7 +52,7 @@ def load_checkpoint(source: str | os.PathLike) -> dict:
 
 
 def load_whole(model: nn.Module, checkpoint: dict, name: str) -> None:
-    """Load a checkpoint (``name`` is its file's) that holds exactly the model's tensors, or nothing."""
+    """Load a checkpoint (``name``: its file's), which must hold exactly the model's tensors, or nothing of it."""
     tensors = state_dict_of(checkpoint)
     try:
         require_tensors(tensors, model.state_dict(), "tensors of the config's model", where=f" in {name!r}")
@@ -63,7 +63,7 @@ def load_whole(model: nn.Module, checkpoint: dict, name: str) -> None:
 
 
 def _require_types(checkpoint: Any, source: str) -> None:
-    """Refuse records of other types than MMEngine writes, before anything trusts them."""
+    """Refuse records of other types than MMEngine writes, before anything relies on them."""
     for place, kind in RECORDS.items():
         value = checkpoint
         for key in place.split("."):
@@ -82,7 +82,7 @@ def metadata(checkpoint: dict) -> dict:
 
 
 def class_names(checkpoint: dict) -> list[str] | None:
-    """The classes that it was trained with, as MMEngine's or 0.x's checkpoints name them."""
+    """The names of its training classes, from a checkpoint of MMEngine or of mmcv 0.x."""
     meta = metadata(checkpoint)
     names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
     return list(names) if names else None

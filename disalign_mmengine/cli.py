@@ -1,4 +1,4 @@
-"""What the commands share: configs and the Runner, in one sentence where they do not fit."""
+"""Code for all commands: configs and the Runner, with one-sentence errors."""
 
 import argparse
 import errno
@@ -21,12 +21,12 @@ from .checkpoints import load_checkpoint
 from .hooks import stage_one_of
 from .runner import to_resume
 
-#: What the system says of a disk that is full or has become read-only.
+#: Error numbers of a disk that is full or has become read-only.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class KeyValue(DictAction):
-    """mmengine's KEY=VALUE, with argparse's exit for what is none."""
+    """MMEngine's KEY=VALUE action; anything else is an argparse error."""
 
     def __call__(self, arguments: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -36,12 +36,12 @@ class KeyValue(DictAction):
 
 
 def parser(doc: str, **names: str) -> argparse.ArgumentParser:
-    """The arguments that all commands have; ``names`` are further positional ones with their help."""
+    """The arguments of all commands; ``names`` maps further positional ones to their help."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="a config file, or the name of a shipped one below configs/")
     for name, text in names.items():
         result.add_argument(name, help=text)
-    result.add_argument("--cfg-options", nargs="+", action=KeyValue, default={}, help="KEY=VALUE, over the config's")
+    result.add_argument("--cfg-options", nargs="+", action=KeyValue, default={}, help="KEY=VALUE, overrides the config")
     return result
 
 
@@ -54,7 +54,7 @@ def command_to_train(doc: str, adapt: Adapt) -> Callable:
     @command
     def main(argv=None):
         arguments = _runner_arguments(parser(doc))
-        arguments.add_argument("--resume", action="store_true", help="go on from the work folder's latest checkpoint")
+        arguments.add_argument("--resume", action="store_true", help="resume the work folder's latest checkpoint")
         arguments.add_argument("--amp", action="store_true", help="train with mixed precision")
         args = arguments.parse_args(argv)
         config = load_config(args.config, args.cfg_options)
@@ -68,7 +68,7 @@ def command_to_train(doc: str, adapt: Adapt) -> Callable:
 
 
 def command_to_test(doc: str, adapt: Adapt, **switches: str) -> Callable:
-    """The ``main`` of a command that evaluates a checkpoint; ``switches`` are further options with their help."""
+    """The ``main`` of a command that evaluates a checkpoint; ``switches`` maps further options to their help."""
 
     @command
     def main(argv=None):
@@ -94,9 +94,9 @@ def command_in_folder(
 
     Args:
         doc: the command's description.
-        run: what it does, with the folder, which is locked.
+        run: does the work, in the folder, which is locked.
         add_arguments: adds its options.
-        below: of the work folder the one to write into; the option is then ``--out``.
+        below: subfolder of the work folder to write into; the option is then ``--out``.
     """
     option = "--out" if below else "--work-dir"
 
@@ -118,7 +118,7 @@ def command_in_folder(
 
 
 def test(config: Config, args: argparse.Namespace) -> None:
-    """Evaluate the checkpoint that the config loads from, by its Runner."""
+    """Evaluate the config's ``load_from`` checkpoint by its Runner."""
     runner = build_runner(config, args)
     with config_errors(config.filename):
         _ = runner.test_loop
@@ -142,7 +142,7 @@ def _work_dir(config: Config, args: argparse.Namespace) -> str:
 def load_config(path: str, options: dict) -> Config:
     """Read a config and set ``options`` in it, whose first words must be keys of the config or of the Runner."""
     path = find_config(path)
-    with config_errors(path, (Exception,)):  # a config is Python: anything may come
+    with config_errors(path, (Exception,)):  # a config is Python: it may raise anything
         config = Config.fromfile(path)
     known = set(config) | set(inspect.signature(Runner.__init__).parameters)
     unknown = sorted({key.split(".")[0] for key in options} - known)
@@ -154,7 +154,7 @@ def load_config(path: str, options: dict) -> Config:
 
 
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
-    """The config's Runner for the parsed arguments; whatever it can't start from is said before it opens its logs."""
+    """The config's Runner for the parsed arguments; it refuses a bad checkpoint before it opens its logs."""
     config.launcher = args.launcher
     config.work_dir = _work_dir(config, args)
     require_folder(config.work_dir)
@@ -171,7 +171,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
 def _launch(config) -> None:
     if config.launcher == "pytorch" and "RANK" not in os.environ:
         raise InputError(
-            "expected a process of torchrun for --launcher pytorch, got one of its own; start it with torchrun "
+            "expected a process of torchrun for --launcher pytorch, got a plain one; start it with torchrun "
             "--nproc_per_node N -m, or leave out --launcher"
         )
     if config.launcher == "none" or torch.cuda.is_available():
@@ -185,9 +185,9 @@ def _launch(config) -> None:
 
 
 def train(runner: Runner, config: Config) -> None:
-    """Train, with everything built first, data and all: whatever does not fit is said before the first step."""
+    """Train; everything, the data included, is built first, so that errors come before the first step."""
     if config.get("val_dataloader") is not None and config.train_cfg.get("val_interval") == 0:
-        raise InputError("expected 1 or more as train_cfg.val_interval, got 0; for no evaluation, name a large one")
+        raise InputError("expected 1 or more as train_cfg.val_interval, got 0; for no evaluation, set a large one")
     with config_errors(config.filename):
         _ = runner.train_loop, runner.val_loop
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)

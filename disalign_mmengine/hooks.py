@@ -1,4 +1,4 @@
-"""What a run adds on MMEngine: plain and whole checkpoints, and the watch over stage two from its first step on."""
+"""Hooks of a run on MMEngine: plain and whole checkpoints, and checks of stage two from its first step on."""
 
 import os
 from types import MethodType
@@ -50,7 +50,7 @@ class PlainCheckpointHook(Hook):
                     hook.__class__ = WholeCheckpointHook
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        # The logs take the number anyway: no further wait for a GPU.
+        # The logs read the number anyway: no extra GPU synchronization.
         if outputs and "loss" in outputs:
             require_finite_loss(outputs["loss"].item(), runner.iter + 1)
 
@@ -73,10 +73,10 @@ class PlainCheckpointHook(Hook):
 class StageTwoHook(Hook):
     """Starts stage two from ``stage_one`` of the config, and watches the run (:class:`disalign.stage_two.StageTwoRun`).
 
-    A resumed run starts from its own checkpoint. Of a model without a calibration only the work folder is checked.
+    A resumed run starts from its own checkpoint. Without a calibration in the model, only the work folder is checked.
 
     Args:
-        threshold: of a batch's mean confidence, below which the run warns once that it has collapsed.
+        threshold: mean confidence of a batch below which the run warns, once, that it has collapsed.
     """
 
     # Before the hooks that train or copy the model.
@@ -88,7 +88,7 @@ class StageTwoHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         if not isinstance(runner, DisAlignRunner):
-            # `mim test` takes MMEngine's own Runner, which would unpickle whatever the file holds, and only warn.
+            # `mim test` takes MMEngine's own Runner, which would unpickle anything in the file, and only warn.
             runner.starts_from_others = False
             runner.load_checkpoint = MethodType(DisAlignRunner.load_checkpoint, runner)
 
@@ -137,8 +137,8 @@ def hand_over(runner: Runner, model: nn.Module) -> None:
     ours = getattr(dataset, "class_counts", None)
     if theirs and ours is not None and (seen := load_class_counts(theirs)).tolist() != ours.tolist():
         runner.logger.warning(
-            f"stage one saw another training set ({int(seen.sum())} images, here {int(ours.sum())}); make sure that "
-            "none of its images is evaluated"
+            f"stage one was trained on another training set ({int(seen.sum())} images, here {int(ours.sum())}); make "
+            "sure that none of its images is evaluated"
         )
     runner.logger.info(f"{os.path.basename(path)}: {load_stage_one(model, checkpoint, name=path)}")
 

@@ -1,4 +1,4 @@
-"""The optimizer sees what trains, and nothing else."""
+"""The optimizer gets the parameters that train, and no others."""
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -9,9 +9,9 @@ from disalign.stage_two import calibrations, keep_magnitude_from_decay
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class CalibrationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's, over the calibration alone if the model is a stage two; over the whole model otherwise.
+    """MMEngine's, over the calibration alone if the model is a stage two, otherwise over the whole model.
 
-    ``paramwise_cfg`` knows the calibration's parameters as ``calibration.magnitude`` and so on. The magnitude has no
+    In ``paramwise_cfg`` the calibration's parameters are ``calibration.magnitude`` and so on. The magnitude has no
     weight decay.
     """
 

@@ -1,4 +1,4 @@
-"""MMEngine's Runner, with what it loads read safely and fitting exactly."""
+"""MMEngine's Runner, with safe and strict loading of checkpoints."""
 
 import os
 from contextlib import nullcontext
@@ -26,8 +26,8 @@ class DisAlignRunner(Runner):
 
     - Stage two starts from ``stage_one``, which :class:`~disalign_mmengine.hooks.StageTwoHook` hands over;
       ``load_from`` is another name for it.
-    - ``--resume`` goes on from the run's own last checkpoint, whatever ``stage_one`` and ``load_from`` say.
-    - Any other checkpoint must hold exactly the model's tensors, but for a stage one that ``starts_from_others``.
+    - ``--resume`` continues from the run's own last checkpoint, regardless of ``stage_one`` and ``load_from``.
+    - Any other checkpoint must hold exactly the model's tensors, except for a stage one that ``starts_from_others``.
     - Files are read with ``weights_only``, on upstream MMEngine too.
 
     Raises:
@@ -39,7 +39,7 @@ class DisAlignRunner(Runner):
     _trains = False
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """MMEngine's, and whole and plain checkpoints whatever the config says."""
+        """MMEngine's, and those for whole and plain checkpoints, regardless of the config."""
         super().register_default_hooks({"plain_checkpoint": dict(type="PlainCheckpointHook"), **(hooks or {})})
 
     def train(self) -> nn.Module:
@@ -54,14 +54,14 @@ class DisAlignRunner(Runner):
             return
         elif not self._trains and not self._load_from:
             raise InputError("expected a checkpoint to test, got none; give it as CHECKPOINT")
-        expected = f"expected a checkpoint of this run in {self._load_from!r}"  # its records may be anything
+        expected = f"expected a checkpoint of this run in {self._load_from!r}"  # its records may have any type
         with input_errors(expected, "resume another, or start a new run"):
             super().load_or_resume()
 
     def load_checkpoint(
         self, filename: str | os.PathLike[str], map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ()
     ) -> dict:
-        """Load a checkpoint completely or not at all; tensors are read on the CPU whatever ``map_location`` says."""
+        """Load a checkpoint completely or not at all; tensors are read on the CPU regardless of ``map_location``."""
         checkpoint, model = load_checkpoint(filename), unwrapped(self.model)
         if self.starts_from_others and self._trains and not self._resume:
             load_state_dict(model, state_dict_of(checkpoint), strict=False, logger=self.logger)
@@ -73,7 +73,7 @@ class DisAlignRunner(Runner):
 
 
 def to_resume(work_dir: str) -> str:
-    """The checkpoint to resume in a work folder; one without any is refused."""
+    """The checkpoint to resume in a work folder, which must have one."""
     path = latest_checkpoint(work_dir)
     if path is None:
         raise InputError(f"expected a checkpoint to resume in {work_dir!r}, got none; start without --resume")

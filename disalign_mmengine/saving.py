@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the new one is there, whole, before an old one goes."""
+"""Checkpoints of a run: a new one is complete before an old one is removed."""
 
 import glob
 import os
@@ -26,7 +26,7 @@ LAST = "last_checkpoint"
 
 @register_backend("disalign_atomic")
 class AtomicBackend(LocalBackend):
-    """MMEngine's own, but a file appears whole or not at all, and one that is to go stays until :meth:`clear`."""
+    """MMEngine's own, but a file is written completely or not at all, and removed only by :meth:`clear`."""
 
     def __init__(self) -> None:
         self._outdated: list[str] = []
@@ -39,25 +39,25 @@ class AtomicBackend(LocalBackend):
         self._outdated.append(os.fspath(filepath))
 
     def clear(self, kept: Container[Any]) -> None:
-        """Remove what was to go, and was not written anew since."""
+        """Remove the outdated files that are not among those ``kept``."""
         while self._outdated:
             if (path := self._outdated.pop()) not in kept:
                 Path(path).unlink(missing_ok=True)
 
 
 class WholeCheckpointHook(CheckpointHook):
-    """MMEngine's, but neither a kill nor a full disk costs a checkpoint.
+    """MMEngine's, but neither a kill nor a full disk loses a checkpoint.
 
     The order is: the new checkpoint is written beside its place, synced and renamed; ``last_checkpoint`` names it,
-    relative to the work folder, which may move; then the outdated one goes. A resumed run knows the best checkpoint
-    even if it was killed before any other told of it.
+    relative to the work folder, which may move; then the outdated one is removed. A resumed run finds the best
+    checkpoint even if it was killed before another checkpoint recorded it.
     """
 
     keep_ckpt_ids: deque
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        # None, or when the resumed checkpoint was written, until its best ones have been looked for.
+        # When the resumed checkpoint was written, until newer best ones have been looked for; else None.
         resumed = latest_checkpoint(runner.work_dir) if runner.iter else None
         self._resumed = os.path.getmtime(resumed) if resumed else None
 
@@ -82,7 +82,7 @@ class WholeCheckpointHook(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            # MMEngine's own Runner, which reads it by itself, knows no path relative to the folder.
+            # MMEngine's own Runner, which reads the file itself, does not resolve a path relative to the folder.
             last = self.last_ckpt if type(runner) is Runner else os.path.relpath(self.last_ckpt, runner.work_dir)
             with atomic_file(os.path.join(runner.work_dir, LAST), "w") as file:
                 file.write(last)
@@ -93,11 +93,11 @@ class WholeCheckpointHook(CheckpointHook):
         if self._resumed and self.save_best:
             self._find_best(runner, metrics, self._resumed)
             self._resumed = None
-        super()._save_best_checkpoint(runner, metrics)  # ends with a checkpoint that knows of the new best one
+        super()._save_best_checkpoint(runner, metrics)  # ends with a checkpoint that records the new best one
         self.file_backend.clear(runner.message_hub.runtime_info.values())
 
     def _find_best(self, runner: Runner, metrics: dict, since: float) -> None:
-        """Take the best checkpoints that are newer than the resumed one, and that it does not know."""
+        """Find the best checkpoints that are newer than the resumed one, which does not record them."""
         if "auto" in self.key_indicators:
             self._init_rule(self.rules, [next(iter(metrics))])
         hub = runner.message_hub
@@ -125,7 +125,7 @@ def save_fit(
 def latest_checkpoint(work_dir: str) -> str | None:
     """The checkpoint to resume in a work folder: what ``last_checkpoint`` names, or else the newest whole one.
 
-    The folder may have been moved since, and the last file may be half a one.
+    The folder may have been moved since, and the last file may be incomplete.
     """
     folder = Path(work_dir)
     try:

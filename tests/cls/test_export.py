@@ -97,8 +97,10 @@ def test_onnxruntime_agrees(classifier, options, tmp_path, capsys):
     assert facts["class_names"] == META["dataset_meta"]["classes"]
     assert (facts["rho"], facts["class_counts"], facts["image_size"]) == (1.5, [9], 8)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("for images of 8 x 8 and any size that the backbone takes")
-    assert re.fullmatch(r"largest difference to the model's own scores: \d\.\de[-+]\d\d of the largest score", lines[1])
+    assert lines[0].endswith("for images of 8 x 8 and any size that the backbone accepts")
+    assert re.fullmatch(
+        r"largest difference from the model's own scores: \d\.\de[-+]\d\d of the largest score", lines[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_the_size_is_the_configs(linear, tmp_path, capsys):
     transforms = [dict(type="Resize", size=20), dict(type="CenterCrop", size=16), dict(type="Grayscale")]
     config = changed(DISALIGN["linear"], tmp_path, f"test_dataloader = dict(dataset=dict(transforms={transforms}))")
     assert export.main([config, linear[1], str(tmp_path / "a.pt")]) == 0
-    assert "for images of 16 x 16 and any size that the backbone takes" in capsys.readouterr().out
+    assert "for images of 16 x 16 and any size that the backbone accepts" in capsys.readouterr().out
     extra = {"disalign.json": ""}
     torch.jit.load(str(tmp_path / "a.pt"), _extra_files=extra)
     assert json.loads(extra["disalign.json"])["transforms"] == transforms
@@ -237,5 +239,5 @@ def test_without_onnxruntime_it_says_that_nothing_was_compared(linear, tmp_path,
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else name)
     monkeypatch.setitem(export.FORMATS, ".onnx", (lambda *_: b"a model", export.load_onnx))
     assert export.main([DISALIGN["linear"], linear[1], str(tmp_path / "a.onnx"), "--size", "8"]) == 0
-    assert "not compared with the model's own scores, for want of onnxruntime" in capsys.readouterr().out
+    assert "not compared with the model's own scores, as onnxruntime is missing" in capsys.readouterr().out
     assert (tmp_path / "a.onnx").read_bytes() == b"a model"

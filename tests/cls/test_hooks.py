@@ -39,7 +39,7 @@ def test_a_stage_one_of_other_classes_is_refused(stage_one, tmp_path):
 def test_a_stage_one_of_another_training_set_is_said(stage_one, tmp_path):
     other = changed(stage_one, tmp_path, disalign={"class_counts": [3] * 10})
     assert train_run(DISALIGN["linear"], tmp_path, f"stage_one={other}") == 0
-    assert "stage one saw another training set (30 images, here 242); make sure that none" in log(tmp_path)
+    assert "stage one was trained on another training set (30 images, here 242); make sure that none" in log(tmp_path)
 
 
 def counts_file(folder, counts):
@@ -63,7 +63,7 @@ def test_other_counts_than_the_training_sets_are_refused_by_the_loss(stage_one, 
     error = capsys.readouterr().err
     assert error.strip() == (
         "error: expected the counts of the training set (242 images of 10 classes) as model.loss.class_counts, got "
-        "others (30 of 10); leave it out, and they are taken from there"
+        "others (30 of 10); leave it out to use the training set's"
     )
     assert left_behind(tmp_path / "run") == []
 

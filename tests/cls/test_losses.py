@@ -271,8 +271,8 @@ def test_equalization_without_a_rare_class_is_refused():
         (lambda: EffectiveNumberLoss(1), r"a beta in \[0, 1\), got 1"),
         (lambda: LDAMLoss(beta=-0.1), r"a beta in \[0, 1\), got -0.1"),
         (lambda: LDAMLoss(math.inf), "a finite max_margin >= 0, got inf"),
-        (lambda: LDAMLoss(defer_until=-1), "an epoch from 0 as defer_until, or None, got -1"),
-        (lambda: LDAMLoss(defer_until=0.8), "an epoch from 0 as defer_until, or None, got 0.8"),
+        (lambda: LDAMLoss(defer_until=-1), "defer_until to be an epoch >= 0 or None, got -1"),
+        (lambda: LDAMLoss(defer_until=0.8), "defer_until to be an epoch >= 0 or None, got 0.8"),
         (lambda: EqualizationLoss(1.1), r"a gamma in \[0, 1\], got 1.1"),
         (lambda: EqualizationLoss(tail_share=0), "a finite tail_share > 0, got 0"),
     ],
@@ -355,7 +355,7 @@ def test_ldam_refuses_a_linear_classifier():
 @pytest.mark.parametrize("given", ["FoclLoss", "ImageClassifier", None])
 def test_an_unknown_type_is_refused(given):
     known = "BalancedSoftmaxLoss, EffectiveNumberLoss, EqualizationLoss, FocalLoss, LDAMLoss"
-    with pytest.raises(InputError, match=f"expected as type of model.stage_one_loss one of {known}.*, got {given!r}"):
+    with pytest.raises(InputError, match=f"expected model.stage_one_loss.type to be one of {known}.*, got {given!r}"):
         model_of(type=given, gamma=1)
 
 
