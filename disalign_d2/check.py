@@ -13,7 +13,7 @@ from . import train_net
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("config", help="a config file, or the name of a shipped one below configs/")
-    arguments.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="settings over the config's")
+    arguments.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="settings, over the config's")
     args = arguments.parse_args(argv)
     return train_net.main(["--config-file", args.config, "--data-check", *args.opts])
 

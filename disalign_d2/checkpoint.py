@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, but safe and strict: it runs no code of a file, and where a tensor is missing it stops."""
+"""Detectron2's checkpointer, but safe and strict: it runs no code from a file, and refuses missing tensors."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ from .freezing import NOT_NEEDED
 
 
 def _open(path, mode="r", **options):
-    """Detectron2's, but a file appears whole or not at all: a full disk costs no earlier checkpoint."""
+    """Detectron2's, but a file is written completely or not at all: a full disk loses no earlier checkpoint."""
     if mode in ("w", "wb") and "://" not in path:
         return atomic_file(path, mode)
     return PathManager.open(path, mode, **options)
@@ -27,8 +27,8 @@ def _open(path, mode="r", **options):
 class DisAlignCheckpointer(DetectionCheckpointer):
     """Reads stage one, a run to resume, and a model to evaluate; saves the class counts and rho beside the model.
 
-    Missing or mis-shaped tensors stop stage two, ``--resume`` and evaluation. A fresh stage one starts from whatever
-    fits (ImageNet or COCO weights), as in Detectron2.
+    Missing or mis-shaped tensors are errors in stage two, ``--resume`` and evaluation. A fresh stage one starts from
+    the tensors that fit (ImageNet or COCO weights), as in Detectron2.
 
     Args:
         model, save_dir, checkpointables: as in ``DetectionCheckpointer``.
@@ -53,9 +53,9 @@ class DisAlignCheckpointer(DetectionCheckpointer):
         super().save(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """As in Detectron2, but a path that is empty or leads nowhere is bad input.
+        """As in Detectron2, but an empty path or a missing file is bad input.
 
-        ``resume_or_load`` of a fresh run, which asks for no ``checkpointables``, takes ``path`` as its stage one.
+        In a fresh run ``resume_or_load`` asks for no ``checkpointables``; ``path`` is then its stage one.
         """
         self._name = path
         self._fresh = self.training and checkpointables is not None
@@ -63,7 +63,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
             what = "the stage-one checkpoint" if self._fresh else "a checkpoint to evaluate"
             raise InputError(f"expected {what} as MODEL.WEIGHTS, got an empty one; add MODEL.WEIGHTS FILE")
         try:
-            with input_errors(f"expected a checkpoint at {path!r}", "check MODEL.WEIGHTS"):  # records may be anything
+            with input_errors(f"expected a checkpoint at {path!r}", "check MODEL.WEIGHTS"):  # records may have any type
                 return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None  # the base class leaves it set where loading fails
@@ -74,7 +74,7 @@ class DisAlignCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename):
         if filename.endswith(".pyth"):
-            self._torch_load(filename)  # Detectron2 reads pycls' files by itself: now it is safe
+            self._torch_load(filename)  # Detectron2 reads pycls' files itself: now it is safe
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
         content = self._torch_load(filename)

@@ -18,7 +18,7 @@ UNITS = ("instances", "images")
 
 
 def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str = "instances") -> Tensor:
-    """(K,) int64: the annotations of each class that train, as crowds don't, or the ``"images"`` that show it."""
+    """(K,) int64: training annotations of each class (crowds do not train), or the ``"images"`` that show it."""
     found: list[int] = []
     for record in dataset_dicts:
         present = [one["category_id"] for one in record.get("annotations", ()) if not one.get("iscrowd", 0)]
@@ -31,7 +31,7 @@ def count_annotations(dataset_dicts: Iterable[dict], num_classes: int, unit: str
 
 
 def class_counts_from_config(cfg: CfgNode) -> Tensor:
-    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` ask for.
+    """The counts that ``MODEL.DISALIGN.CLASS_COUNTS`` and ``COUNT_UNIT`` select.
 
     ``CLASS_COUNTS`` is a bundled name, a JSON file (see :func:`disalign.load_class_counts`), or empty: then the
     annotations of all of ``DATASETS.TRAIN`` are counted.
@@ -75,7 +75,7 @@ def _count_datasets(datasets, num_classes, unit):
 
 
 def training_image_counts(cfg: CfgNode) -> Tensor | None:
-    """(K,) int64 training images per class, or ``None`` where the training annotations are not at hand."""
+    """(K,) int64 training images per class, or ``None`` if the training annotations are missing."""
     try:
         return _count_datasets(tuple(cfg.DATASETS.TRAIN), cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images")[0].clone()
     except InputError:

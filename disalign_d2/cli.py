@@ -1,4 +1,4 @@
-"""What the commands that learn from features share: arguments, logs, stage one's model, the pass over the images."""
+"""Code for the commands that learn from features: arguments, logs, stage one's model, the pass over the images."""
 
 import argparse
 from argparse import Namespace
@@ -22,7 +22,7 @@ from .train_net import setup
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The arguments that both commands have but those of :mod:`disalign.cli`."""
+    """The arguments that both commands have beside those of :mod:`disalign.cli`."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("config_file", metavar="config", help="a file, or the name of a shipped one below configs/")
     arguments.add_argument("--images", type=int, help="of the training set, drawn by repeat factors; default: all")
@@ -30,12 +30,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--background", type=int, default=16, help="RoIs of the background to keep of a training image (%(default)s)"
     )
     arguments.add_argument("--batch-size", type=int, default=8, help="training images at a time (%(default)s)")
-    arguments.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings over the config's")
+    arguments.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings, over the config's")
     return arguments
 
 
 def stage_two_config(args: Namespace) -> CfgNode:
-    """The config of the arguments, which must be a stage two's."""
+    """The config that the arguments name, which must be a stage two's."""
     cfg = setup(args)
     if not cfg.MODEL.DISALIGN.CALIBRATE:
         raise InputError(f"expected the config of a stage two, got {args.config_file!r}, which does not calibrate")
@@ -43,7 +43,7 @@ def stage_two_config(args: Namespace) -> CfgNode:
 
 
 def log_to(folder: Path, cfg: CfgNode, args: Namespace) -> None:
-    """Logs, the config and evaluations go to a folder of their own: those beside it may be train_net's."""
+    """Use a separate folder for logs, the config and evaluations: those beside it may be train_net's."""
     cfg.defrost()
     cfg.OUTPUT_DIR = str(folder)
     cfg.freeze()
@@ -53,7 +53,7 @@ def log_to(folder: Path, cfg: CfgNode, args: Namespace) -> None:
 
 
 def load_model(cfg: CfgNode, args: Namespace, path: str, folder: str = "") -> tuple[Any, DisAlignCheckpointer]:
-    """A stage two's model with stage one's weights, and what saves it into a folder."""
+    """A stage two's model with stage one's weights, and a checkpointer that saves it into a folder."""
     with config_errors(args.config_file):
         model: Any = build_model(cfg)
     checkpointer = DisAlignCheckpointer(model, folder, training=True)
@@ -62,6 +62,6 @@ def load_model(cfg: CfgNode, args: Namespace, path: str, folder: str = "") -> tu
 
 
 def training_features(model: Any, cfg: CfgNode, args: Namespace, out: Path | str | None) -> Iterator[Features]:
-    """:func:`collect_features` as the arguments ask for it."""
+    """Call :func:`collect_features` as the arguments say."""
     sample = {"background": args.background, "images": args.images, "seed": args.seed, "batch_size": args.batch_size}
     return collect_features(model, cfg, out=out, dtype=getattr(torch, args.dtype), **sample)

@@ -1,4 +1,4 @@
-"""What a frozen detector's box predictors see of the training set, for disalign.fit."""
+"""The training set's features that are the input of a frozen detector's box predictors, for disalign.fit."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ from disalign.stage_two import trained_parts
 
 from .datasets import CheckedMapper
 
-#: Images that a killed pass loses at most.
+#: Most images that a killed pass loses.
 BLOCK = 128
-#: Foreground RoIs of an image, about, for an estimate of the room on disk.
+#: Approximate number of foreground RoIs of an image, to estimate the disk space.
 FOREGROUND = 16
-#: LVIS's threshold of repeat factors, where the config does not set its own.
+#: LVIS's threshold of repeat factors, if the config does not set one.
 THRESHOLD = 1e-3
 
 
@@ -48,26 +48,26 @@ def collect_features(
     """Run a stage-two detector once over ``DATASETS.TRAIN``: the features of its sampled RoIs, for each cascade stage.
 
     Proposals are drawn and labelled as in training (``label_and_sample_proposals``), the network is in eval mode and
-    sees every image once, under the evaluation's transforms. Of an image's sampled RoIs all foreground ones are kept
-    and, in a cascade stage as well, ``background`` of its N others with weight N / ``background``: given the sampled
-    RoIs, weighted sums have the sums over all of them as their expectation. A row takes d numbers.
+    sees every image once, with the evaluation's transforms. Of an image's sampled RoIs, each cascade stage keeps all
+    foreground ones and ``background`` of its N others with weight N / ``background``: given the sampled RoIs, the
+    expectation of a weighted sum is the sum over all of them. A row takes d numbers.
 
     Args:
-        model: frozen, see :func:`disalign_d2.freeze`, with stage one's weights; on the device that it is on.
-        cfg: names the datasets, transforms and workers.
-        background: RoIs of the background to keep of an image.
-        images: draw so many images, each with probability min(1, c r), r its repeat factor, and weight its rows by the
-            inverse; ``None`` for all.
-        out, dtype: :func:`disalign.collect`'s.
-        seed: of the images and RoIs drawn.
-        batch_size: images that the network sees at a time; padded to one size, they decide on each other's proposals.
+        model: frozen, see :func:`disalign_d2.freeze`, with stage one's weights; its device is used.
+        cfg: for its datasets, transforms and workers.
+        background: number of background RoIs to keep of each image.
+        images: draw this many images, each with probability min(1, c r), r its repeat factor, and weight its rows by
+            the inverse; ``None`` for all.
+        out, dtype: see :func:`disalign.collect`.
+        seed: for drawing images and RoIs.
+        batch_size: images per forward pass; padding to one size lets them affect each other's proposals.
 
     Yields:
         Features of a stage, with a background and the class counts of the loss.
 
     Raises:
-        InputError: no rows asked for; a model without a calibration; images that can't be read; features that are not
-            finite; features of another model or other data in ``out``.
+        InputError: ``background`` or ``batch_size`` below 1; a model without a calibration; images that can't be read;
+            features that are not finite; features of another model or other data in ``out``.
     """
     if background < 1 or batch_size < 1:
         raise InputError(
@@ -96,7 +96,7 @@ def collect_features(
             batch_sampler=batches,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
-            generator=torch.Generator(),  # of its own: the global random numbers stay as they are
+            generator=torch.Generator(),  # its own, so that the global random state does not change
         )
         for batch, inputs in zip(batches, loader, strict=True):
             with _seeded(seed, batch[0], device), torch.autocast(device.type, enabled=cfg.SOLVER.AMP.ENABLED):
@@ -141,7 +141,7 @@ def collect_features(
 
 
 def _records(cfg: CfgNode) -> list[dict]:
-    """Detectron2's dataset dicts of the images that training sees, with what the pass needs of their annotations."""
+    """Detectron2's dataset dicts of the training images, with those parts of their annotations that the pass needs."""
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -161,7 +161,7 @@ def _records(cfg: CfgNode) -> list[dict]:
 
 
 def _mapper(cfg: CfgNode) -> CheckedMapper:
-    """Training's, for its annotations, but with the evaluation's transforms and without masks and keypoints."""
+    """The training mapper, for annotations, but with the evaluation's transforms and without masks and keypoints."""
     options = CheckedMapper.from_config(cfg, True)
     options.update(
         augmentations=build_augmentation(cfg, False), use_instance_mask=False, use_keypoint=False, recompute_boxes=False
@@ -178,9 +178,9 @@ def _seeded(seed: int, image: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _recorded(model: Any) -> Iterator[list[tuple[Sequence[Tensor], Sequence[Tensor]]]]:
-    """Within it the model trains, without a loss.
+    """Context in which the model runs in training mode, without a loss.
 
-    What each box predictor saw: features (R, d) and labels (R,) of each image.
+    Yields the input of each box predictor: features (R, d) and labels (R,) of each image.
     """
     predictors, training = model.roi_heads.box_predictors(), model.training
     seen: list[Any] = [None] * len(predictors)
@@ -211,7 +211,7 @@ def _recorded(model: Any) -> Iterator[list[tuple[Sequence[Tensor], Sequence[Tens
 
 
 def _thinned(x: Tensor, y: Tensor, num_classes: int, background: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows of foreground, some of the background's, and their weights."""
+    """All foreground rows, some of the background, and their weights."""
     foreground, others = (y != num_classes).nonzero().flatten(), (y == num_classes).nonzero().flatten()
     kept = others[torch.randperm(len(others))[:background].to(others.device)]
     weights = torch.ones(len(foreground) + len(kept), device=x.device)
@@ -221,7 +221,7 @@ def _thinned(x: Tensor, y: Tensor, num_classes: int, background: int) -> tuple[T
 
 
 def _describe(records: Sequence[dict], cfg: CfgNode) -> str:
-    """The images (by name and size) and their boxes, wherever they lie, and all that decides on proposals."""
+    """Identify the images (by name and size, not folder), their boxes, and all that determines the proposals."""
     paths = [record["file_name"] for record in records]
     digest = hashlib.sha256()
     for path, name, record in zip(paths, names_wherever(paths), records, strict=True):
@@ -238,7 +238,7 @@ def _describe(records: Sequence[dict], cfg: CfgNode) -> str:
     return f"{len(records)} images, {digest.hexdigest()}"
 
 
-#: Of the model's settings those that its proposals and their features do not depend on.
+#: The model settings that do not affect its proposals and their features.
 UNRELATED = ("WEIGHTS", "DISALIGN", "DEVICE", "MASK_ON", "KEYPOINT_ON", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD")
 
 

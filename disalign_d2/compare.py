@@ -2,9 +2,9 @@
 
 One pass of each stage one over the training images, from which every method (disalign.compare) learns a calibration of
 each box predictor; then one over the test images, in which backbone, proposals and box features are computed once for
-all methods. CONFIG is a stage two's. Several stage ones give mean +- standard deviation. Nothing is chosen on the test
-images: settings are fixed. Boxes alone are compared, masks and keypoints left out. LVIS's evaluation has the fixed AP
-too, from 1,000 detections of an image. Prints a table and writes comparison.json, for `disalign report`.
+all methods. CONFIG is a stage two's. Several stage ones give mean +- standard deviation. Nothing is tuned on the test
+images: settings are fixed. Only boxes are compared, not masks or keypoints. LVIS's evaluation adds the fixed AP, from
+1,000 detections per image. Prints a table and writes comparison.json, for `disalign report`.
 """
 
 import logging
@@ -49,7 +49,7 @@ from .train_net import Trainer
 
 logger = logging.getLogger("disalign_d2")
 
-#: Of an image: LVIS's detections that AP counts, and those that the fixed AP is of.
+#: Detections per image: those that LVIS's AP counts, and those for the fixed AP.
 MAX_DETS, MAX_DETS_FIXED = 300, 1000
 #: Type of the evaluator -> figures and their titles.
 COLUMNS = {
@@ -64,7 +64,7 @@ GROUPS = {"r": "at most 10 training images", "c": "11 to 100 training images", "
 
 
 def run(args: Namespace) -> None:
-    """The passes, the methods and the table."""
+    """Run the passes and the methods, and print the table."""
     cfg = stage_two_config(args)
     folder = Path(args.out or Path(cfg.OUTPUT_DIR, "compare"))
     paths = args.stage_one or [cfg.MODEL.WEIGHTS]
@@ -122,7 +122,7 @@ def run(args: Namespace) -> None:
 
 
 def without_counts(names: Sequence[str], asked: Sequence[str] | None, image_counts: Tensor | None) -> list[str]:
-    """Of all methods those that can do with these (K,) training images with each class: NorCal needs all of them.
+    """The methods that work with these (K,) counts of training images with each class: NorCal needs all of them.
 
     Raises:
         InputError: NorCal was asked for by its name.
@@ -149,8 +149,8 @@ def learn(
     """What each method learns for each box predictor, from its features.
 
     Returns:
-        The candidates, a cascade's as those of its last stage, in the seconds of all; the calibrations of each, in the
-        order of the box predictors; and what the fits warned of, each once.
+        The candidates (of a cascade's last stage, with the seconds of all stages); the calibrations of each, in the
+        order of the box predictors; and the distinct warnings of the fits.
     """
     stages, notes = [], []
     for predictor, learns_from in zip(model.roi_heads.box_predictors(), features, strict=True):
@@ -160,7 +160,7 @@ def learn(
         notes += told
     device = next(model.parameters()).device
     together = list(zip(*stages, strict=True))
-    # Of a cascade the report shows the last stage's magnitude and margin, which sees the boxes that are evaluated.
+    # For a cascade the report shows magnitude and margin of the last stage, whose boxes are evaluated.
     last = [replace(each[-1], seconds=sum(one.seconds for one in each)) for each in together]
     calibrations = [[one.calibration.to(device).eval() for one in each] for each in together]
     for note in (notes := list(dict.fromkeys(notes))):
@@ -172,7 +172,7 @@ class BoxEvaluation:
     """The evaluation of boxes on a config's only test set.
 
     Args:
-        cfg: in place, its models are to keep the detections of the fixed AP.
+        cfg: changed in place, so that its models keep the detections for the fixed AP.
         image_counts: (K,) training images with each class, if known.
     """
 
@@ -182,7 +182,7 @@ class BoxEvaluation:
         self.kind, self.classes = metadata.get("evaluator_type"), list(metadata.get("thing_classes", ()))
         self.images = 0
         self.groups = None if image_counts is None else group_names(frequent_common_rare(image_counts))
-        # AP is that of an evaluation with this config, of more detections.
+        # AP as in an evaluation with this config, though there are more detections.
         kept = cfg.TEST.DETECTIONS_PER_IMAGE
         self._max_dets = MAX_DETS if kept < 0 else min(kept, MAX_DETS)
         cfg.defrost()
@@ -205,9 +205,9 @@ class BoxEvaluation:
             )
 
     def detections(self, detect: Callable) -> list[tuple[list[dict], list[list[dict]]]]:
-        """Of each batch the inputs, without their pixels, and the outputs for each candidate.
+        """For each batch the inputs, without their pixels, and the outputs of each candidate.
 
-        28 bytes a detection: evaluators keep twenty times as much, so there is only one of them at a time.
+        They take 28 bytes a detection; an evaluator takes twenty times as much, so there is only one at a time.
         """
         found = []
 
@@ -220,7 +220,7 @@ class BoxEvaluation:
         return found
 
     def record(self, candidate: Candidate, detections: Iterable[tuple[list[dict], list[dict]]], below: Path) -> dict:
-        """A candidate's figures and the AP of each class, in percent; the evaluator's files go into a folder of it."""
+        """A candidate's figures and the AP of each class, in percent; the evaluator writes to a folder of its own."""
         name = candidate.name if candidate.role == "method" else f"{candidate.name}_rho-{candidate.value:g}"
         logger.info("Evaluating %s", name)
         evaluator = self.evaluator(below / name)
@@ -231,7 +231,7 @@ class BoxEvaluation:
         if self.kind == "lvis":
             per_class = read_json(below / name / "lvis_results.json", "results")["bbox"]["per_class"]
             self.groups, of_class = per_class["group"], per_class["AP"]
-        else:  # where there is one class, it has no figure of its own
+        else:  # a single class has no figure of its own
             of_class = [figures.pop(f"AP-{name}", figures["AP"]) for name in self.classes]
         return evaluated(candidate, figures, per_class={"AP": of_class})
 

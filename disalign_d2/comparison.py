@@ -18,7 +18,7 @@ FIGURES = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 
 
 def stage_one_key(cfg: CfgNode, model: nn.Module) -> str:
-    """SHA-256 of all that stage one's figures depend on: its tensors, the annotations, the settings of the test."""
+    """SHA-256 of everything that stage one's figures depend on: its tensors, the annotations, the test settings."""
     settings = cfg.clone()
     settings.defrost()
     for unrelated in ("OUTPUT_DIR", "SOLVER", "DATALOADER", "SEED", "VERSION"):
@@ -56,8 +56,8 @@ def save_stage_one_results(path: str, key: str, results: Mapping) -> None:
 def reports(cfg: CfgNode, results: Mapping, stage_one: Mapping | None) -> dict[str, dict[str, dict]]:
     """Dataset -> task (``"bbox"``, ``"segm"``) -> :func:`disalign.report.report`.
 
-    Of Detectron2's results: dataset (left out if there is only one) -> task -> figure -> percent. A task that stage one
-    detected nothing for has no figures of it.
+    Built from Detectron2's results: dataset (left out if there is only one) -> task -> figure -> percent. A task for
+    which stage one detected nothing has no figures of stage one.
     """
     if len(cfg.DATASETS.TEST) == 1:
         results = {cfg.DATASETS.TEST[0]: results}

@@ -1,4 +1,4 @@
-"""What is missing or wrong in a config's data, said before training rather than after hours of it."""
+"""Find missing or wrong data of a config before training rather than after hours of it."""
 
 import logging
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ def require_data(cfg: CfgNode, training: bool) -> None:
 
 
 def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> list[str]:
-    """What would stop or spoil training or evaluation, a sentence each; what is only worth knowing is logged.
+    """Problems that would stop or spoil training or evaluation, one sentence each; mere hints are logged.
 
     Args:
         cfg: its ``DATASETS.TRAIN`` and ``TEST`` are checked.
-        decode: read every image to its end too, which takes minutes for LVIS.
-        training: else only ``TEST``.
+        decode: also decode every image completely, which takes minutes for LVIS.
+        training: check ``TRAIN`` too, not only ``TEST``.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     problems: list[str] = []
@@ -80,11 +80,11 @@ def check_data(cfg: CfgNode, decode: bool = False, training: bool = True) -> lis
     if train and not problems:
         total = torch.stack(counts).sum(0)
         problems += _unseen_classes(total, crowds, train)
-        # Where nothing is given these are the counts; a class without any is refused.
+        # These are the counts if none are given; a class without any is refused.
         given = checked(class_counts_from_config, cfg) if cfg.MODEL.DISALIGN.CALIBRATE else None
         if given is not None and cfg.MODEL.DISALIGN.COUNT_UNIT == "instances" and not torch.equal(given, total):
             logger.warning(
-                "MODEL.DISALIGN.CLASS_COUNTS %r is not what %s holds; '' would count it",
+                "MODEL.DISALIGN.CLASS_COUNTS %r differs from the counts of %s; '' would count them",
                 cfg.MODEL.DISALIGN.CLASS_COUNTS,
                 some(train),
             )
@@ -111,12 +111,12 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
         for record in records
     ]
     lacking = [sum(mask is None for mask in masks) for masks in images]
-    # Stage two needs no masks, but Detectron2 reads all or none of an image.
+    # Stage two needs no masks, but Detectron2 reads all masks of an image or none.
     mixed = any(0 < none < len(masks) for none, masks in zip(lacking, images, strict=True))
     if mixed or (any(lacking) and not cfg.MODEL.DISALIGN.CALIBRATE):
         yield (
             f"expected a mask for every annotation of {name!r}, as MODEL.MASK_ON says, but {sum(lacking)} have none; "
-            "add them, or train a model of boxes alone"
+            "add them, or train a model without masks"
         )
     rle = sum(isinstance(mask, dict) for masks in images for mask in masks)
     if rle and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -124,7 +124,7 @@ def _untrainable_masks(name, records, cfg) -> Iterator[str]:
 
 
 def _require_ground_truth(name, cfg) -> None:
-    """Refuse what the evaluator would refuse after hours of training."""
+    """Refuse now what the evaluator would refuse after hours of training."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "lvis":
         return
@@ -135,7 +135,7 @@ def _require_ground_truth(name, cfg) -> None:
 
 
 def _log_odd_boxes(name, records) -> None:
-    """Boxes that Detectron2 leaves out, and those that are something else than pixels of x, y, width and height."""
+    """Log boxes that Detectron2 leaves out, and those that are not x, y, width and height in pixels."""
     boxes = [
         (one["bbox"], record)
         for record in records
@@ -179,7 +179,7 @@ def _broken_images(name, records, image_format) -> list[str]:
         try:
             mapper(record)
         except InputError as error:
-            # One that is missing is said already.
+            # Missing ones are reported already.
             return None if isinstance(error.__context__, FileNotFoundError) else str(error)
 
     with ThreadPoolExecutor() as pool:

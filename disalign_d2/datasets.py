@@ -1,4 +1,4 @@
-"""Own datasets in LVIS or COCO format, and images that are read with a sentence when they can't be."""
+"""Own datasets in LVIS or COCO format, and a mapper with one-sentence errors for images that can't be read."""
 
 import logging
 import os
@@ -30,9 +30,9 @@ def register_from_config(cfg: CfgNode) -> None:
 
 
 def register_instances(name: str, json_file: str | os.PathLike[str], image_root: str | os.PathLike[str]) -> None:
-    """Make an annotation file known to Detectron2 under a name; :func:`load_instances` reads it only when it is used.
+    """Register an annotation file with Detectron2 under a name; :func:`load_instances` reads it only when it is used.
 
-    A name can be given again to the same paths, in which ``~`` is the home.
+    A name can be registered again with the same paths; ``~`` in them is the home folder.
     """
     paths = {"json_file": os.path.expanduser(json_file), "image_root": os.path.expanduser(image_root)}
     if name in DatasetCatalog:
@@ -51,11 +51,11 @@ def load_instances(json_file: str, image_root: str, name: str | None = None) -> 
     """Read an annotation file in LVIS or COCO format as Detectron2's dataset dicts.
 
     Unlike Detectron2's ``load_lvis_json`` it takes any category ids and any dataset name, and unlike ``load_coco_json``
-    images that have only a ``coco_url``. Annotations may be boxes alone. An ``ignore`` flag counts as ``iscrowd``.
+    images that have only a ``coco_url``. Annotations may lack masks. An ``ignore`` flag counts as ``iscrowd``.
 
     Args:
         json_file: see :func:`disalign.io.annotations.read_annotations`.
-        image_root: the folder of ``file_name``, or, where there is none, of ``split/file``, the end of ``coco_url``.
+        image_root: the folder of ``file_name`` or, without a ``file_name``, of ``split/file``, the end of ``coco_url``.
         name: the registered dataset whose metadata gets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``:
             the classes 0..K-1 are the categories in the order of their ids.
 
@@ -126,7 +126,7 @@ class CheckedMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         except InputError:
             raise
-        except Exception as error:  # a broken file can break a reader anywhere
+        except Exception as error:  # a broken file can raise anything in a reader
             if in_user_code(error):
                 error.add_note(f"while loading {dataset_dict['file_name']!r}")
                 raise
@@ -138,7 +138,7 @@ class CheckedMapper(DatasetMapper):
 
 
 def _path_of(image, json_file, image_root):
-    """LVIS v0.5 has a ``file_name`` of 2014, while its images lie where the ``coco_url`` says."""
+    """LVIS v0.5 has file names of 2014, but the folders of its images are those of the ``coco_url``."""
     paths = [image["file_name"]] if image.get("file_name") else []
     if image.get("coco_url"):
         paths.append(os.path.join(*image["coco_url"].split("/")[-2:]))

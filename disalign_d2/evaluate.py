@@ -1,7 +1,7 @@
 """Evaluate saved detections again: python -m disalign_d2.evaluate DETECTIONS.json ANNOTATIONS.json
 
-DETECTIONS.json is a list of detections, such as the lvis_instances_results.json that an evaluation leaves in its output
-folder; ANNOTATIONS.json is in LVIS or COCO format. Prints a table; no model and no GPU is needed.
+DETECTIONS.json is a list of detections, such as the lvis_instances_results.json that an evaluation writes to its output
+folder; ANNOTATIONS.json is in LVIS or COCO format. Prints a table; needs neither a model nor a GPU.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("detections", help="JSON: image_id, category_id, score, bbox and segmentation of each")
     arguments.add_argument("annotations", help="JSON in LVIS or COCO format")
-    arguments.add_argument("--iou-type", nargs="+", choices=SHAPE, help="default: what the detections have")
+    arguments.add_argument("--iou-type", nargs="+", choices=SHAPE, help="default: those that the detections have")
     arguments.add_argument("--max-dets", type=int, default=300, help="detections per image (%(default)s)")
     arguments.add_argument("--fixed-ap", action="store_true", help="also AP of 10,000 detections per category")
     arguments.add_argument(

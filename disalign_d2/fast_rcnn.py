@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 
-# Private, but the names of its figures are those that Detectron2's users watch; the only such import of ours.
+# Private, but it logs the figures that Detectron2's users know; our only import of this kind.
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, _log_classification_stats
 from detectron2.utils.events import get_event_storage
 
@@ -28,18 +28,18 @@ NO_BACKGROUND_SCORE = (
 class DisAlignOutputLayers(FastRCNNOutputLayers):
     """Detectron2's box predictor with a classifier of choice and, in stage two, DisAlign on top of it.
 
-    Only the K foreground scores are calibrated (eq. 4-5); the background's passes through and weighs
-    ``background_weight`` beside foreground weights that average 1 (eq. 11). ``cls_score`` and ``bbox_pred`` keep their
+    Only the K foreground scores are calibrated (eq. 4-5); the background score is unchanged, and its class weight is
+    ``background_weight`` while the foreground weights average 1 (eq. 11). ``cls_score`` and ``bbox_pred`` keep their
     names; stage two adds ``cls_score.calibration``.
 
     Args:
         input_shape: of the box head's features.
         classifier: ``"linear"`` (eq. 2) or ``"cosine"`` (eq. 3).
         scale, learn_scale: of the cosine classifier, see :class:`disalign.CosineClassifier`.
-        calibrate: stage two; the model is then to be frozen, see :func:`disalign_d2.freeze`.
+        calibrate: stage two; the model must then be frozen, see :func:`disalign_d2.freeze`.
         learn_magnitude, learn_margin, confidence: see :class:`disalign.AdaptiveCalibration`.
         class_counts: training counts of the K classes, anything :func:`disalign.load_class_counts` takes, or a function
-            that returns it; asked for when training starts, never for inference.
+            that returns it; needed when training starts, never for inference.
         rho, reduction, background_weight: of the loss, see :class:`disalign.GRWCrossEntropyLoss`.
         stock: the arguments of ``FastRCNNOutputLayers``.
 
@@ -101,10 +101,10 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
         return ret
 
     def resolve_class_counts(self) -> None:
-        """Ask for the class counts, once.
+        """Get the class counts, once.
 
         Raises:
-            InputError: there are none, or not one for each class.
+            InputError: no counts, or not one for each class.
         """
         if self.loss.weight is not None:
             return
@@ -130,7 +130,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
             proposals: list of Instances with ``gt_classes`` (Ri,) int64 in [0, K], K the background.
 
         Returns:
-            ``{"loss_cls": scalar}`` in stage two: what is frozen has no loss.
+            ``{"loss_cls": scalar}`` in stage two: frozen parts have no loss.
         """
         if not self.calibrated:
             return super().losses(predictions, proposals)
@@ -151,7 +151,7 @@ class DisAlignOutputLayers(FastRCNNOutputLayers):
 
 
 def background_weight(cfg: CfgNode) -> float | str:
-    """The loss's ``background_weight`` that ``MODEL.DISALIGN.BACKGROUND_BALANCE`` and ``BACKGROUND_WEIGHT`` ask for."""
+    """The loss's ``background_weight`` that ``MODEL.DISALIGN.BACKGROUND_BALANCE`` and ``BACKGROUND_WEIGHT`` select."""
     balance, weight = cfg.MODEL.DISALIGN.BACKGROUND_BALANCE, float(cfg.MODEL.DISALIGN.BACKGROUND_WEIGHT)
     if balance not in ("fixed", "balanced"):
         raise InputError(f"expected MODEL.DISALIGN.BACKGROUND_BALANCE 'fixed' or 'balanced', got {balance!r}")

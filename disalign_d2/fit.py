@@ -1,8 +1,8 @@
 """Stage two in one pass and seconds: python -m disalign_d2.fit CONFIG --stage-one FILE
 
 One pass of stage one over the training images, then a solver without a learning rate learns the 2K + d + 1 numbers of
-each box predictor (disalign.fit). CONFIG is a stage two's; its rho, counts and background count, its schedule does not.
-Writes a checkpoint that CONFIG evaluates as any other, and prints stage one's figures beside its own.
+each box predictor (disalign.fit). CONFIG is a stage two's: its rho, counts and background apply, its schedule
+does not. Writes a checkpoint to evaluate with CONFIG as any other, and prints stage one's figures beside its own.
 """
 
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger("disalign_d2")
 
 
 def run(args: Namespace) -> None:
-    """What each process does."""
+    """Run in each process."""
     cfg = stage_two_config(args)
     disalign = cfg.MODEL.DISALIGN
     folder = Path(cfg.OUTPUT_DIR)
@@ -56,7 +56,7 @@ def run(args: Namespace) -> None:
     with locked_folder(folder, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():
         log_to(folder / "fit", cfg, args)
         model, checkpointer = load_model(cfg, args, cfg.MODEL.WEIGHTS, str(folder))
-        checkpointer.tag_last_checkpoint = lambda name: None  # a fit's is none to resume
+        checkpointer.tag_last_checkpoint = lambda name: None  # a fit can't be resumed
         found = learn(model, cfg, args, [*places], options)
         predictors = model.roi_heads.box_predictors()
         for rho, path in places.items():
@@ -91,7 +91,7 @@ def learn(model: Any, cfg: CfgNode, args: Namespace, rhos: Sequence[float], opti
 
 
 def set_calibration(predictor: Any, calibration: AdaptiveCalibration, rho: float) -> None:
-    """Give a box predictor what was learnt, and the rho that it was learnt with."""
+    """Set a box predictor's learnt calibration, and the rho that it was learnt with."""
     predictor.cls_score.calibration.load_state_dict(calibration.state_dict())
     predictor.loss.rho = rho
     predictor.loss.set_class_counts(predictor.loss.class_counts)

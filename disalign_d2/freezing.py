@@ -1,4 +1,4 @@
-"""Stage two of a Detectron2 model: everything frozen but the calibrations."""
+"""Stage two of a Detectron2 model: everything but the calibrations is frozen."""
 
 import logging
 from typing import Any
@@ -17,12 +17,12 @@ from .roi_heads import LeanTraining
 
 logger = logging.getLogger(__name__)
 
-#: What Detectron2's checkpoints may hold in vain: old ones keep the pixels' mean and std, and the anchors.
+#: Tensors of Detectron2's checkpoints that are not needed: old ones hold the pixel mean and std, and the anchors.
 NOT_NEEDED = ("pixel_*", "*anchor*")
 
 
 class LeanRPN(RPN):
-    """A frozen RPN: the same proposals, no losses, and no anchors labelled for them."""
+    """A frozen RPN: the same proposals, but no losses and no anchors labelled for them."""
 
     def label_and_sample_anchors(self, anchors: Any, gt_instances: Any) -> Any:
         return [], []
@@ -34,16 +34,16 @@ class LeanRPN(RPN):
 
 
 def freeze(model: nn.Module) -> FreezeReport:
-    """Freeze a Detectron2 R-CNN but for its calibrations, in place; before DDP wraps it.
+    """Freeze a Detectron2 R-CNN except for its calibrations, in place; before DDP wraps it.
 
-    BatchNorm becomes FrozenBatchNorm, and what is frozen stays in eval mode through every ``model.train()``, but for
-    the meta-architecture, the RPN and the ROI heads, which choose their training path by it; the RPN has no losses.
+    BatchNorm becomes FrozenBatchNorm, and frozen modules stay in eval mode after ``model.train()``, except for the
+    meta-architecture, the RPN and the ROI heads, which need it for their training path; the RPN has no losses.
 
     Args:
         model: ``GeneralizedRCNN`` with ROI heads whose box predictors are calibrated.
 
     Returns:
-        What trains.
+        The parameters that train.
 
     Raises:
         InputError: the model has no calibration, or ROI heads that would train the frozen masks or keypoints.
@@ -74,8 +74,8 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """Detectron2's ``build_model``, frozen when the config calibrates.
 
     Raises:
-        InputError: ROI heads that know no calibration and no cosine classifier, or sigmoid or federated loss beside a
-            calibration.
+        InputError: ROI heads that support neither a calibration nor a cosine classifier, or sigmoid or federated loss
+            with a calibration.
     """
     asks = cfg.MODEL.DISALIGN.CALIBRATE or cfg.MODEL.DISALIGN.CLASSIFIER != "linear"
     if asks and not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), LeanTraining):

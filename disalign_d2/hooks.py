@@ -1,4 +1,4 @@
-"""Stage two's watch over a run, as a hook of Detectron2's trainers."""
+"""Stage two's checks of a run, as a hook of Detectron2's trainers."""
 
 import logging
 
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class StageTwoHook(HookBase):
-    """Proves that nothing but the calibrations changes, and warns of a collapsed confidence.
+    """Checks that nothing but the calibrations changes, and warns of a collapsed confidence.
 
     See :class:`disalign.stage_two.StageTwoRun`; the trainer needs a ``model`` and an ``optimizer``.
     """

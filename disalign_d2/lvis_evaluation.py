@@ -15,14 +15,14 @@ from .lvis_metrics import ImageCounts, evaluation_reports, table
 class DisAlignLVISEvaluator(LVISEvaluator):
     """Boxes and masks by :func:`disalign_d2.lvis_metrics.evaluate_lvis`; lvis-api only reads the annotations.
 
-    Into ``output_dir`` go ``lvis_instances_results.json``, all detections, for ``python -m disalign_d2.evaluate``, and
-    what that command writes, as ``lvis_results.json``. To Detectron2 a figure without ground truth is NaN.
+    Writes to ``output_dir`` all detections as ``lvis_instances_results.json``, for ``python -m disalign_d2.evaluate``,
+    and that command's output as ``lvis_results.json``. For Detectron2 a figure without ground truth is NaN.
 
     Args:
         args, stock: the arguments of ``LVISEvaluator``. Without ``tasks`` a model that detects nothing at all is
             evaluated for boxes only; ``max_dets_per_image`` is LVIS's 300 by default.
         fixed_ap: also the fixed AP; the model should give it more than 300 detections per image.
-        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; a function is called only where it is needed.
+        image_counts: see :func:`disalign_d2.lvis_metrics.evaluate_lvis`; a function is called only if needed.
     """
 
     def __init__(self, *args: Any, fixed_ap: bool = False, image_counts: ImageCounts = None, **stock: Any) -> None:

@@ -22,9 +22,9 @@ ImageCounts = ClassCounts | Callable[[], ClassCounts | None] | None
 GROUPS = ("r", "c", "f")
 #: Suffixes of the area ranges, in faster-coco-eval's order: all, small (to 32^2 pixels), medium (to 96^2), large.
 AREAS = ("", "s", "m", "l")
-#: The key that holds what an IoU type compares.
+#: IoU type -> the key of the shape that it compares.
 SHAPE = {"bbox": "bbox", "segm": "segmentation"}
-#: Place of IoU 0.5 and 0.75 among 0.5, 0.55, ... 0.95.
+#: Index of IoU 0.5 and 0.75 in 0.5, 0.55, ... 0.95.
 IOU_50, IOU_75 = 0, 5
 
 
@@ -45,7 +45,7 @@ def evaluate_lvis(
         ground_truth: the content of an annotation file in LVIS format; or in COCO format: an image without
             ``neg_category_ids`` counts as annotated exhaustively for all categories, and its crowds as in COCO.
         detections: each with ``image_id``, ``category_id``, ``score`` and ``bbox`` (x, y, width, height; pixels) or
-            ``segmentation`` (compressed RLE). Of equal scores the first is the better.
+            ``segmentation`` (compressed RLE). Of equal scores the first ranks higher.
         iou_type: ``"bbox"``, or ``"segm"``: the area of a detection is then its mask's.
         max_dets: the best detections of each image that count; negative: all.
         image_counts: (K,) training images per category, in the order of their ids, for r, c and f where the file does
@@ -69,11 +69,11 @@ def evaluate_lvis(
         annotation
         | {
             "id": place,
-            # What lies outside of every area range is ignored.
+            # Objects outside every area range are ignored.
             "area": -1 if annotation.get("ignore") else annotation["area"],
             "iscrowd": annotation.get("iscrowd", 0) if annotation["image_id"] in in_coco_format else 0,
         }
-        for place, annotation in enumerate(ground_truth["annotations"], 1)  # 0 marks the unmatched
+        for place, annotation in enumerate(ground_truth["annotations"], 1)  # 0 marks unmatched ones
     ]
     present = {(annotation["image_id"], annotation["category_id"]) for annotation in objects}
     judged = [
@@ -129,8 +129,8 @@ def fixed_ap(
 ) -> dict:
     """The fixed AP of Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details".
 
-    As :func:`evaluate_lvis`, but of each category the ``per_category`` best detections of the whole set count, however
-    many of them an image has. The detector must not have cut them to 300 per image.
+    As :func:`evaluate_lvis`, but for each category the ``per_category`` best detections of the whole set count, with
+    no limit per image. The detector must not have cut them to 300 per image.
 
     Returns:
         ``figures`` AP-fixed, AP50-fixed, ... APf-fixed and ``per_class`` AP-fixed, to be added to the other report's.
@@ -176,7 +176,7 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
     """Mean precision over the recalls, and recall, both (10 IoUs, 4 areas); NaN in an area without ground truth."""
     listed = {
         "images": [images[key] for key in {item["image_id"] for item in annotations + detections}],
-        # faster-coco-eval wants a letter; the groups are formed from the APs of all categories.
+        # faster-coco-eval requires a letter; the groups are formed from the APs of all categories.
         "categories": [{"id": annotations[0]["category_id"], "frequency": "f"}],
     }
     evaluation = COCOeval_faster(
@@ -191,7 +191,7 @@ def _of_category(annotations, detections, images, iou_type) -> tuple[np.ndarray,
     evaluation.evaluate()
     evaluation.accumulate()
     precision, recall = evaluation.eval["precision"][:, :, 0, :, 0], evaluation.eval["recall"][:, 0, :, 0]
-    # -1 marks what has no ground truth, at all recalls alike.
+    # -1 marks a lack of ground truth, at all recalls.
     return np.where(precision > -1, precision, np.nan).mean(1), np.where(recall > -1, recall, np.nan)
 
 
@@ -224,7 +224,7 @@ def _detections(detections, iou_type) -> list[dict]:
 
 
 def check_ground_truth(ground_truth: dict, iou_type: str) -> None:
-    """Refuse annotations that would break the evaluation, or silently count for something else."""
+    """Refuse annotations that would break the evaluation or be silently misread."""
     if iou_type not in SHAPE:
         raise InputError(f"expected {' or '.join(SHAPE)} as IoU type, got {iou_type!r}")
     key = SHAPE[iou_type]

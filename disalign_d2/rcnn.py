@@ -1,4 +1,4 @@
-"""The meta-architecture of stage two for LazyConfig, whose train loop neither freezes nor loads strictly."""
+"""Stage two's meta-architecture for LazyConfig, whose training loop neither freezes nor loads strictly."""
 
 import logging
 from typing import Any
@@ -28,7 +28,7 @@ class DisAlignGeneralizedRCNN(GeneralizedRCNN):
         logger.info(str(freeze(self)))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but even with ``strict=False`` nothing may be missing but a whole calibration (stage one's)."""
+        """As in torch, but even with ``strict=False`` only a whole calibration may be missing (in stage one)."""
         required = self.state_dict()
         new = [name for name in required if name.startswith(tuple(calibrations(self)))]
         if not any(name in state_dict for name in new):

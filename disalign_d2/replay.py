@@ -1,4 +1,4 @@
-"""Many calibrations of a detector at the price of one: what they leave alone is computed once for an image."""
+"""Many calibrations of a detector at the cost of one: everything before them is computed once per image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ from disalign import AdaptiveCalibration
 
 @contextmanager
 def detector_of(model: Any, calibrations: Sequence[Sequence[AdaptiveCalibration]]) -> Iterator[Callable]:
-    """Within it a stage-two model, in eval mode and without masks and keypoints, detects under several calibrations.
+    """Context in which a stage-two model, in eval mode, without masks and keypoints, detects with several calibrations.
 
-    What a box head sees does not depend on scores, in a cascade neither, whose box regression knows no classes. So the
-    backbone, the proposals, the box pooler and the box heads run under the first calibration, and are remembered for
-    the others.
+    A box head's input does not depend on scores, nor does a cascade's, whose box regression is class-agnostic. So the
+    backbone, the proposals, the box pooler and the box heads run for the first calibration, and their outputs are
+    reused for the others.
 
     Args:
         model: ``GeneralizedRCNN``.
         calibrations: one for each box predictor, of each candidate.
 
     Yields:
-        From Detectron2's inputs to the model's outputs, on the CPU, for each candidate.
+        A function from Detectron2's inputs to the model's outputs, on the CPU, for each candidate.
     """
     heads, training = model.roi_heads, model.training
     classifiers = [predictor.cls_score for predictor in heads.box_predictors()]
     own = [classifier.calibration for classifier in classifiers]
     box_heads = heads.box_head if isinstance(heads.box_head, nn.ModuleList) else [heads.box_head]
     steps = [one for one in (model.backbone, model.proposal_generator, heads.box_pooler, *box_heads) if one is not None]
-    # Of a cascade's pooler, called for each stage, the last: the remembered box heads behind it do not read it.
+    # A cascade calls its pooler for each stage; the last output will do, since the cached box heads do not read it.
     memory: dict[nn.Module, Any] = {}
     first = True
 

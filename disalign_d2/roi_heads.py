@@ -9,7 +9,7 @@ from torch import nn
 
 from .fast_rcnn import DisAlignOutputLayers
 
-if TYPE_CHECKING:  # what the mixin is put before
+if TYPE_CHECKING:  # the classes that the mixin precedes
     from detectron2.modeling.roi_heads import StandardROIHeads as _Host
 else:
     _Host = object
@@ -18,7 +18,7 @@ else:
 class LeanTraining(_Host):
     """Mixin before ROI heads: in stage two, training skips the mask and keypoint branches, which are frozen.
 
-    The heads in front of it build ``output_layers``; with calibration off nothing is skipped.
+    Subclasses build ``output_layers``; with calibration off nothing is skipped.
 
     Attributes:
         output_layers: class of the box predictors; a subclass of the heads may name a subclass of
@@ -45,7 +45,7 @@ class LeanTraining(_Host):
 class DisAlignROIHeads(LeanTraining, StandardROIHeads):
     """``StandardROIHeads`` with :class:`DisAlignOutputLayers`; the keys are those of ``add_disalign_config``."""
 
-    # Detectron2 says so of its own heads when it exports them, and TorchScript does not inherit it.
+    # Detectron2 does the same to its own heads when it exports them, and TorchScript does not inherit it.
     mask_on: torch.jit.Final[bool]  # type: ignore[misc]
     keypoint_on: torch.jit.Final[bool]  # type: ignore[misc]
 

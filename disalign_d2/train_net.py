@@ -50,7 +50,7 @@ logger = logging.getLogger("disalign_d2")
 
 @contextmanager
 def ddp_without_device_ids() -> Iterator[None]:
-    """Within it Detectron2 wraps a model that lies on the CPU, for which it has no option."""
+    """Context in which Detectron2 wraps a model on the CPU, for which it has no option."""
     stock = defaults.create_ddp_model
     defaults.create_ddp_model = functools.partial(stock, device_ids=None)
     try:
@@ -87,7 +87,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None, max_dets: int | None = None
     ) -> DatasetEvaluator:
-        """As in Detectron2; ``max_dets`` are LVIS's detections of an image that AP counts, 300 by default."""
+        """As in Detectron2; ``max_dets``: detections per image that LVIS's AP counts, 300 by default."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # their files have the same names
             output_folder = os.path.join(output_folder, dataset_name)
@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
         return [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
 
     def build_hooks(self) -> list:
-        # Before the hooks are built, since the one that saves takes hold of it.
+        # Before the hooks are built, since the one that saves keeps a reference to it.
         self.checkpointer = DisAlignCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, training=True, trainer=weakref.proxy(self)
         )
@@ -133,11 +133,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_stage_one(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Stage one's figures, from its one evaluation or, for these very weights and data, from an earlier one's."""
+        """Stage one's figures, from an evaluation or, for the same weights and data, from an earlier one."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", "stage_one")
         path = os.path.join(folder, "results.json")
         key = comparison.stage_one_key(cfg, model)
-        # All ranks go the way of the first, whose files they may not see.
+        # All ranks follow the first one, whose files they may not see.
         stage_one = comm.all_gather(comparison.load_stage_one_results(path, key))[0]
         if stage_one is None:
             logger.info("Evaluating stage one (the calibration at its identity) for comparison")
@@ -157,17 +157,17 @@ class Trainer(DefaultTrainer):
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of the arguments, fit for itself and for this machine, with its datasets registered."""
+    """The config that the arguments name, checked in itself and for this machine, with its datasets registered."""
     cfg = get_cfg()
     add_disalign_config(cfg)
     args.config_file = find_config(args.config_file)
     try:
-        cfg.merge_from_file(args.config_file, allow_unsafe=False)  # else YAML may call any function
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)  # otherwise YAML may call any function
         cfg.merge_from_list(args.opts)
-    except Exception as error:  # yacs and yaml raise whatever they like
+    except Exception as error:  # yacs and yaml may raise anything
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
         raise InputError(
-            f"expected settings that Detectron2 and DisAlign know, but: {' '.join(reason.split())}; a float needs its "
+            f"expected settings of Detectron2 and DisAlign, but: {' '.join(reason.split())}; a float needs its "
             "point (1.0), and every KEY its VALUE"
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -207,11 +207,11 @@ def refuse_other_stage(cfg: CfgNode) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
-    """What each process does."""
+    """Run in each process."""
     cfg = setup(args)
     if comm.is_main_process():
         require_data(cfg, training=not args.eval_only)
-    comm.synchronize()  # so that no other process fails first, in other words
+    comm.synchronize()  # so that no other process fails first with another message
     require_folder(cfg.OUTPUT_DIR)
     refuse_other_stage(cfg)
     default_setup(cfg, args)
@@ -238,24 +238,24 @@ def run(args: argparse.Namespace) -> Any:
     with locked_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR") if comm.is_main_process() else nullcontext():
         try:
             return trainer.train()
-        except FloatingPointError as error:  # Detectron2's, before the step that it would spoil
+        except FloatingPointError as error:  # Detectron2's, raised before the optimizer step
             raise InputError(
                 f"expected a finite loss, but: {first_line(error)}; the last checkpoint is from before: add --resume "
-                "with a lower SOLVER.BASE_LR and SOLVER.CLIP_GRADIENTS on, and look at the data"
+                "with a lower SOLVER.BASE_LR and SOLVER.CLIP_GRADIENTS on, and check the data"
             ) from error
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = default_argument_parser(epilog=__doc__)
-    parser.add_argument("--data-check", action="store_true", help="say what is missing of the data, and stop")
+    parser.add_argument("--data-check", action="store_true", help="report missing data, and stop")
     args = parser.parse_args(argv)
     if args.data_check:
         cfg = setup(args)
         problems = check_data(cfg, decode=True)
         if problems:
             print(*problems, sep="\n")
-            raise InputError(f"expected complete data, got {len(problems)} problems (above); solve them, check again")
+            raise InputError(f"expected complete data, got {len(problems)} problems (above); fix them, check again")
         print(f"all data of {', '.join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])} is there")
         return
     with launch_errors():
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def launch_errors() -> Iterator[None]:
-    """Bad input that one of several processes met is bad input."""
+    """Report an InputError of one of several processes as one."""
     try:
         yield
     except torch.multiprocessing.ProcessRaisedException as error:
