@@ -1,4 +1,4 @@
-"""DisAlign for MMSegmentation 1.x: calibrated decode heads, frozen segmentors, the loss, the metric."""
+"""DisAlign for MMSegmentation 1.x: calibrated decode heads, frozen segmentors, the loss and the metric."""
 
 try:
     import disalign_mmengine  # noqa: F401  (importing registers)
@@ -11,8 +11,8 @@ try:
     from .segmentors import DisAlignCascadeEncoderDecoder, DisAlignEncoderDecoder
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"disalign_mmseg needs mmsegmentation and what it needs, but there is no {error.name}; install them with "
-        "pip install 'disalign[mmseg]', or one by one beside an upstream mmsegmentation",
+        f"disalign_mmseg needs mmsegmentation and its dependencies, but there is no {error.name}; install them with "
+        "pip install 'disalign[mmseg]', or individually beside an upstream mmsegmentation",
         name=error.name,
     ) from error
 

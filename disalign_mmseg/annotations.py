@@ -1,4 +1,4 @@
-"""A dataset's annotations as its own pipeline loads them, and one sentence for what is wrong with one."""
+"""A dataset's annotations as its own pipeline loads them, with one-sentence errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from disalign.io.images import require_labels
 
 
 def plain_datasets(dataset: Any) -> list:
-    """The datasets within wrappers, each as often as it is listed; how often a wrapper repeats it does not matter."""
+    """The datasets within wrappers, each as often as it is listed, without a wrapper's repetitions."""
     if isinstance(dataset, ConcatDataset):
         return [plain for part in dataset.datasets for plain in plain_datasets(part)]
     if isinstance(dataset, (RepeatDataset, ClassBalancedDataset, MultiImageMixDataset)):
@@ -32,11 +32,11 @@ def class_names(dataset: Any) -> list[str]:
 
 
 class Guarded:
-    """A loading transform whose errors are one sentence with the file's name, as are labels that don't belong there.
+    """A loading transform that reports bad files and labels in one sentence with the file's name.
 
-    Refused are a missing or broken file, anything but one label per pixel, an annotation of another size than its image
-    (if that is loaded), and labels outside [0, K) that are not to be ignored: these are an index error in the loss, or
-    pass silently through the evaluation.
+    It refuses a missing or broken file, anything but one label per pixel, an annotation of another size than its image
+    (if that is loaded), and labels outside [0, K) that are not ignored: these would be an index error in the loss, or
+    go unnoticed in the evaluation.
     """
 
     def __init__(self, loader: Any, num_classes: int, ignore_index: int) -> None:
@@ -55,7 +55,7 @@ class Guarded:
             loaded = self.loader(results)
         except FileNotFoundError:
             raise InputError(f"expected an {what} at {path!r}, but there is no such file") from None
-        except Exception as error:  # a broken file can break a reader anywhere
+        except Exception as error:  # a broken file can raise anything in a reader
             if in_user_code(error):
                 error.add_note(f"while loading {path!r}")
                 raise
@@ -90,7 +90,7 @@ def guard(dataset: Any, num_classes: int, ignore_index: int = 255) -> None:
 
 
 def loader_of(dataset: Any, kind: type) -> Any:
-    """The first transform of this kind in a plain dataset's pipeline, without its guard; ``None`` if there is none."""
+    """The first transform of this kind in a plain dataset's pipeline, without its guard, or ``None``."""
     found = (getattr(one, "loader", one) for transforms in _steps(dataset.pipeline) for one in transforms)
     return next((one for one in found if isinstance(one, kind)), None)
 

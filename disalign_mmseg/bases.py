@@ -1,4 +1,4 @@
-"""Configs to build on: MMSegmentation's, ours, and stage two laid over any of them."""
+"""Base configs: MMSegmentation's, ours, and stage two on top of any of them."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ def mmseg_config(name: str) -> str:
 
 
 def disalign_config(name: str) -> str:
-    """The path of one of ours, for ``_base_`` in a config that lies anywhere.
+    """The path of one of our configs, for ``_base_`` in a config in any folder.
 
     Args:
         name: below ``configs/mmseg``: ``"_base_/disalign_4k.py"``.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no config of that name.
     """
     return _config(shipped_configs() / "mmseg", name, "the shipped configs")
 
@@ -45,7 +45,7 @@ def _config(folder: Path, name: str, whose: str) -> str:
 
 
 def stage_two(base: ConfigDict, settings: str = "_base_/disalign_4k.py", **loss: Any) -> None:
-    """Turn a stage-one config into stage two's, in place: the one line of a config over it.
+    """Turn a stage-one config into stage two's, in place: one line in a config that inherits it.
 
     ::
 
@@ -56,8 +56,8 @@ def stage_two(base: ConfigDict, settings: str = "_base_/disalign_4k.py", **loss:
 
     Args:
         base: the config's ``_base_``, of an encoder and one or several decode heads.
-        settings: what is laid over it, a config of ours (see :func:`disalign_config`).
-        loss: options of :class:`disalign_mmseg.GRWCrossEntropyLoss`, over those of ``settings``.
+        settings: the config of ours that is merged into it (see :func:`disalign_config`).
+        loss: options of :class:`disalign_mmseg.GRWCrossEntropyLoss`, which override those of ``settings``.
 
     Raises:
         InputError: a base without a segmentor that can be calibrated.

@@ -1,7 +1,7 @@
 """Check a config's data before training: python -m disalign_mmseg.check CONFIG
 
 Builds the training, validation and test set and reads every annotation, minutes for ADE20K; lists what is missing or
-wrong. --counts keeps the training pixels per class, for class_counts="FILE" in the loss.
+wrong. --counts saves the training pixels per class, for class_counts="FILE" in the loss.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(config: Config, name: str, num_classes: int, ignore_index: int, args: argparse.Namespace) -> bool:
-    """Print one line on a dataloader's dataset, or on what is wrong with it; return whether it is whole."""
+    """Print one line about a dataloader's dataset or its problems; return whether it is complete."""
     if config.get(name) is None:
         print(f"{name}: {'expected one in the config, got none' if name == 'train_dataloader' else 'none'}")
         return name != "train_dataloader"
@@ -74,7 +74,7 @@ def check(config: Config, name: str, num_classes: int, ignore_index: int, args: 
 
 
 def summary(record: dict, evaluator: Any) -> str:
-    """One line on counted pixels, with the groups that a config's evaluator makes of their classes."""
+    """One line about counted pixels, with the class groups of a config's evaluator."""
     groups = evaluator.get("groups") if isinstance(evaluator, dict) else None
     thresholds = groups if isinstance(groups, dict) else {}
     members = head_body_tail(record["train_counts"], total=record["total_pixels"], **thresholds)

@@ -1,4 +1,4 @@
-"""What the commands that learn from features share: the model, its data and the pass."""
+"""Code for the commands that learn from features: the model, its data and the pass."""
 
 import argparse
 import os
@@ -25,9 +25,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def sample_arguments(arguments: argparse.ArgumentParser) -> None:
-    """The options of the sample that :func:`collected` keeps."""
+    """The options for the sample of :func:`collected`."""
     arguments.add_argument("--pixels", type=int, default=64, help="of each image; default: 64")
-    arguments.add_argument("--images", type=int, help="so many, rare classes more often; default: all")
+    arguments.add_argument("--images", type=int, help="number to draw, rare classes more often; default: all")
 
 
 def build_model(config: Config) -> Any:
@@ -52,7 +52,7 @@ def build_model(config: Config) -> Any:
 
 
 def stage_one_for(dataset: Any, path: str) -> dict:
-    """The checkpoint of a stage one, of the classes of its training set."""
+    """The checkpoint of a stage one, whose classes must be the training set's."""
     checkpoint = load_checkpoint(path)
     require_same_classes(dataset.metainfo.get("classes"), class_names(checkpoint), repr(path))
     return checkpoint
@@ -65,7 +65,7 @@ def start_from(model: nn.Module, stage_one: dict, path: str) -> None:
 
 
 def counted(model: Any, dataset: Any, folder: Path) -> dict:
-    """Check a training set, and count its pixels for a loss that has no class counts: the record, empty if it has."""
+    """Check a training set, and count its pixels if the loss has no class counts; return the record or ``{}``."""
     head, loss = model.calibrated_head, model.calibrated_head.loss_decode
     check_dataset(dataset, head.num_classes, head.ignore_index)
     if loss.class_counts is not None:
@@ -78,7 +78,7 @@ def counted(model: Any, dataset: Any, folder: Path) -> dict:
 def collected(
     args: argparse.Namespace, config: Config, model: Any, dataset: Any, record: dict, out: str | Path | None
 ) -> Features:
-    """The pass of a command; ``record`` is :func:`counted`'s."""
+    """Run a command's pass; ``record`` is from :func:`counted`."""
     return collect_features(
         model,
         dataset,
@@ -94,13 +94,13 @@ def collected(
 
 
 def linear_of(conv: nn.Conv2d) -> nn.Linear:
-    """A 1x1 convolution, which :func:`collect_features` has proven it to be, as a classifier of features (N, d)."""
+    """A 1x1 convolution, as :func:`collect_features` has checked, as a classifier of features (N, d)."""
     linear = nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None, conv.weight.device)
     return reshaped(linear, conv.state_dict())
 
 
 def reshaped(module: Module, tensors: dict[str, Tensor]) -> Module:
-    """The same module with a linear layer's tensors in place of those of a 1x1 convolution, or the other way round."""
+    """The same module with a linear layer's tensors in place of those of a 1x1 convolution, or vice versa."""
     own = module.state_dict().items()
     module.load_state_dict({name: tensors[name].reshape(tensor.shape) for name, tensor in own})
     return module

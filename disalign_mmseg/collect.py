@@ -1,4 +1,4 @@
-"""Features of a training set's pixels: what the classifier of a trained segmentor sees of them."""
+"""Features of a training set's pixels: the input of a trained segmentor's classifier."""
 
 import hashlib
 import os
@@ -31,14 +31,14 @@ from .pixel_counts import count_pixels, on_main_process, read
 from .segmentors import DisAlignEncoderDecoder
 from .upsampling import cells_at, sample_pixels
 
-#: Images that a killed pass loses at most, on each rank.
+#: Most images that a killed pass loses, on each rank.
 BLOCK = 32
-#: Images that a pass into a folder compares with what is there.
+#: Number of images that a pass into a folder compares with the rows already there.
 COMPARED = 4
 
 
 def training_set(config: Config) -> Any:
-    """A config's training set under the transforms of its evaluation (``test_dataloader.dataset.pipeline``).
+    """A config's training set with the evaluation's transforms (``test_dataloader.dataset.pipeline``).
 
     Raises:
         InputError: a data set that can't be built.
@@ -56,10 +56,10 @@ def training_set(config: Config) -> Any:
 
 
 def require_sample(pixels: int, images: int | None = None) -> None:
-    """Refuse a sample of no pixels or no images.
+    """Refuse a sample without pixels or images.
 
     Raises:
-        InputError: names it.
+        InputError: a number below 1.
     """
     for what, number in (("pixels of each image", pixels), ("images", images)):
         if number is not None and number < 1:
@@ -80,24 +80,24 @@ def collect_features(
     seed: int = 0,
     workers: int = 0,
 ) -> Features:
-    """Run stage one once over a training set and keep what its classifier sees of a few pixels of every image.
+    """Run stage one once over a training set and keep its classifier's input for a few pixels of every image.
 
     A row is a pixel that the sampled loss (:func:`.upsampling.sampled_cross_entropy`) would draw: the features of the
     four cells of the head's grid that its scores are interpolated from, and a weight of valid pixels / ``pixels``. The
-    weighted re-weighted loss of the rows then has that of all pixels for its expectation. Every image is seen once, by
-    itself and whole (a sliding window is not moved), on the device that the model is on, and draws random numbers of
-    its own: a row depends neither on the batch, nor on where a killed pass went on, nor on the number of ranks.
+    expectation of the rows' weighted re-weighted loss is then that of all pixels. Every image is seen once, alone and
+    whole (without a sliding window), on the model's device, with random numbers of its own: a row depends neither on
+    the batch, nor on where a killed pass resumed, nor on the number of ranks.
 
     Args:
         model: stage two's, with stage one's weights.
         dataset: such as :func:`training_set`'s; each annotation of each dataset within wrappers counts once.
-        pixels: of every image.
-        images: see so many alone, drawn by repeat factors (:func:`disalign.sampling.repeat_factors`), with weights that
-            undo it; the annotations are then read once more, before. Default: all.
-        out, dtype: :func:`disalign.collect`'s.
-        class_counts, totals: :class:`disalign.Features`'; by default both are the pixels of ``dataset``, counted.
+        pixels: number to keep of every image.
+        images: use only this many, drawn by repeat factors (:func:`disalign.sampling.repeat_factors`), with weights
+            that undo it; the annotations are then read once more, beforehand. Default: all.
+        out, dtype: see :func:`disalign.collect`.
+        class_counts, totals: see :class:`disalign.Features`; by default both are the pixels of ``dataset``, counted.
         threshold: share of images below which a class is rare; for ``images``.
-        seed: of both samples.
+        seed: for both samples.
         workers: processes that load images.
 
     Returns:
@@ -106,7 +106,7 @@ def collect_features(
 
     Raises:
         InputError: a broken file or label; label maps that are not of the original size; a head that does not classify
-            by ``conv_seg``, once per image; features that are not finite; or what :func:`disalign.collect` refuses.
+            by ``conv_seg``, once per image; features that are not finite; or as in :func:`disalign.collect`.
     """
     require_sample(pixels, images)
     if dtype not in DTYPES:
@@ -134,7 +134,7 @@ def collect_features(
             sampler=numbers,
             num_workers=workers if len(numbers) > 1 else 0,
             collate_fn=pseudo_collate,
-            generator=torch.Generator(),  # of its own: no global random number is drawn
+            generator=torch.Generator(),  # its own, so that no global random number is drawn
         )
         for number, batch in zip(numbers, loader, strict=True):
             rows = pixel_rows(model, batch, pixels, seed_of(seed, number))
@@ -150,7 +150,7 @@ def collect_features(
     source = {
         "trunk": trunk_digest(model, *trained_parts(model)),
         "images or annotations": _files(plains),
-        # LoadAnnotations shows this setting, which the data set has, only once it has loaded something.
+        # LoadAnnotations shows this setting of the data set only after it has loaded something.
         "pipeline": [re.sub(r"reduce_zero_label=\w+, | at 0x[0-9a-f]+", "", repr(one.pipeline)) for one in plains],
         "padding": str(getattr(model.data_preprocessor, "test_cfg", None)),
         "align_corners": head.align_corners,
@@ -177,7 +177,7 @@ def collect_features(
 
 @torch.no_grad()
 def pixel_rows(model: DisAlignEncoderDecoder, batch: Mapping[str, Any], pixels: int, seed: int) -> dict[str, Tensor]:
-    """Draw pixels of one image, a batch as the evaluation's loader gives it, and what the classifier sees of them.
+    """Draw pixels of one image, a batch of the evaluation's loader, and return the classifier's input for them.
 
     Returns:
         (n, 4, d) ``x`` on the model's device; on the CPU (n, 4) fp32 ``bilinear``, (n,) int64 ``y``, (n,) fp64
@@ -218,13 +218,13 @@ def pixel_rows(model: DisAlignEncoderDecoder, batch: Mapping[str, Any], pixels: 
 
 def _label_map(samples: Any) -> Tensor:
     """(H, W) int64 labels of the only sample."""
-    found = getattr(samples[0], "gt_sem_seg", None)  # a list in its place is test-time augmentation's
+    found = getattr(samples[0], "gt_sem_seg", None)  # test-time augmentation has a list here
     expected = None if found is None else tuple(samples[0].metainfo.get("ori_shape", found.shape)[:2])
     if found is None or tuple(found.data.shape[-2:]) != expected:
         got = "none" if found is None else f"{tuple(found.data.shape[-2:])} where it is {expected}"
         raise InputError(
-            f"expected a label map of the image's original size from the evaluation's pipeline, got {got}; let "
-            "LoadAnnotations come after Resize in test_dataloader.dataset.pipeline, without TestTimeAug"
+            f"expected a label map of the image's original size from the evaluation's pipeline, got {got}; put "
+            "LoadAnnotations after Resize in test_dataloader.dataset.pipeline, without TestTimeAug"
         )
     return found.data[0]
 
@@ -236,7 +236,7 @@ def _padded(label: Tensor, size: Sequence[int], padded: Sequence[int], ignore_in
 
 
 def _require_linear(head: Any, x: Tensor, scores: Tensor) -> None:
-    """Refuse a head whose scores are not ``conv_seg``'s of the features, but for what mixed precision rounds."""
+    """Refuse a head whose scores are not ``conv_seg``'s of the features, up to mixed precision's rounding."""
     kernel = head.conv_seg.weight
     off = torch.ones(())
     if kernel.shape == (scores.shape[1], x.shape[1], 1, 1):
@@ -260,7 +260,7 @@ def _draw_images(
 
 
 def _files(plains: Sequence[Any]) -> str:
-    """SHA-256 of all images and annotations by name and size, wherever they lie, and of how labels are changed."""
+    """SHA-256 of names and sizes of all images and annotations, without their folder, and of how labels are mapped."""
     records = [plain.get_data_info(index) for plain in plains for index in range(len(plain))]
     paths = [str(record.get(key)) for record in records for key in ("img_path", "seg_map_path")]
     digest = hashlib.sha256()

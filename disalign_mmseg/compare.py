@@ -1,9 +1,9 @@
 """Is DisAlign better than the two-line fix? python -m disalign_mmseg.compare CONFIG --stage-one FILE [FILE ...]
 
-One pass of each stage one over the training images keeps what its classifier sees of a few pixels of each, and every
-method (disalign.compare) learns from them. Then the network sees each test image once, and all methods are evaluated
+One pass of each stage one over the training images keeps its classifier's input for a few pixels of each, and every
+method (disalign.compare) learns from it. Then the network sees each test image once, and all methods are evaluated
 on its scores, as python -m disalign_mmseg.test does, without test-time augmentation. CONFIG is a stage two's. Several
-stage ones give mean +- standard deviation. Nothing is chosen on the test images. Prints a table and writes
+stage ones give mean +- standard deviation. Nothing is tuned on the test images. Prints a table and writes
 comparison.json, for `disalign report`.
 """
 
@@ -69,7 +69,7 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
-    """The passes, the methods and the table."""
+    """Run the passes and the methods, and print the table."""
     register_all_modules(init_default_scope=True)
     model = build_model(config)
     loss = model.calibrated_head.loss_decode
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     names = chosen_methods(args.methods, "segmentation", cosine=False)
     require_sample(args.pixels, args.images)
     dataset = training_set(config)
-    for path in paths:  # the last one is read after the passes of the others
+    for path in paths:  # the last one is only read after the passes of the others
         stage_one_for(dataset, path)
     record = counted(model, dataset, folder)
     rho = loss.rho if args.rho is None else args.rho
@@ -129,10 +129,10 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
 
 
 def evaluation(config: Config, dataset: Any) -> tuple[Any, LongTailIoUMetric]:
-    """A loader of a config's test set, an image at a time, and its metric; ``dataset`` is the training set.
+    """A loader of a config's test set, one image at a time, and its metric; ``dataset`` is the training set.
 
     Raises:
-        InputError: what can't be built, or other classes than the training set's.
+        InputError: a set or metric that can't be built, or other classes than the training set's.
     """
     with config_errors(config.filename):
         loader: Any = DisAlignSegRunner.build_dataloader(dict(config.test_dataloader, batch_size=1))
@@ -154,12 +154,12 @@ def evaluate(
         model: stage two's with stage one's weights, its calibration at the identity.
         loader: batches of one image.
         found: the first is stage one's classifier.
-        metric: says the groups, and which labels count.
-        fp16: under autocast, as ``test_cfg.fp16`` says.
+        metric: defines the groups, and which labels count.
+        fp16: use autocast, see ``test_cfg.fp16``.
 
     Returns:
-        :func:`disalign.comparison.evaluated`'s of each; a learnt confidence's histogram is of the pixels of the head's
-        own grid.
+        The result of :func:`disalign.comparison.evaluated` for each; a learnt confidence's histogram is over the pixels
+        of the head's own grid.
 
     Raises:
         InputError: a head whose scores are not its classifier's; missing ground truth, or labels that do not fit.
@@ -185,7 +185,7 @@ def evaluate(
                 if number == 0 and not torch.allclose(scores, expected):
                     raise InputError(
                         f"expected {type(head).__name__} to score by its classifier alone, but it changes the scores "
-                        "behind it; compare checkpoints of disalign_mmseg.fit by disalign_mmseg.test"
+                        "afterwards; compare checkpoints of disalign_mmseg.fit by disalign_mmseg.test"
                     )
                 tallies[number].add(scores.flatten(1).T[valid], label[valid])
                 if calibration.confidence is not None and found[number].role == "method":
@@ -201,7 +201,7 @@ def evaluate(
 
 @contextmanager
 def recorded(calibration: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within it keep what each call of a calibration is given: (1, K, h, w) scores and (1, d, h, w) features."""
+    """Context that records the inputs of each call of a calibration: (1, K, h, w) scores and (1, d, h, w) features."""
     calls: list[Any] = []
     hook = calibration.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     try:
@@ -212,9 +212,9 @@ def recorded(calibration: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 @contextmanager
 def replayed(model: Any, calls: Sequence[tuple[Tensor, Tensor]], calibration: AdaptiveCalibration) -> Iterator[None]:
-    """Within it a model predicts from :func:`recorded` calls, by a calibration that is not its own.
+    """Context in which a model predicts from :func:`recorded` calls, with another calibration than its own.
 
-    A call belongs to each image, or to each crop of a sliding window in its turn; the rest is the segmentor's own.
+    There is one call for each image, or for each crop of a sliding window, in order; the rest is the segmentor's own.
     """
     left = iter(calls)
 

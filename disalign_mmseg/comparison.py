@@ -27,15 +27,15 @@ def reporting_metric(loop: Any) -> Any:
 
 
 def evaluate(runner: Runner, loop: Any) -> dict | None:
-    """The report of the model on a validation or test loop's images once more, on the main process.
+    """Evaluate the model again on a validation or test loop's images; returns the report, on the main process.
 
-    No hooks are called, no predictions written, and the loop's own metrics are untouched.
+    It calls no hooks, writes no predictions, and leaves the loop's own metrics unchanged.
     """
     metric = copy.copy(reporting_metric(loop))
     metric.results, metric.report = [], None
-    metric.output_dir = None  # there the predictions of the regular evaluation lie
+    metric.output_dir = None  # holds the predictions of the regular evaluation
     evaluator = Evaluator(metric)
-    # Only test_step knows test-time augmentation.
+    # Only test_step supports test-time augmentation.
     step = runner.model.test_step if isinstance(loop, TestLoop) else runner.model.val_step
     runner.model.eval()
     with torch.no_grad():
@@ -55,8 +55,8 @@ class ComparisonHook(Hook):
 
     Stage two at the identity is stage one bit for bit, so the same model is evaluated with magnitude 1 and margin 0 on
     the same images. ``results_val.json`` in the work folder (``results_test.json``, ``results_test_tta.json``) is then
-    the report of :class:`LongTailIoUMetric` with stage one's figures beside it. A stage-one model gets its own figures
-    alone, and without such a metric nothing is done.
+    the report of :class:`LongTailIoUMetric` with stage one's figures beside it. For a stage-one model these are its own
+    figures only; without such a metric the hook does nothing.
 
     Args:
         stage_one: evaluate stage one too, which takes a second pass over the images.
@@ -83,7 +83,7 @@ class ComparisonHook(Hook):
         metric = reporting_metric(loop)
         if metric is None:
             return
-        # Which passes to make is known to all processes, the reports to the main one only.
+        # All processes know which passes to make, only the main one has the reports.
         after = metric.report if evaluated else evaluate(runner, loop)
         before = None
         if self.stage_one and calibrations(runner.model):

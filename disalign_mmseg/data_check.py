@@ -1,4 +1,4 @@
-"""What is missing or wrong in a dataset, said before training rather than after hours of it."""
+"""Find what is missing or wrong in a dataset before training rather than after hours of it."""
 
 import os
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ ORIENTATION = 0x0112  # EXIF's tag; from 5 on height and width change places
 
 
 def build_dataset(config: dict) -> Any:
-    """Build a dataset from its config; what keeps it from being built is one sentence."""
+    """Build a dataset from its config, with one-sentence errors."""
     with config_errors(str(config.get("type")), (Exception,)):
         try:
             return DATASETS.build(config)
@@ -47,7 +47,7 @@ def _unbuildable(config) -> str | None:
 
 
 def _no_images(dataset) -> str | None:
-    """Why a dataset has no images, in the words of its config; None if it may have some."""
+    """Why a dataset has no images, in terms of its config; None if it may have some."""
     name, listed = type(dataset).__name__, getattr(dataset, "ann_file", "")
     if listed:
         if os.path.exists(listed) and os.path.getsize(listed):
@@ -74,9 +74,9 @@ def dataset_problems(
 ) -> list[str]:
     """A sentence for each problem with the number of classes, missing files, sizes of annotations, and labels.
 
-    Sizes come from the files' headers; only what looks wrong there is loaded, by the dataset's own transforms, which
-    decide. So many ``labels`` are read, spread over the dataset, and as many of the files that look wrong are loaded;
-    ``None``: all. ``workers`` read them, see :func:`~disalign_mmseg.pixel_counts.read`.
+    Sizes come from the files' headers; files that look wrong there are loaded by the dataset's own transforms, which
+    decide. ``labels`` is the number of annotations that are read, spread over the dataset, and the limit for loading
+    files that look wrong; ``None``: all. For ``workers`` see :func:`~disalign_mmseg.pixel_counts.read`.
     """
     problems: list[str] = []
     plains = plain_datasets(dataset)
@@ -88,14 +88,14 @@ def dataset_problems(
                 f"{type(plain).__name__}, got {num_classes}"
             )
         missing = list(_missing(plain, records))
-        # One sentence for many missing files: the rest of the check would repeat it for each.
+        # One sentence for all missing files: the rest of the check would report each of them.
         problems += missing or _broken(plain, records, num_classes, ignore_index, labels)
     if problems or not any(loader_of(plain, LoadAnnotations) for plain in plains):
         return problems
     counted, problems = read(dataset, num_classes, ignore_index, labels, workers)
     if counted and not problems:
         pixels = np.sum([counts for counts, _ in counted], axis=0)
-        # Of a part of the masks only the lack of any class tells.
+        # In a sample of the masks, only a lack of all classes is a problem.
         needed = min(2, num_classes) if len(counted) == sum(map(len, plains)) else 1
         if np.count_nonzero(pixels) < needed:
             ignored = sum(size for _, size in counted) - pixels.sum()
@@ -120,7 +120,7 @@ def _missing(dataset, records) -> Iterator[str]:
 
 
 def _broken(dataset, records, num_classes, ignore_index, limit) -> Iterator[str]:
-    """What the headers of the files tell, confirmed by loading them."""
+    """Problems that the files' headers show, confirmed by loading the files."""
     loaders = [loader_of(dataset, kind) for kind in (LoadImageFromFile, LoadAnnotations)]
     if None in loaders:
         return  # files of another kind, which only their own loader understands
@@ -143,11 +143,11 @@ def _look_right(record) -> bool:
     try:
         with Image.open(record["img_path"]) as image, Image.open(record["seg_map_path"]) as annotation:
             width, height = image.size
-            # For a PNG Pillow would read the whole image to answer.
+            # For a PNG Pillow would read the whole image.
             if image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) >= 5:
                 width, height = height, width
             return (width, height) == annotation.size and annotation.mode in ("1", "L", "P")
-    except Exception:  # a broken file can break a reader anywhere
+    except Exception:  # a broken file can raise anything in a reader
         return False
 
 

@@ -34,8 +34,8 @@ _COMPILED = ("CCHead", "PSAHead")
 class DisAlignHead(BaseDecodeHead):
     """Mixin before a decode head that classifies by ``cls_seg``: its stage two (Sec. 3.2).
 
-    For a head of your own: ``DisAlignMyHead = disalign_mmseg.calibrated(MyHead)``. Parameters keep their names; new are
-    ``calibration.*``, with a confidence per pixel.
+    For a head of your own: ``DisAlignMyHead = disalign_mmseg.calibrated(MyHead)``. Parameters keep their names;
+    ``calibration.*`` is added, with a confidence per pixel.
 
     Args:
         calibration: options of :class:`disalign.AdaptiveCalibration`.
@@ -75,7 +75,7 @@ class DisAlignHead(BaseDecodeHead):
         return self.calibration(super().cls_seg(feat), feat)
 
     def loss_by_feat(self, seg_logits: Any, batch_data_samples: Any) -> dict:
-        """The head's loss, on calibrated scores; other outputs of the head (DAHead, EncHead) have nothing to learn."""
+        """The head's loss, on calibrated scores; other outputs of the head (DAHead, EncHead) are frozen."""
         scores = seg_logits[0] if isinstance(seg_logits, tuple) else seg_logits
         if torch.is_grad_enabled() and not scores.requires_grad:
             raise InputError(
@@ -94,10 +94,10 @@ def calibrated(head: type, module: str | None = None) -> type:
 
     Args:
         head: a decode head that classifies by ``cls_seg``.
-        module: where the new class is kept under its name, for pickle; default: beside ``head``.
+        module: where the new class is stored by name, for pickle; default: ``head``'s module.
 
     Raises:
-        InputError: no decode head, or one whose scores can't be calibrated.
+        InputError: not a decode head, or one whose scores can't be calibrated.
     """
     if head.__name__ in REFUSED:
         _refuse(head.__name__)
@@ -116,7 +116,7 @@ def _refuse(name: str) -> NoReturn:
 HEADS = {}
 for _name in sorted(set(decode_heads.__all__)):
     _head = getattr(decode_heads, _name)
-    if _name in REFUSED:  # to be said when a config names it
+    if _name in REFUSED:  # reported when a config names it
         MODELS.register_module(f"DisAlign{_name}", module=lambda head=_name, **_: _refuse(head))
     elif issubclass(_head, BaseDecodeHead):
         HEADS[f"DisAlign{_name}"] = calibrated(_head, __name__)

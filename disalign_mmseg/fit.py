@@ -1,9 +1,9 @@
 """Stage two in seconds: python -m disalign_mmseg.fit CONFIG --stage-one FILE
 
-One pass of stage one over the training images, under the evaluation's transforms, keeps what its classifier sees of a
+One pass of stage one over the training images, with the evaluation's transforms, keeps its classifier's input for a
 few pixels of each; then a solver without a learning rate learns the 2K + d + 1 numbers (disalign.fit). CONFIG is a
-stage two's; its rho, class counts and calibration count, its schedule does not. Writes a checkpoint that CONFIG tests
-and exports as any other, and evaluates it beside stage one.
+stage two's: its rho, class counts and calibration apply, its schedule does not. Writes a checkpoint to test and export
+with CONFIG as any other, and evaluates it beside stage one.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
-    """The pass, the fits, and the tests of their checkpoints in a folder."""
+    """Run the pass and the fits, and test their checkpoints, in a folder."""
     register_all_modules(init_default_scope=True)
     path = args.stage_one or stage_one_of(config) or ""
     model = build_model(config)
@@ -71,11 +71,11 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
             config = load_config(args.config, args.cfg_options)
             config.setdefault("runner_type", "DisAlignSegRunner")
             config.load_from, config.stage_one = str(place), None
-            # MMEngine's logs go by this name, and the time in seconds.
+            # MMEngine names its logs by this, and by the time in seconds.
             config.experiment_name = f"{config.get('experiment_name', Path(config.filename).stem)}_{place.stem}"
             test(config, argparse.Namespace(work_dir=str(where), launcher="none"))
-            if (where / "results_test.json").exists():  # of the config's own metric there is none
-                shutil.copyfile(where / "results_test.json", results_of(place))  # a line of the log names the first
+            if (where / "results_test.json").exists():  # not with the config's own metric
+                shutil.copyfile(where / "results_test.json", results_of(place))  # the log names the first
         else:
             print(f"test it: python -m disalign_mmseg.test {args.config} {place} --work-dir {where}")
 

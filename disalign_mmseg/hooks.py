@@ -1,4 +1,4 @@
-"""What stage two adds to a segmentation run: checked data and class counts."""
+"""Stage two's hook of a segmentation run: checks the data, and sets the class counts."""
 
 from typing import Any
 
@@ -22,18 +22,17 @@ from .segmentors import DisAlignEncoderDecoder
 
 @HOOKS.register_module()
 class ClassCountsHook(Hook):
-    """Checks the data before the first step, and takes the class counts to the loss, the metrics and the checkpoint.
+    """Checks the data before the first step, and passes the class counts to the loss, the metrics and the checkpoint.
 
-    Counts that the config does not name (``class_counts="dataset"``) are the training set's pixels, counted once and
-    kept in the work folder. A checkpoint keeps them, with what the loss's ``metadata()`` says, under
-    ``meta["disalign"]``.
+    With ``class_counts="dataset"`` they are the training set's pixels, counted once and cached in the work folder. A
+    checkpoint stores them, with the loss's ``metadata()``, under ``meta["disalign"]``.
 
     Raises:
         InputError: data that does not fit, see :func:`disalign_mmseg.data_check.dataset_problems`; or other counts than
             those of the resumed run.
     """
 
-    # Before the hooks that train or look at the model.
+    # Before the hooks that train or read the model.
     priority = "HIGH"
 
     def __init__(self) -> None:

@@ -24,13 +24,13 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         rho: scale of eq. 11 (official: 0.2 on ADE20K).
         reduction: ``"weighted_mean"``, sum(w * ce) / sum(w); ``"mean"``, sum(w * ce) / N_valid (eq. 9).
         normalize, zero_count, sync: see :class:`disalign.GRWCrossEntropyLoss`.
-        ignore_index: label of pixels that do not count; the head's must be the same.
+        ignore_index: label of pixels that are ignored; the head's must be the same.
         loss_weight: factor of the loss.
         avg_non_ignore: ``False`` divides by the number of all pixels, ignored ones too, as the official code does on
             MMSegmentation 0.x; for reduction ``"mean"`` only.
-        upsample: how :meth:`upsampled` goes from the head's logits to the label map's size: ``"fused"`` with the loss
+        upsample: how :meth:`upsampled` resizes the head's logits to the label map's size: ``"fused"`` with the loss
             (:func:`.upsampling.upsampled_cross_entropy`), ``"plain"`` before it; the same in value and gradient.
-        sampled_pixels: estimate the loss without bias from so many pixels of every image (official: all); see
+        sampled_pixels: estimate the loss without bias from this many pixels of every image (official: all); see
             :func:`.upsampling.sampled_cross_entropy`. Torch has no deterministic form of its gradient on a GPU.
         loss_name: its name in the log.
 
@@ -94,7 +94,7 @@ class GRWCrossEntropyLoss(disalign.GRWCrossEntropyLoss):
         reduction_override: Any = None,
         ignore_index: int | None = None,
     ) -> Tensor:
-        """The exact loss of logits that are upsampled already, as stock heads call it.
+        """The exact loss of already upsampled logits, as stock heads call it.
 
         Args:
             cls_score: (N, K, H, W).

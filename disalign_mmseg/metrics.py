@@ -1,4 +1,4 @@
-"""The long tail's metric: IoU and accuracy of the classes, their means, and those of head, body and tail."""
+"""The long-tail metric: IoU and accuracy of the classes, their means, and those of head, body and tail."""
 
 import inspect
 import math
@@ -30,18 +30,18 @@ class LongTailIoUMetric(IoUMetric):
 
     The metrics are named ``mIoU``, ``mAcc``, ``aAcc``, ``mIoU.head``, ``mIoU.body``, ``mIoU.tail``, ``mAcc.head``, ...
     and are percentages. They differ from mmseg's in two ways. A class without a ground-truth pixel in the evaluation is
-    not available: it counts in no mean, where mmseg gives it an IoU of 0 once a pixel is predicted as it. And areas are
-    whole numbers, where mmseg adds them up in float32, which loses pixels above 2**24. A group without an evaluated
+    left out of all means, where mmseg gives it an IoU of 0 if any pixel is predicted as it. And areas are whole
+    numbers, where mmseg adds them up in float32, which loses pixels above 2**24. A group without an evaluated
     class is left out of the metrics, null in the JSON and n/a in the text.
 
     Args:
         class_counts: training pixels per class, anything :func:`disalign.load_class_counts` takes; default: those that
-            a hook sets as ``metric.class_counts`` before the evaluation. Without any there are no groups.
+            a hook sets as ``metric.class_counts`` before the evaluation. Without counts there are no groups.
         groups: ``"ade20k"``, the official split of its 150 classes into 20, 55 and 75 by the printed pixel ratios,
             which needs no counts; or thresholds as shares of all pixels, ``dict(head=0.05, tail=0.01)``: head is above
-            the one, tail at or below the other, body between them. Default: ``"ade20k"`` if ``class_counts`` is, else
-            the paper's 0.01 and 0.001.
-        total_pixels: all pixels of the training set, unlabelled ones too, that the shares are of; default:
+            the first, tail at or below the second, body between them. Default: ``"ade20k"`` if ``class_counts`` is,
+            else the paper's 0.01 and 0.001.
+        total_pixels: pixels of the training set, including unlabelled ones, for the shares; default:
             ``"total_pixels"`` of the JSON file with the counts, or else the labelled ones, the sum of the counts.
         iou_metrics: ``"mIoU"``, ``"mDice"``, ``"mFscore"``; the figures of each are grouped in the same way.
         keep_results: set by ``mim test --out``; predictions in ``output_dir`` are always kept.
@@ -96,7 +96,7 @@ class LongTailIoUMetric(IoUMetric):
     @class_counts.setter
     def class_counts(self, class_counts: ClassCounts | None) -> None:
         self._class_counts = None if class_counts is None else load_class_counts(class_counts)
-        self.members()  # refuses what does not fit
+        self.members()  # refuses counts that do not fit
 
     @IoUMetric.dataset_meta.setter
     def dataset_meta(self, dataset_meta: dict | None) -> None:
@@ -104,7 +104,7 @@ class LongTailIoUMetric(IoUMetric):
         self.members()
 
     def take_counts(self, class_counts: ClassCounts, total_pixels: float | None) -> None:
-        """A run's counts and pixels in all, for a metric whose config names none."""
+        """Set a run's counts and total pixels in a metric whose config has none."""
         if self.class_counts is None:
             if self.total_pixels is None:
                 self.total_pixels = total_pixels
@@ -161,8 +161,8 @@ class LongTailIoUMetric(IoUMetric):
             wrong = classes[(classes < 0) | (classes >= num_classes)]
             if len(wrong):
                 raise InputError(
-                    f"expected {what} of the dataset's {num_classes} classes, got class {int(wrong[0])} for {name}; is "
-                    "the annotation, or the model, one of other classes?"
+                    f"expected {what} of the dataset's {num_classes} classes, got class {int(wrong[0])} for {name}; do "
+                    "the annotation and the model have these classes?"
                 )
 
     @staticmethod
@@ -226,11 +226,11 @@ class LongTailIoUMetric(IoUMetric):
         if self.groups == "ade20k":
             return "ADE20K's official split, 20 head, 55 body and 75 tail classes"
         if self.class_counts is None:
-            return "no groups, for want of class counts"
+            return "no groups, since there are no class counts"
         return ", ".join(f"{group}: {text}" for group, text in self.groups_text().items())
 
     def groups_text(self) -> dict[str, str]:
-        """What each group is, in words."""
+        """A description of each group."""
         if self.groups == "ade20k":
             sizes = {"head": 20, "body": 55, "tail": 75}
             return {group: f"{size} classes of ADE20K's official split" for group, size in sizes.items()}
@@ -251,7 +251,7 @@ def _are_thresholds(groups: Any) -> bool:
 
 
 def _recorded_total(class_counts) -> int | None:
-    """All pixels of the set that a file counts, if it says."""
+    """The total number of pixels that a file with counts records, if any."""
     path = os.fspath(class_counts) if isinstance(class_counts, (str, os.PathLike)) else ""
     if path.endswith(".txt"):
         return 10_000  # objectInfo150.txt prints shares of all pixels, with four decimals

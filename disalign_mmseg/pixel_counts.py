@@ -20,12 +20,12 @@ from disalign.io.images import count_labels
 
 from .annotations import Guarded, class_names, loader_of, plain_datasets
 
-#: The file below a run's folder that keeps the counts.
+#: The file below a run's folder that caches the counts.
 CACHE = "class_counts.json"
 
 
 def on_main_process(function: Callable, *args: Any) -> Any:
-    """Call a function in the main process alone; all get its result, or raise its :class:`InputError`."""
+    """Call a function in the main process only; all processes get its result, or raise its :class:`InputError`."""
     outcome: list = [None]
     if is_main_process():
         try:
@@ -39,11 +39,11 @@ def on_main_process(function: Callable, *args: Any) -> Any:
 
 
 def class_counts_of(dataset: Any, num_classes: int, ignore_index: int, folder: str | os.PathLike[str]) -> dict:
-    """:func:`count_pixels` for a run, whose folder keeps the record as long as the data is the same."""
+    """:func:`count_pixels` for a run, cached in its folder as long as the data is the same."""
     path = os.path.join(folder, CACHE)
     with suppress(InputError):  # no such file, or a broken one
         record = read_json(path, "class counts")
-        # The checksum knows the data and K; the length is for a file that someone changed.
+        # The checksum covers the data and K; the length check is for an edited file.
         same = isinstance(record, dict) and record.get("checksum") == checksum(dataset, num_classes, ignore_index)
         if same and len(record.get("train_counts", ())) == num_classes:
             return record
@@ -55,18 +55,18 @@ def class_counts_of(dataset: Any, num_classes: int, ignore_index: int, folder: s
 def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, workers: int | None = None) -> dict:
     """Count pixels and images per class, in the annotations as the dataset's own ``LoadAnnotations`` gives them.
 
-    So ``label_map``, ``reduce_zero_label`` and the reading backend are the training's; no augmentation takes place.
+    So ``label_map``, ``reduce_zero_label`` and the reading backend are those of training; nothing is augmented.
     A wrapper's repetitions (``RepeatDataset``, ``ClassBalancedDataset``) do not count: each annotation of each dataset
     listed does, once.
 
-    The label ``ignore_index`` is left out, and wins over a class of the same number.
+    The label ``ignore_index`` is left out, even if a class has the same number.
 
     Returns:
         A record for JSON, readable by :func:`disalign.load_class_counts`: ``train_counts`` (pixels) and
         ``image_counts`` of the K classes, ``total_pixels`` (ignored ones too) for shares of all pixels, ``files``,
         ``dataset``, ``class_names``, ``unit``, ``source``, and :func:`checksum`.
     """
-    before = checksum(dataset, num_classes, ignore_index)  # of what is about to be read
+    before = checksum(dataset, num_classes, ignore_index)  # before reading
     counted, problems = read(dataset, num_classes, ignore_index, workers=workers)
     if problems:
         raise InputError(problems[0] + (f" (and {len(problems) - 1} more annotations)" if problems[1:] else ""))
@@ -88,7 +88,7 @@ def count_pixels(dataset: Any, num_classes: int, ignore_index: int = 255, worker
 def checksum(dataset: Any, num_classes: int, ignore_index: int = 255) -> str:
     """SHA-256 of what the counts depend on, without reading a mask: how they are loaded, all names, sizes and times.
 
-    A copy of the data with other times has another one: then the pixels are counted again.
+    A copy of the data with other file times has another checksum: its pixels are counted again.
     """
     digest = hashlib.sha256(f"{num_classes} {ignore_index}".encode())
     for plain in plain_datasets(dataset):
@@ -107,7 +107,7 @@ def checksum(dataset: Any, num_classes: int, ignore_index: int = 255) -> str:
 class Annotations(Dataset):
     """The annotations of a plain dataset: each as ((K,) int64 pixels per class, number of all pixels).
 
-    One with something wrong is the sentence about it instead.
+    For a bad annotation it is the error's sentence instead.
     """
 
     def __init__(self, plain: Any, num_classes: int, ignore_index: int) -> None:
@@ -135,8 +135,8 @@ def read(
 ) -> tuple[list[tuple[np.ndarray, int]], list[str]]:
     """The :class:`Annotations` of all datasets within wrappers that can be counted, and what is wrong with the others.
 
-    So many at ``most``, spread over the dataset, are read by ``workers``: default: a process per CPU that this one may
-    use, 8 at most; 0: none of its own.
+    At ``most`` this many, spread over the dataset, are read by ``workers``, the number of processes: by default one per
+    available CPU, 8 at most; 0 reads in this process.
     """
     parts = [Annotations(plain, num_classes, ignore_index) for plain in plain_datasets(dataset)]
     samples: ConcatDataset = ConcatDataset(parts)
@@ -146,9 +146,9 @@ def read(
         samples,
         batch_size=8,
         sampler=np.linspace(0, len(samples) - 1, number).astype(int).tolist(),
-        num_workers=0 if number < 50 else workers,  # a few are not worth their start
+        num_workers=0 if number < 50 else workers,  # not worth starting processes for a few
         collate_fn=list,
-        # Of its own: a run draws the same random numbers whether its counts were kept or counted.
+        # Its own, so that a run draws the same random numbers whether its counts were cached or counted.
         generator=torch.Generator(),
     )
     bar = tqdm(loader, "reading annotations", unit="file", unit_scale=8, mininterval=1, delay=5)

@@ -1,4 +1,4 @@
-"""The Runner of :mod:`disalign_mmengine`, over datasets whose broken files are named in one sentence."""
+"""The Runner of :mod:`disalign_mmengine`, with one-sentence errors for broken files of datasets."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class DisAlignSegRunner(DisAlignRunner):
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """MMEngine's, over a dataset whose broken files and wrong labels are said in one sentence."""
+        """MMEngine's, with one-sentence errors for broken files and wrong labels of the dataset."""
         if isinstance(dataloader, dict):
             dataset = dataloader["dataset"]
             dataset = build_dataset(dataset) if isinstance(dataset, dict) else dataset

@@ -1,4 +1,4 @@
-"""Segmentors of stage two: frozen from the start but for the calibration of their last head."""
+"""Segmentors of stage two: frozen from the start, except for the calibration of their last head."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ class DisAlignEncoderDecoder(EncoderDecoder):
     """``EncoderDecoder`` as stage two: its decode head is a :class:`~disalign_mmseg.decode_heads.DisAlignHead`.
 
     Everything else is frozen and stays in eval mode from the constructor on, so DDP needs no
-    ``find_unused_parameters``, and no command-line flag decides what trains. An auxiliary head has nothing to learn and
-    is not built; its tensors in a stage-one checkpoint are left aside. Nothing is initialised from ``pretrained`` or
-    ``init_cfg``: stage one's checkpoint holds all of it.
+    ``find_unused_parameters``, and no command-line flag affects what trains. An auxiliary head has nothing to learn and
+    is not built; its tensors in a stage-one checkpoint are ignored. Nothing is initialised from ``pretrained`` or
+    ``init_cfg``: stage one's checkpoint has all tensors.
 
     Attributes:
-        not_needed: patterns of stage one's tensors that stage two has no use for.
+        not_needed: patterns of stage one's tensors that stage two does not need.
         freeze_report: a :class:`disalign.FreezeReport`.
 
     Raises:
@@ -45,7 +45,7 @@ class DisAlignEncoderDecoder(EncoderDecoder):
         return self.decode_head
 
     def init_weights(self) -> None:
-        """Nothing: stage one's checkpoint holds all of it."""
+        """Do nothing: stage one's checkpoint has all tensors."""
 
 
 @MODELS.register_module()

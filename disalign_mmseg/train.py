@@ -1,6 +1,6 @@
 """Train from a config without mim: python -m disalign_mmseg.train CONFIG --cfg-options stage_one=FILE
 
-Stage two starts from stage one's checkpoint, trains 2K + d + 1 numbers, and ends with both stages' figures side by
+Stage two starts from stage one's checkpoint, trains 2K + d + 1 numbers, and prints both stages' figures side by
 side.
 """
 

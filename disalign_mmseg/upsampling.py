@@ -27,16 +27,16 @@ def upsampled_cross_entropy(
 ) -> Tensor:
     """Summed weighted cross-entropy of ``F.interpolate(logits, (H, W), mode="bilinear")``, and its gradient, exactly.
 
-    It goes over strips of output rows, each of which needs but a few rows of the logits, and takes the gradient in the
-    same pass; (N, K, H, W) never exists. It computes in fp32 or better, whatever the logits and autocast, and the
-    gradient waits in that precision for the factor of a loss scaler. It cannot be differentiated twice. On a GPU it is
-    as exact as matrix products are: not with TF32 switched on.
+    It loops over strips of output rows, each of which needs only a few rows of the logits, and computes the gradient in
+    the same pass; (N, K, H, W) never exists. It computes in fp32 or better, regardless of the logits' dtype and
+    autocast, and keeps the gradient in that precision until a loss scaler's factor is applied. It cannot be
+    differentiated twice. On a GPU it is as exact as matrix products: less so with TF32.
 
     Args:
-        logits: (N, K, h, w), of any size beside H x W; bf16 and fp16 are taken too.
+        logits: (N, K, h, w), of any size relative to H x W; bf16 and fp16 are accepted too.
         target: (N, H, W) int64 labels in [0, K), or ``ignore_index``.
         weight: (K,) class weights.
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of pixels that are ignored.
         align_corners: as in ``F.interpolate``.
         strip_mib: upsampled logits at a time; default: :data:`STRIP_MIB`.
 
@@ -57,7 +57,7 @@ class _InStrips(torch.autograd.Function):
     def forward(ctx, logits, target, weight, ignore_index, align_corners, strip_mib, wanted):
         num_classes, (height, width) = logits.shape[1], target.shape[1:]
         precise = torch.promote_types(logits.dtype, torch.float32)
-        # Rows first, so that the rows of a strip lie side by side.
+        # Rows first, so that the rows of a strip are contiguous.
         rows = logits.to(precise).transpose(1, 2).contiguous()
         down = interpolation_matrix(logits.shape[2], height, align_corners)
         down_here = down.to(rows)
@@ -90,9 +90,9 @@ class _InStrips(torch.autograd.Function):
 
 
 def interpolation_matrix(size: int, new_size: int, align_corners: bool) -> Tensor:
-    """(new_size, size) float64: ``F.interpolate`` along one dimension is a product with it.
+    """(new_size, size) float64 matrix: ``F.interpolate`` along one dimension is a product with it.
 
-    In fp32 ``F.interpolate`` rounds its coordinates, which shifts its result by up to 1e-5 where the factor is no
+    In fp32 ``F.interpolate`` rounds its coordinates, which changes its result by up to 1e-5 if the factor is not an
     integer.
     """
     basis = torch.eye(size, dtype=torch.float64)[None]
@@ -111,7 +111,7 @@ def sampled_cross_entropy(
 
     The valid pixels of an image, in reading order, are cut into ``num_pixels`` equal shares, and one pixel is drawn
     from each; so every valid pixel is equally likely, and neighbours, which look alike, are seldom drawn together. The
-    sum over the drawn pixels times (valid pixels / ``num_pixels``) then has the sum over all for its expectation, in
+    expectation of the sum over the drawn pixels, times (valid pixels / ``num_pixels``), is then the sum over all, in
     value and gradient; in an image of exactly ``num_pixels`` valid pixels the two are the same. The logits are
     interpolated at the drawn pixels only. Torch's global random numbers are used.
 
@@ -127,7 +127,7 @@ def sampled_cross_entropy(
 
 
 def sample_pixels(target: Tensor, num_pixels: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
-    """One pixel from each of ``num_pixels`` equal shares of every image's valid pixels; a GPU need not wait for it.
+    """One pixel from each of ``num_pixels`` equal shares of every image's valid pixels; without a GPU synchronization.
 
     Args:
         target: (N, H, W) int64 labels.
@@ -148,7 +148,7 @@ def sample_pixels(target: Tensor, num_pixels: int, ignore_index: int = 255) -> t
 
 
 def interpolate_at(logits: Tensor, positions: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """What ``F.interpolate(logits, size, mode="bilinear")`` has at a few positions.
+    """The values of ``F.interpolate(logits, size, mode="bilinear")`` at a few positions.
 
     Args:
         logits: (N, K, h, w) fp32 or better.
@@ -167,7 +167,7 @@ def interpolate_at(logits: Tensor, positions: Tensor, size: Sequence[int], align
 
 
 def cells_at(positions: Tensor, grid: Sequence[int], size: Sequence[int], align_corners: bool) -> tuple[Tensor, Tensor]:
-    """The cells of the logits, and their weights, that :func:`interpolate_at` makes the scores at positions from.
+    """The cells of the logits, and their weights, from which :func:`interpolate_at` computes the scores at positions.
 
     Args:
         positions: (n,) int64, row * W + column.

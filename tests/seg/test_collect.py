@@ -449,11 +449,11 @@ REFUSED = {
     ),
     "no label maps": (
         lambda folder: collected(folder, data=dataset(folder, UNLABELLED)),
-        "from the evaluation's pipeline, got none; let LoadAnnotations come after Resize",
+        "from the evaluation's pipeline, got none; put LoadAnnotations after Resize",
     ),
     "test-time augmentation": (
         lambda folder: collected(folder, data=dataset(folder, AUGMENTED)),
-        "got none; let LoadAnnotations come after Resize in test_dataloader.dataset.pipeline, without TestTimeAug",
+        "got none; put LoadAnnotations after Resize in test_dataloader.dataset.pipeline, without TestTimeAug",
     ),
     "a head that classifies twice": (twice, "to classify once per image, but it did so 2 times"),
     "a head that does not classify by conv_seg": (other_scores, "to classify by conv_seg, a 1x1 convolution"),

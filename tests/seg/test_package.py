@@ -57,5 +57,5 @@ def test_importing_it_registers_everything_and_no_other_framework():
 def test_without_the_framework_the_import_says_how_to_install_it(name):
     core, sentence = python(MISSING.format(name=name))[-2:]
     assert core == "AdaptiveCalibration"
-    assert sentence.startswith(f"disalign_mmseg needs mmsegmentation and what it needs, but there is no {name}")
+    assert sentence.startswith(f"disalign_mmseg needs mmsegmentation and its dependencies, but there is no {name}")
     assert "pip install 'disalign[mmseg]'" in sentence
