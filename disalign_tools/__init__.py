@@ -1,1 +1,1 @@
-"""Tools around the packages: they need torch and numpy, and a framework only where one is asked for."""
+"""Tools around the packages: they need torch and numpy, and a framework only if they are given its files."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-#: Name -> module, imported only when called since the doctor must start where torch does not; and what it does.
+#: Name -> module, imported only when called, since the doctor must start even if torch does not; and its purpose.
 COMMANDS = {
     "demo": ("disalign_cls.demo", "see DisAlign and related methods on real images, in a minute"),
     "doctor": ("disalign_tools.doctor.__main__", "is my installation sound?"),
@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that the first argument names, with the other arguments."""
+    """Run the command named by the first argument, with the other arguments."""
     width = max(map(len, COMMANDS))
     listed = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     parser = argparse.ArgumentParser(

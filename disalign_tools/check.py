@@ -1,4 +1,4 @@
-"""What is missing of a config's data, whatever the framework: disalign check CONFIG
+"""Missing data of a config, for any framework: disalign check CONFIG
 
 `disalign check CONFIG --help` has the options of the config's framework, which are those of python -m
 disalign_cls.check, disalign_d2.check and disalign_mmseg.check.

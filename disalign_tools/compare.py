@@ -1,4 +1,4 @@
-"""Related methods on the same scores, whatever the framework: disalign compare CONFIG --stage-one FILE [FILE ...]
+"""Related methods on the same scores, for any framework: disalign compare CONFIG --stage-one FILE [FILE ...]
 
 CONFIG is the config of a stage two, for classification, Detectron2 or MMSegmentation; `disalign compare CONFIG --help`
 has the options of its framework, which are those of python -m disalign_cls.compare, disalign_d2.compare and

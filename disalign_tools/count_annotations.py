@@ -1,4 +1,4 @@
-"""Training examples per class from files that name them: lists of images, LVIS and COCO JSON."""
+"""Training examples per class from files that list them: lists of images, LVIS and COCO JSON."""
 
 import hashlib
 from collections import Counter
@@ -11,10 +11,10 @@ from disalign.io.images import MOST_CLASSES
 
 
 def count_lists(lists: Sequence[str], num_classes: int | None = None) -> dict:
-    """Count ``path label`` list files, as ImageNet-LT, Places-LT and iNaturalist-2018 have them.
+    """Count ``path label`` list files, the format of ImageNet-LT, Places-LT and iNaturalist-2018.
 
-    K is ``num_classes``, or the largest label + 1. The images themselves are not looked for: ``python -m
-    disalign_cls.check`` does.
+    K is ``num_classes``, or the largest label + 1. The images themselves are not checked: ``python -m
+    disalign_cls.check`` does that.
     """
     counts: Counter[int] = Counter()
     limit = num_classes or MOST_CLASSES
@@ -40,8 +40,8 @@ def count_lists(lists: Sequence[str], num_classes: int | None = None) -> dict:
 def count_json(files: Sequence[str], num_classes: int | None = None) -> dict:
     """Count the annotations that train, as ``disalign_d2`` does: the classes are the categories in their ids' order.
 
-    Left out are crowds, ignored ones, and those of polygons only, none of which has three points. All files must have
-    the same categories, K if ``num_classes`` says so. Files without any box are lists of images and their classes.
+    Left out are crowds, ignored ones, and those whose polygons all have fewer than three points. All files must have
+    the same categories, ``num_classes`` if given. Files without any box are lists of images and their classes.
     """
     if not any(map(has_boxes, files)):
         return _count_image_labels(files, num_classes)

@@ -1,8 +1,8 @@
 """Count training examples per class: python scripts/count_classes.py SOURCE [SOURCE ...] --out counts.json
 
 A SOURCE is a list file of 'path label' lines, a folder with one folder per class, an LVIS or COCO JSON, or a folder of
-label images (masks); several of one kind add up. The JSON is what load_class_counts and every config takes, with where
-it comes from: source, date (UTC), files, SHA-256.
+label images (masks); several of one kind add up. The JSON is accepted by load_class_counts and every config, and
+records its origin: source, date (UTC), files, SHA-256.
 
 Files that can't be read stop the command (exit status 2), unless --skip-corrupt leaves them out. Classes without any
 example are counted as 0 and named: stage two refuses them by default.
@@ -27,14 +27,14 @@ from disalign.splits import frequent_common_rare, head_body_tail, many_medium_fe
 from .count_annotations import count_json, count_lists
 from .count_files import count_folders, count_masks, named
 
-#: How each kind of source is counted; the parameters behind the sources are the options that it takes.
+#: Kind of source -> the function that counts it; its parameters after the sources are the options that it takes.
 KINDS: dict[str, Callable[..., dict]] = {
     "list": count_lists,
     "folder": count_folders,
     "coco": count_json,
     "masks": count_masks,
 }
-#: Folders of these names alone are no classes.
+#: Folders with only these names are not classes.
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -61,14 +61,14 @@ def _parser():
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a file or a folder")
     parser.add_argument("--out", metavar="FILE.json", help="default: the screen")
     parser.add_argument("--force", action="store_true", help="replace an existing --out")
-    parser.add_argument("--kind", choices=KINDS, help="of the sources; default: what their content looks like")
+    parser.add_argument("--kind", choices=KINDS, help="of the sources; default: inferred from their content")
     parser.add_argument("--num-classes", type=int, metavar="K", help="list, masks: default: the largest label + 1")
     parser.add_argument("--workers", type=int, help="folder, masks: threads; default: one per CPU, 8 at most")
-    special = parser.add_argument_group("options of some kinds only", argument_default=argparse.SUPPRESS)
-    special.add_argument("--verify", action="store_true", help="folder: decode each image to its end")
+    special = parser.add_argument_group("options of certain kinds", argument_default=argparse.SUPPRESS)
+    special.add_argument("--verify", action="store_true", help="folder: decode each image completely")
     special.add_argument("--ignore-index", type=int, help="masks: the label that is left out; default: 255")
-    special.add_argument("--reduce-zero-label", action="store_true", help="masks: leave out 0, take 1 off the others")
-    special.add_argument("--suffix", help="masks: the end of their names (seg_map_suffix); default: .png")
+    special.add_argument("--reduce-zero-label", action="store_true", help="masks: leave out 0, shift the others by -1")
+    special.add_argument("--suffix", help="masks: suffix of their names (seg_map_suffix); default: .png")
     special.add_argument("--skip-corrupt", action="store_true", help="folder, masks: leave out broken files")
     return parser
 
@@ -102,7 +102,7 @@ def count(
 
 
 def kind_of(sources: Sequence[str]) -> str:
-    """What sources look like: a file that begins like JSON is ``"coco"``, any other a ``"list"``; a folder of folders
+    """The kind of the sources: a file that begins like JSON is ``"coco"``, any other a ``"list"``; a folder of folders
     of images is a ``"folder"``, one of images alone ``"masks"``.
     """
     kinds = [_kind_of(source) for source in sources]
@@ -138,7 +138,7 @@ def _kind_of(source):
 
 
 def summary(record: dict) -> str:
-    """A record's size, its largest and smallest class, and the groups that fit its kind, on one line."""
+    """One line with a record's size, its largest and smallest class, and the groups for its kind."""
     counts, unit, names = record["train_counts"], record["unit"], _names(record)
     size = f"{sum(counts)} {unit}"
     if unit == "pixels":
@@ -156,7 +156,7 @@ def summary(record: dict) -> str:
 
 
 def warnings(record: dict) -> list[str]:
-    """What a user should know of a record: classes without examples, files left out."""
+    """Warnings about a record: classes without examples, files left out."""
     found, counts, skipped = [], record["train_counts"], record.get("skipped")
     empty = [name for name, number in zip(_names(record), counts, strict=True) if not number]
     if empty:

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-#: What reduce_zero_label makes of the label 0.
+#: The label into which reduce_zero_label turns 0.
 REDUCED = 255
 
 
@@ -35,7 +35,7 @@ def count_folders(
 ) -> dict:
     """Count images in folders of one folder per class; the labels are those of ``disalign_cls``'s ``FolderDataset``.
 
-    Each image must be there and hold at least a byte; whether it is whole only ``verify`` finds out. The checksum is
+    Each image must exist and have at least one byte; only ``verify`` checks whether it is complete. The checksum is
     that of the images' sizes in bytes.
     """
     names: list[str] = []
@@ -85,13 +85,13 @@ def count_masks(
 ) -> dict:
     """Count label images with one label per pixel, as ``disalign_mmseg`` does; a palette's index is the label.
 
-    K is ``num_classes``, or the largest label + 1. ``ignore_index`` wins over a class of the same number.
-    ``reduce_zero_label`` makes 255 of 0, which is left out, and each other label one less, as in MMSegmentation. The
-    checksum is that of the files' SHA-256.
+    K is ``num_classes``, or the largest label + 1. ``ignore_index`` is left out, even if a class has the same number.
+    ``reduce_zero_label`` turns 0 into 255, which is left out, and subtracts 1 from the others, as in MMSegmentation.
+    The checksum is that of the files' SHA-256.
     """
     if reduce_zero_label and ignore_index != REDUCED:
         raise InputError(
-            f"expected the ignored label {REDUCED} with reduce_zero_label, which makes it of 0, got {ignore_index}"
+            f"expected the ignored label {REDUCED} with reduce_zero_label, which turns 0 into it, got {ignore_index}"
         )
     files = [(folder, path) for folder in folders for path in mask_files(folder, suffix)]
     note = " (with 1 taken off, as --reduce-zero-label asks)" if reduce_zero_label else ""
@@ -137,10 +137,10 @@ def _read_files(
     """Read each file in threads (Pillow decodes without Python's lock), with a progress bar on a terminal.
 
     Args:
-        files: the folder given and the path of each.
-        read: path -> what the checksum says of the file (its SHA-256 or size), and what ``add`` gets. An
-            :class:`InputError` stops all; anything else is the file's fault.
-        add: gets the place of a file in ``files`` and what was read, in this order.
+        files: for each, the given folder and the path.
+        read: path -> the file's entry in the checksum (its SHA-256 or size), and the value for ``add``. An
+            :class:`InputError` stops the command; any other error makes the file a broken one.
+        add: called with a file's index in ``files`` and the value read, in order.
 
     Returns:
         The record's ``files``, ``images``, ``skipped`` and ``checksum``: SHA-256 of a text with a line ``what  name``
@@ -154,7 +154,7 @@ def _read_files(
             raise
         except UnidentifiedImageError:
             return "not an image"
-        except Exception as error:  # a broken file can break a reader anywhere
+        except Exception as error:  # a broken file can raise anything in a reader
             return getattr(error, "strerror", None) or first_line(error)
 
     pool = ThreadPoolExecutor(min(8, usable_cpus()) if workers is None else workers or 1)

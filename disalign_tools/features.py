@@ -1,8 +1,8 @@
 """Features of images by a pretrained trunk of timm: disalign features FOLDER_OR_LIST --model timm:NAME --out DIR
 
-FOLDER_OR_LIST is a folder with one folder per class, or a list of "path label" lines. Every image is seen once, under
-the transforms that the model was evaluated with. disalign.Features.open(DIR), disalign.fit and
-disalign.sklearn.DisAlignClassifier go on from there. A killed pass goes on where it was.
+FOLDER_OR_LIST is a folder with one folder per class, or a list of "path label" lines. Every image is seen once, with
+the transforms of the model's own evaluation. Continue with disalign.Features.open(DIR), disalign.fit and
+disalign.sklearn.DisAlignClassifier. A killed pass resumes where it stopped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from disalign.io.images import MOST_CLASSES, image_tree, open_image
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("images", help="a folder with one folder per class, or a list of 'path label' lines")
-    arguments.add_argument("--data-root", default="", help="what the list's paths are relative to")
+    arguments.add_argument("--data-root", default="", help="folder to which the list's paths are relative")
     arguments.add_argument("--model", required=True, help="timm:NAME")
     arguments.add_argument("--weights", help="its checkpoint; default: timm's pretrained one")
     arguments.add_argument("--out", required=True, help="folder for the features")
@@ -67,7 +67,7 @@ def load_trunk(model: str, weights: str | None) -> nn.Module:
     """A timm model without its classifier, in eval mode.
 
     Raises:
-        InputError: no such model, weights that timm can't fetch, or a checkpoint that lacks some of the trunk's.
+        InputError: no such model, weights that timm can't fetch, or a checkpoint without some of the trunk's tensors.
     """
     kind, _, name = model.partition(":")
     if kind != "timm" or not name:
@@ -84,7 +84,7 @@ def load_trunk(model: str, weights: str | None) -> nn.Module:
 
 
 def transform_of(trunk: nn.Module) -> Any:
-    """What the model was evaluated with: resizing, cropping, normalisation."""
+    """The transforms of the model's own evaluation: resizing, cropping, normalisation."""
     return create_transform(**resolve_model_data_config(trunk), is_training=False)
 
 

@@ -1,4 +1,4 @@
-"""Stage two in one pass and seconds, whatever the framework: disalign fit CONFIG --stage-one FILE [--rho ...]
+"""Stage two in one pass and seconds, for any framework: disalign fit CONFIG --stage-one FILE [--rho ...]
 
 CONFIG is the config of a stage two, for classification, Detectron2 or MMSegmentation; `disalign fit CONFIG --help` has
 the options of its framework, which are those of python -m disalign_cls.fit, disalign_d2.fit and disalign_mmseg.fit.
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(name: str, doc: str | None, argv: Sequence[str] | None) -> int:
-    """Run the command of this name of the framework whose config is the first argument."""
+    """Run the command ``name`` of the framework whose config is the first argument."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(doc)
@@ -30,13 +30,13 @@ def dispatch(name: str, doc: str | None, argv: Sequence[str] | None) -> int:
 
 
 def host_of(path: str, name: str = "fit") -> Any:
-    """The module whose command of this name takes a config.
+    """The module with the command ``name`` for a config.
 
     Raises:
         InputError: no config file, one that can't be read, or its framework is missing.
     """
     if path.startswith("-"):
-        raise InputError(f"expected a config as the first argument, got {path!r}; options go behind it")
+        raise InputError(f"expected a config as the first argument, got {path!r}; options go after it")
     path = find_config(path)
     try:
         if path.endswith((".yaml", ".yml")):

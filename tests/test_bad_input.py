@@ -450,7 +450,7 @@ BAD = {
     "convert: numpy among the weights": (
         "convert",
         ["{f.array_among_tensors}", *CONVERT],
-        "but 1 are none: fc.bias; .* --trust-checkpoint",
+        "but 1 are not: fc.bias; .* --trust-checkpoint",
     ),
     "convert: two sets of weights": (
         "convert",

@@ -18,7 +18,7 @@ CALIBRATION = ("magnitude", "margin", "confidence.weight", "confidence.bias")
 
 
 class Part(NamedTuple):
-    """One tensor of the result: which of the source's it is, and what was done to it (nothing: the same numbers)."""
+    """One tensor of the result: its source tensor, and how it was changed (empty: the same numbers)."""
 
     tensor: Tensor
     source: str | None
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Classifier:
-    """A classifier, in our words."""
+    """A classifier, under our names."""
 
     name: str  # in the source
     parts: dict[str, Part]  # "weight", "bias", "scale" (cosine) and those of CALIBRATION that it has
@@ -47,7 +47,7 @@ class Classifier:
 
     @property
     def stock_line(self) -> str:
-        """The code that makes room in the stock model for a folded cosine classifier; "" for any other."""
+        """The code that prepares the stock model for a folded cosine classifier; "" for any other."""
         if not isinstance(self.stock, nn.Sequential):
             return ""
         layers = ", ".join(f"nn.{layer}" for layer in self.stock)
@@ -117,7 +117,7 @@ class Classifier:
         self.parts = {word: Part(tensor.to(dtype), sources, "folded") for word, tensor in folded}
 
     def difference(self, tensors: dict[str, Tensor]) -> float:
-        """Largest difference of the source's scores and ours, by the result's ``tensors``, relative to the largest."""
+        """Largest difference between the source's scores and ours, from ``tensors``, relative to the largest score."""
         shape = self.parts["weight"].tensor.shape[1:]  # (d,), or (d, 1, 1) of a 1x1 convolution
         features = torch.randn(64, shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         model = self._loaded({word: tensors[name] for word, name in zip(self.parts, self.named_parts(), strict=True)})

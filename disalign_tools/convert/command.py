@@ -1,8 +1,8 @@
 """Convert a checkpoint: python -m disalign_tools.convert SOURCE DEST --to {cls,d2,mmseg,timm}
 
 Takes the checkpoints of cvpods (the official DisAlign's among them), classifier-balancing, torchvision, timm,
-mmpretrain, Detectron2, MMSegmentation and of this repository; docs/converting.md has the table. The source stays as it
-is. Before the result gets its name it is read back, and its scores are compared with the source's own formula.
+mmpretrain, Detectron2, MMSegmentation and of this repository; docs/converting.md has the table. The source is not
+changed. Before the result gets its name, it is read back, and its scores are compared with the source's own formula.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .sources import SOURCES, detect
 from .sources.frame import IMAGES, Content, Source
 from .table import table
 
-#: Tensors that no target has a use for; the official ImageNet-LT's loss keeps its class weights beside the network.
+#: Tensors that no target needs; the official ImageNet-LT's loss keeps its class weights beside the network.
 USELESS = ("pixel_*", "*anchor_generator*", "*cell_anchors*", "data_preprocessor.*", "loss_evaluator.weight")
 #: Largest difference of scores, relative to the largest score.
 TOLERANCE = 1e-6
@@ -79,12 +79,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", help="the checkpoint: .pth and the like, .pkl of Detectron2's zoo, .safetensors")
     parser.add_argument("dest", help="the file to write; with d2, .pkl is Detectron2's pickle of numpy arrays")
     parser.add_argument("--to", required=True, choices=targets.TARGETS, help="the package that is to load it")
-    parser.add_argument("--from", dest="source_format", choices=SOURCES, help="default: what its tensors' names say")
+    parser.add_argument("--from", dest="source_format", choices=SOURCES, help="default: told by its tensors' names")
     parser.add_argument("--config", help="also check that it fits: a config of the package, or a timm model's name")
-    parser.add_argument("--fold", action="store_true", help="magnitude and margin go into a stock classifier's weights")
+    parser.add_argument("--fold", action="store_true", help="fold the calibration into a stock classifier's weights")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="of two sets of weights, the averaged one")
-    parser.add_argument("--scale", type=float, help="of a cosine classifier, where the file lacks it (official: 20)")
-    parser.add_argument("--classifier", metavar="NAME", help="the last linear layer, where it can't be told by name")
+    parser.add_argument("--scale", type=float, help="of a cosine classifier, if not in the file (official: 20)")
+    parser.add_argument("--classifier", metavar="NAME", help="the last linear layer, if its name does not tell")
     parser.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave out tensors; repeatable")
     parser.add_argument("--force", action="store_true", help="replace an existing DEST")
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
@@ -101,7 +101,7 @@ def require_dest(args: argparse.Namespace) -> None:
 
 
 def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """What is left after --drop and without what nobody needs, and the names of the others."""
+    """The tensors left after --drop and without those that no target needs, and the names of the others."""
     for pattern in patterns:
         if not fnmatch.filter(tensors, pattern):
             raise InputError(
@@ -115,7 +115,7 @@ def without(tensors: dict[str, Tensor], patterns: Sequence[str]) -> tuple[dict[s
 
 
 def require_use(content: Content, source: Source, args: argparse.Namespace) -> None:
-    """Refuse a target that has no use for such a model, a lone classifier, and options in vain."""
+    """Refuse a target for other models, a lone classifier, and options without effect."""
     if args.to not in source.targets:
         to = " or ".join(source.targets)
         raise InputError(f"expected --to {to} for {content.heading}, got --to {args.to}; see docs/converting.md")
@@ -142,13 +142,13 @@ def require_places(content: Content, tensors: dict[str, Tensor]) -> None:
     if unmapped:
         raise InputError(
             f"expected a place for every tensor of the source, but {len(unmapped)} have none: "
-            f"{some(name for name in tensors if name in unmapped)}; if they do not matter, add --drop PATTERN for them"
+            f"{some(name for name in tensors if name in unmapped)}; if they are not needed, add --drop PATTERN for them"
         )
 
 
 def arrange(content: Content, source: Source, tensors: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Part]:
     """The result: name -> part."""
-    named = None if content.timm_name else args.classifier  # which then names the source's
+    named = None if content.timm_name else args.classifier  # which then has the source's names
     known = content.names_known and (args.to != "timm" or named)
     if args.to == "timm" and args.config and not named:
         named = timm_classifier(args.config)
@@ -173,7 +173,7 @@ def write(
     meta: dict[str, Any],
     layers: list[Classifier],
 ) -> str:
-    """Write, read back and compare with the source's ``tensors``; the file gets its name only if all of it holds."""
+    """Write, read back and compare with the source's ``tensors``; the file gets its name only if all checks pass."""
     arrays = args.dest.endswith(".pkl")
     copies = {name: tensors[part.source] for name, part in result.items() if part.source and not part.change}
     with atomic_file(args.dest, "w+b") as file:

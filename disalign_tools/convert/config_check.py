@@ -17,7 +17,7 @@ from .targets import BACKBONE_CONFIG
 
 
 def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
-    """Load the tensors into the model of a config (for timm a model's name), strictly, and say in words what fits."""
+    """Load the tensors into the model of a config (for timm a model's name), strictly, and describe what fits."""
     with _built(to, config):
         model = _build(to, config, tensors)
     target = model.state_dict()
@@ -37,7 +37,7 @@ def check_fit(to: str, config: str, tensors: dict[str, Tensor]) -> str:
 
 @contextmanager
 def _built(to: str, config: str) -> Iterator[None]:
-    """With the package to build it; whatever building from a config raises is the config's fault."""
+    """Context with the package that builds it; any exception while building counts as the config's error."""
     package = "timm" if to == "timm" else f"disalign_{to}"
     try:
         import_module(package)
@@ -77,7 +77,7 @@ def _d2_config(path):
         raise InputError(f"expected a config in YAML for --to d2, got {path!r}; leave out --config")
     cfg = get_cfg()
     add_disalign_config(cfg)
-    cfg.merge_from_file(find_config(path), allow_unsafe=False)  # else YAML may call any function
+    cfg.merge_from_file(find_config(path), allow_unsafe=False)  # otherwise YAML may call any function
     cfg.MODEL.DEVICE = "cpu"
     return cfg
 
@@ -93,6 +93,6 @@ def timm_classifier(name: str) -> str:
     if not isinstance(classifier, str):
         raise InputError(
             f"expected a timm model of one classifier as --config, but {name!r} has {classifier}; their scores "
-            "are averaged, take a model of one"
+            "are averaged, use a model with one"
         )
     return classifier

@@ -1,4 +1,4 @@
-"""The sources' own formulas, literally, in float64: they share nothing with disalign's.
+"""The sources' own formulas, literally, in float64: they share no code with disalign's.
 
 Shapes: features x (N, d), stage one's scores z (N, C). ``own`` holds a source's tensors under the source's names.
 """
@@ -14,7 +14,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def cosine(x: Tensor, weight: Tensor, scale: float, eps: float) -> Tensor:
-    """scale * cos(w_j, x); norms below eps count as it."""
+    """scale * cos(w_j, x); norms of weights are at least eps."""
     unit = weight.double() / weight.double().norm(dim=1, keepdim=True).clamp_min(eps)
     return scale * (x / x.norm(dim=1, keepdim=True)) @ unit.T
 
@@ -25,14 +25,14 @@ def sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def blended(z: Tensor, confidence: Tensor | float, magnitude: Tensor, margin: Tensor) -> Tensor:
-    """Eq. 4-5 of the paper; trailing scores beyond the K of magnitude and margin stay."""
+    """Eq. 4-5 of the paper; trailing scores beyond the K of magnitude and margin are unchanged."""
     k = magnitude.numel()
     s = magnitude.double().flatten() * z[:, :k] + margin.double().flatten()
     return torch.cat([confidence * s + (1 - confidence) * z[:, :k], z[:, k:]], dim=1)
 
 
 def ours(z: Tensor, x: Tensor, own: dict[str, Tensor]) -> Tensor:
-    """This repository's: eq. 4-5, where absent with magnitude 1, margin 0, confidence 1."""
+    """This repository's: eq. 4-5; by default magnitude 1, margin 0, confidence 1."""
     k = own["magnitude" if "magnitude" in own else "margin"].numel()
     confidence = sigmoid(x, own["confidence.weight"], own["confidence.bias"]) if "confidence.weight" in own else 1.0
     return blended(z, confidence, own.get("magnitude", torch.ones(k)), own.get("margin", torch.zeros(k)))

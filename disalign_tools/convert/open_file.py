@@ -1,4 +1,4 @@
-"""Opens a checkpoint of any training loop: its tensors under plain names, and what it says of classes and counts."""
+"""Opens a checkpoint of any training loop: its tensors under plain names, and its classes and counts."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from disalign.hand_over import plain_names, require_dense, weights_of
 
 #: Entries with the moving average of the weights (torchvision's references, timm, d2go, BasicSR).
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_state", "ema", "params_ema")
-#: What a moving average counts its updates in.
+#: The update counter of a moving average.
 COUNTERS = ("n_averaged", "steps")
-#: Entries that are read elsewhere, or say nothing.
+#: Entries that are read elsewhere, or not needed.
 KEPT = ("meta", "disalign", "__author__")
-#: What training loops keep beside the weights: MMEngine's log buffers.
+#: Stored by training loops beside the weights: MMEngine's log buffers.
 RECORDS = ("mmengine.logging.history_buffer.HistoryBuffer",)
 #: The parts of a classifier-balancing checkpoint.
 HALVES = ("feat_model", "classifier")
@@ -30,12 +30,12 @@ HALVES = ("feat_model", "classifier")
 def open_checkpoint(path: str, ema: bool | None, trust: bool) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """Read a file: torch's (``.pth`` and any other name), a ``.pkl`` of numpy arrays, or ``.safetensors``.
 
-    Of trained and averaged weights it takes those that ``ema`` says, and refuses both if that is None. What can't be
-    used otherwise is unpickled in full if we ``trust`` it.
+    ``ema`` chooses between trained and averaged weights; if it is None, a file with both is refused. A file that can't
+    be read otherwise is unpickled in full if ``trust`` is set.
 
     Returns:
-        The tensors, on the CPU, without DDP's and others' prefixes; what a result may keep beside them: "dataset_meta"
-        (classes, palette) and "disalign" (counts); and the names of what else it holds.
+        The tensors, on the CPU, without prefixes such as DDP's; what a result may keep beside them: "dataset_meta"
+        (classes, palette) and "disalign" (counts); and the names of everything else in the file.
     """
     if path.endswith(".safetensors"):
         return _opened(_read_safetensors(path), ema, path)
@@ -63,7 +63,7 @@ def _opened(content, ema, path):
     others = [name for name, value in values.items() if not isinstance(value, Tensor | str | float | int | None)]
     if others:
         raise InputError(
-            f"expected only tensors among the weights in {path!r}, but {len(others)} are none: {some(others)}; if they "
+            f"expected only tensors among the weights in {path!r}, but {len(others)} are not: {some(others)}; if they "
             "are numpy arrays or modules add --trust-checkpoint if you trust its source, else save the state dict flat"
         )
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor) and name not in COUNTERS}
@@ -75,7 +75,7 @@ def _opened(content, ema, path):
 
 
 def _weights(content, ema, path):
-    """The mapping of weights, and the entries that it stands in."""
+    """The mapping of weights, and the entries that contain it."""
     weights, entries = weights_of(content, (*AVERAGED, *HALVES))
     averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)
     if ema and not averaged:
@@ -103,7 +103,7 @@ def _plain_names(tensors):
 
 
 def _read_in_full(path):
-    """Unpickled by torch or, what torch did not write, by pickle; both run the file's code."""
+    """Unpickled by torch or, if torch did not write the file, by pickle; both run the file's code."""
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=False)
@@ -113,7 +113,7 @@ def _read_in_full(path):
             with open(path, "rb") as file:
                 content = pickle.load(file, encoding="latin1")
         return _as_tensors(content)
-    except Exception as error:  # the file's own code runs: anything may come
+    except Exception as error:  # the file's own code runs: it may raise anything
         raise InputError(
             f"expected a checkpoint in {path!r}, but unpickling it in full fails ({first_line(error)}); is it whole, "
             "and is what it was saved with installed?"
@@ -125,7 +125,7 @@ def _read_safetensors(path):
         from safetensors.torch import load_file as load_safetensors
 
         return load_safetensors(path)
-    except Exception as error:  # safetensors is missing, or the file, or half of it
+    except Exception as error:  # safetensors or the file is missing, or the file is incomplete
         raise InputError(f"expected a whole .safetensors file at {path!r}, but: {first_line(error)}") from None
 
 
@@ -141,7 +141,7 @@ def _as_tensors(value):
 
 
 def _metadata(content):
-    """What the result keeps of the classes and the counts, and the names of what it can't keep."""
+    """The classes and counts that the result keeps, and the names of what it can't keep."""
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
     said = {key: meta[key.upper()] for key in ("classes", "palette") if key.upper() in meta}  # 0.x writes capitals
     if isinstance(meta.get("dataset_meta"), Mapping):
@@ -155,7 +155,7 @@ def _metadata(content):
 
 
 def _plain(value):
-    """The value as JSON holds it, which ``weights_only`` loads; None if JSON can't."""
+    """The value as plain JSON types, which ``weights_only`` loads; None if that is impossible."""
     try:
         return json.loads(json.dumps(value, default=lambda item: item.tolist()))
     except (AttributeError, TypeError, ValueError):

@@ -32,7 +32,7 @@ def _renamed(name, stem, stages, block):
 
 
 def foreign(names: Iterable[str]) -> list[str]:
-    """Those that are not a plain ResNet's or ResNeXt's in torchvision's names."""
+    """The names that are not a plain ResNet's or ResNeXt's under torchvision's names."""
     return [name for name in names if to_detectron2(name) is None]
 
 

@@ -1,4 +1,4 @@
-"""The table of what became of a source's tensors."""
+"""A table of how a source's tensors were converted."""
 
 import re
 

@@ -15,9 +15,9 @@ from . import resnet
 from .classifier import CALIBRATION, Part
 from .sources.frame import Content
 
-#: Target -> what its files hold beside the weights.
+#: Target -> the other entries of its files.
 TARGETS = {"cls": ("dataset_meta", "disalign"), "d2": ("disalign",), "mmseg": ("dataset_meta", "disalign"), "timm": ()}
-#: What a Detectron2 config must say for a backbone that has learnt from images as timm and torchvision show them.
+#: Detectron2 settings for a backbone trained on images as timm and torchvision normalise them.
 BACKBONE_CONFIG = {
     "INPUT.FORMAT": "RGB",
     "MODEL.PIXEL_MEAN": [123.675, 116.280, 103.530],
@@ -37,7 +37,7 @@ def of_images(others: dict[str, Part], content: Content, to: str, classifier: st
         drops = "".join(f" --drop {part.source}" for word, part in layer.parts.items() if word in CALIBRATION)
         raise InputError(
             f"expected a stock classifier for timm, got a calibrated or cosine one, {layer.name!r}; --fold makes it "
-            "stock unless its confidence is learnt" + (f", and its stage one is had with{drops}" if drops else "")
+            "stock unless its confidence is learnt" + (f", and you get its stage one with{drops}" if drops else "")
         )
     layer.place = "classifier" if to == "cls" else classifier
     weight = layer.parts["weight"].tensor
@@ -63,7 +63,7 @@ def _as_backbone(others, content):
     sources = [part.source for part in layer.parts.values() if part.source]
     content.dropped |= dict.fromkeys(sources, "a backbone has no classifier")
     content.notes.append(
-        "like most image classifiers this backbone has seen RGB images; in Detectron2 set "
+        "like most image classifiers this backbone was trained on RGB images; in Detectron2 set "
         + ", ".join(f"{key} {value}" for key, value in BACKBONE_CONFIG.items())
     )
     return {f"backbone.bottom_up.{resnet.to_detectron2(name)}": part for name, part in others.items()}
@@ -71,7 +71,7 @@ def _as_backbone(others, content):
 
 def save(to: str, result: dict[str, Part], meta: dict[str, Any], file: IO[bytes], arrays: bool) -> None:
     """Write to an open file: torch's format, or Detectron2's pickle of numpy arrays."""
-    # Copies, since torch saves a view with all that it is a view of.
+    # Copies, since torch saves a view with its whole storage.
     tensors = {name: part.tensor.detach().clone().contiguous() for name, part in result.items()}
     content: dict[str, Any] = {"state_dict": tensors, "meta": meta}
     if to == "timm":
@@ -87,6 +87,6 @@ def save(to: str, result: dict[str, Part], meta: dict[str, Any], file: IO[bytes]
 
 
 def load(file: IO[bytes], arrays: bool) -> dict[str, Tensor]:
-    """The tensors of what :func:`save` wrote, read as safely as anybody else would."""
+    """The tensors that :func:`save` wrote, read with ``weights_only`` or a restricted unpickler."""
     content = load_arrays(file) if arrays else torch.load(file, map_location="cpu", weights_only=True)
     return dict(weights_of(content)[0])

@@ -43,7 +43,7 @@ class Check(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; the exit status is 0 where everything works, and 1 where something does not."""
+    """Print the report; the exit status is 0 if everything works, otherwise 1."""
     parser = argparse.ArgumentParser(prog="disalign doctor", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what must work: {', '.join(PARTS)}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def examine(asked: list[str]) -> list[Check]:
-    """Check the core and the parts that are asked for, or else those that are installed."""
+    """Check the core and the requested parts, by default the installed ones."""
     there = {library.name for library in LIBRARIES if any(map(version_of, library.distributions.split()))}
     absent = {part: lacking for part, frameworks in PARTS.items() if (lacking := {*frameworks.split()} - there)}
     parts = {"core", *(asked or PARTS.keys() - absent)}
@@ -89,7 +89,7 @@ def examine(asked: list[str]) -> list[Check]:
 
 
 def _judge(library: Library, state: str, detail: str, causes: list[str]) -> Check:
-    """What to say of a library that was tried; ``causes`` are those that it needs and that have a problem."""
+    """The report's line on a library that was tried; ``causes`` are its dependencies that have a problem."""
     versions = {name: version for name in library.distributions.split() if (version := version_of(name))}
     preferred, name = library.distributions.partition(" ")[0], next(iter(versions), "")
     command = None
@@ -107,9 +107,9 @@ def _judge(library: Library, state: str, detail: str, causes: list[str]) -> Chec
 
 
 def _try(library: Library) -> tuple[str, str]:
-    """State and detail of what a library does in a process of its own."""
+    """State and detail of a library, tried in a process of its own."""
     command = [sys.executable, "-c", CHILD, library.code or f"import {library.name}"]
-    # A file, not a pipe, which anything that a library leaves running would keep open.
+    # A file, not a pipe, which a process that a library leaves running would keep open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         try:
             status = call(command, stdin=DEVNULL, stdout=file, stderr=DEVNULL, timeout=TIMEOUT)

@@ -22,7 +22,7 @@ def version_of(distribution: str) -> str:
     """The version of a distribution; empty where it is not installed."""
     try:
         return metadata.version(distribution) or ""
-    except Exception:  # half an installation has another error in each version of Python
+    except Exception:  # a partial installation raises different errors in each version of Python
         return ""
 
 
@@ -35,7 +35,7 @@ def install(distribution: str, *replaced: str) -> str:
 
 
 def repair(module: str, distribution: str, error: str) -> str | None:
-    """The command for a module of an installed distribution that raised ``error``; None where we know of none."""
+    """The command that repairs a module of an installed distribution that raised ``error``; None if unknown."""
     if module == "lvis" and "np.float" in error:
         file = metadata.distribution("lvis").locate_file("lvis/eval.py")
         return rf"sed -i 's/np\.float)/float)/' {shlex.quote(str(file))}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Each part, and the libraries with which it counts as installed; the core must always work.
+#: Part -> the libraries whose presence means that it is installed; the core must always work.
 PARTS = dict(core="", cls="mmengine timm", mmseg="mmseg", d2="detectron2", tools="PIL tqdm", export="onnx")
 
 
 class Library(NamedTuple):
-    """A library to try; several names in one string have blanks between."""
+    """A library to try; names in one string are separated by blanks."""
 
     name: str  # the module to import, or what the report calls ``code``
     parts: str

@@ -215,9 +215,9 @@ def test_other_things_among_the_weights_are_refused_trusted_or_not(other, tmp_pa
     path = saved(tmp_path, {"state_dict": tiny(more=other)})
     for trust in ([], ["--trust-checkpoint"]):
         sentence = refused(capsys, tmp_path, path, tmp_path / "new.pth", "--to", "timm", *trust)
-        assert "1 are none: more" in sentence
+        assert "1 are not: more" in sentence
     path = saved(tmp_path, {"state_dict": tiny(model=tiny())})
-    assert "1 are none: model" in refused(capsys, tmp_path, path, tmp_path / "new.pth", "--to", "timm")
+    assert "1 are not: model" in refused(capsys, tmp_path, path, tmp_path / "new.pth", "--to", "timm")
 
 
 def test_what_can_not_be_kept_of_the_classes_is_said(tmp_path, capsys):

@@ -485,7 +485,7 @@ def test_a_bar_shows_the_progress_on_a_terminal(tmp_path, monkeypatch):
 
 @pytest.fixture
 def broken(tmp_path):
-    """Three whole masks, and four files that are none."""
+    """Three valid masks, and four files that are not."""
     folder = tmp_path / "masks"
     masks = draw(folder)
     noise = np.random.default_rng(1).integers(0, 3, (40, 40), dtype=np.uint8)

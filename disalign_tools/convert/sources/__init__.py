@@ -8,7 +8,7 @@ from disalign.errors import some
 from . import balancing, cvpods, detectron2, disalign_cls, mmpretrain, mmseg, timm
 from .frame import Source
 
-#: Name for --from -> source. timm's is the last, since other models have layers of such names too.
+#: Name for --from -> source. timm's is the last, since other models also have layers of its names.
 SOURCES: dict[str, Source] = {
     module.SOURCE.name: module.SOURCE
     for module in (cvpods, balancing, detectron2, mmseg, disalign_cls, mmpretrain, timm)

@@ -11,7 +11,7 @@ from .frame import IMAGES, OFFICIAL, Content, Source, add_calibration, below, li
 
 LAYER = "network.linear"
 NOTE = (
-    "the official ImageNet-LT configs see RGB images normalised as timm's, with the stride in the 3x3 convolution; if "
+    "the official ImageNet-LT configs use RGB images normalised as timm's, with the stride in the 3x3 convolution; if "
     "yours set INPUT.FORMAT BGR or STRIDE_IN_1X1 True, the file can't tell"
 )
 

@@ -11,7 +11,7 @@ from .frame import BOXES, OFFICIAL, OURS, Content, Source, add_calibration, belo
 PLACES = ("backbone.", "proposal_generator.", "roi_heads.", "sem_seg_head.")
 PREDICTOR = re.compile(r"(roi_heads\.box_predictor(?:\.\d+)?)\.cls_score\.weight")
 NOTE = (
-    "the official LVIS configs see BGR images of 0 to 255 with Detectron2's default mean and deviation 1, and set "
+    "the official LVIS configs use BGR images of 0 to 255 with Detectron2's default mean and deviation 1, and set "
     "MODEL.RESNETS.STRIDE_IN_1X1 True, Detectron2's default; if yours differ, the file can't tell"
 )
 

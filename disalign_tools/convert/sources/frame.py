@@ -1,4 +1,4 @@
-"""What the parsers of all sources share."""
+"""Code for the parsers of all sources."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ OFFICIAL = {
 }
 
 
-#: Where image classifiers go (to Detectron2 as a backbone to start from), detectors and segmentors.
+#: Targets of image classifiers (in Detectron2 as a backbone to start from), detectors and segmentors.
 IMAGES, BOXES, PIXELS = ("cls", "timm", "d2"), ("d2",), ("mmseg",)
 
 
 @dataclass
 class Content:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     heading: str  # what it was taken for
     others: dict[str, str]  # name -> source's name of all tensors but the classifiers'; an image classifier's in timm's
@@ -50,7 +50,7 @@ class Source(NamedTuple):
 
 
 def below(tensors: dict[str, Tensor], place: str) -> dict[str, Tensor]:
-    """A module's tensors, without its name before theirs."""
+    """A module's tensors, without the module's prefix."""
     return {name.removeprefix(f"{place}."): t for name, t in tensors.items() if name.startswith(f"{place}.")}
 
 
@@ -60,7 +60,7 @@ def trunk(tensors: dict[str, Tensor], place: str) -> dict[str, str]:
 
 
 def rest(tensors: dict[str, Tensor], places: tuple[str, ...], taken: list[str]) -> dict[str, str]:
-    """Name -> the same, of what begins with one of ``places`` and with none of ``taken``."""
+    """Name -> the same name, for those that begin with one of ``places`` and none of ``taken``."""
     return {name: name for name in tensors if name.startswith(places) and not name.startswith(tuple(taken))}
 
 
@@ -87,7 +87,7 @@ def linear_or_cosine(tensors: dict[str, Tensor], name: str, scale: float | None,
         raise InputError(f"expected the scale of the cosine classifier {name!r} in the file or by --scale, got {got}")
     part = Part(torch.tensor(scale), None, "--scale") if learnt is None else Part(learnt.squeeze(), f"{name}.scale")
     layer.parts = {"weight": layer.parts["weight"], "scale": part}
-    # Ours, known by a scale without dimensions, counts norms below 1e-3 as it; cvpods as torch does.
+    # Ours, recognised by a 0-d scale, clamps norms at 1e-3; cvpods as torch does.
     eps = 1e-3 if learnt is not None and learnt.dim() == 0 else 1e-12
     layer.formula = lambda x: formulas.cosine(x, own["weight"], float(part.tensor), eps)
     return layer

@@ -13,7 +13,7 @@ from .frame import IMAGES, Content, Source, holds_matrix, linear
 LAST_LINEAR = ("fc", "classifier", "head", "head.fc", "last_linear", "head.l", "head.head.l", "head.fc.fc2", "head.fc2")
 #: A second classifier: of distillation, or an auxiliary one.
 SECOND = re.compile(r"(head_dist|aux_head|aux\d?|aux_?logits)\.", re.IGNORECASE)
-#: How timm names nothing.
+#: Names that timm does not use.
 TORCHVISION_ONLY = re.compile(r"features\.\d+\.\d+\.|trunk_output\.|encoder\.layers\.encoder_layer_|classifier\.\d+\.")
 
 
