@@ -1,12 +1,12 @@
-"""What a detector gains from balanced classes, and what from another weight of the background: {rho 0, RHO} x {stage
+"""A detector's gain from balanced classes, and from another weight of the background: {rho 0, RHO} x {stage
 one's ratio of foreground and background, the one that a background of weight 1 has at RHO}.
 
     python benchmarks/background.py CONFIG --stage-one FILE ... --data FOLDER ... [--rho 0.8] [--out FILE]
 
 CONFIG is a stage two's, with a training and a test set of LVIS's format (disalign_d2); each stage-one file has its own
-FOLDER with train.json, val.json and the images (scripts/make_long_tail_shapes.py --out FOLDER --seed SEED). Of each one
-pass over the training set, from which disalign.fit learns the four; means +- standard deviations in percent of boxes'
-AP, and of the accuracy of the K foreground scores on ground-truth boxes, on which the background has no influence.
+FOLDER with train.json, val.json and the images (scripts/make_long_tail_shapes.py --out FOLDER --seed SEED). For each,
+disalign.fit learns the four from one pass over the training set; means +- standard deviations in percent of boxes' AP,
+and of the accuracy of the K foreground scores on ground-truth boxes, which the background does not affect.
 """
 
 import argparse

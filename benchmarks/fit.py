@@ -1,4 +1,4 @@
-"""What one pass and the solver cost, and what the penalty and the folds do; one table each.
+"""The cost of one pass and of the solver, and the effect of the penalty and the folds; one table each.
 
     python benchmarks/fit.py pass [--images 2000]        # a ResNet-50 at 224 pixels, random weights
     python benchmarks/fit.py solver                      # 10,847 x 64, K = 100, one thread
@@ -6,7 +6,7 @@
     python benchmarks/fit.py penalty                     # lambda, on long-tailed digits
     python benchmarks/fit.py frozen TRAIN TEST [--c 0.1] # methods on features of a frozen trunk (disalign.collect)
 
-Times of what is compared take turns in one process; ratios are medians over the turns (least to most).
+Compared steps are timed in turns in one process; ratios are medians over the turns (least to most).
 """
 
 import argparse
@@ -134,7 +134,7 @@ def one_thread(args: argparse.Namespace) -> None:
 
 
 def anonymous() -> int:
-    """Resident memory, in KiB, that no file backs."""
+    """Resident memory, in KiB, that is not backed by a file."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
 
@@ -145,7 +145,7 @@ def watch_memory(peak: list[int], stop: threading.Event) -> None:
 
 
 def large(args: argparse.Namespace) -> None:
-    """Some evaluations over mapped features: memory above them, and time over that of the bare matrix product."""
+    """Evaluations over mapped features: memory beyond them, and time relative to the bare matrix product."""
     width, classes = 1024, 1203
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +241,7 @@ def penalty(args: argparse.Namespace) -> None:
 
 
 def long_tailed(features: Features, seed: int, classes: int = 40, most: int = 50, factor: float = 25.0):
-    """Training and test rows of some classes of a balanced set: half of each to test, the rest made long-tailed."""
+    """Training and test rows of some classes of a balanced set: half of each for testing, the rest made long-tailed."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(features.class_counts), generator=generator)[:classes]
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])

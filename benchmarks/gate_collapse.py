@@ -3,7 +3,7 @@
     python benchmarks/gate_collapse.py CONFIG STAGE_ONE [--rho 1.2 1.5 2.0] [--seeds 6]
 
 CONFIG is a stage-two config of images of one size (CIFAR's). The trunk is frozen and the images are not augmented, so
-features and scores are computed once; then stage two runs on them as the config says (SGD, cosine by epoch), with and
+features and scores are computed once; then stage two runs on them as configured (SGD, cosine by epoch), with and
 without clipping, for three starts of the confidence layer: zeros (disalign), uniform (torch) and weights of 0.1 (the
 official release's classification). Collapsed: at the end the mean confidence over the training set is below 0.05.
 Prints a table; --out writes JSON.
@@ -75,7 +75,7 @@ def main(argv=None):
     args = arguments.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
     torch.set_num_threads(1)
-    MMLogger.get_instance("gate_collapse", log_level="ERROR")  # else a line for each optimizer
+    MMLogger.get_instance("gate_collapse", log_level="ERROR")  # otherwise prints a line for each optimizer
     data = cached(config, args.stage_one)
     rows = []
     for start in STARTS:

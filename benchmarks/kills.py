@@ -1,10 +1,10 @@
-"""Kill a run again and again, and resume it each time: what is in its folder, and how does it go on?
+"""Kill a run repeatedly and resume it each time, checking its folder and that it continues.
 
     python benchmarks/kills.py --folder FOLDER [--kills 20] [--seed 0] COMMAND ... {resume} ...
 
 COMMAND trains into FOLDER, saves often, keeps one checkpoint and never ends by itself; ``{resume}`` in it becomes the
-flag of a resumed run. Half of the kills come at a random moment, half at the one when a checkpoint is being written.
-After each, every checkpoint must load, at least one must be there once there was one, and the next run must resume it.
+flag of a resumed run. Half of the kills come at a random moment, half while a checkpoint is being written.
+After each, every checkpoint must load, at least one must exist once there was one, and the next run must resume it.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""What a lean stage-two step costs, beside three others of the same model on the same regions of interest (RoIs).
+"""The cost of a lean stage-two step, beside three others of the same model on the same regions of interest (RoIs).
 
     python benchmarks/lean_step.py [--size 320 480] [--images 1] [--repeats 5] [KEY VALUE ...]
     python benchmarks/lean_step.py --size 96 128 --repeats 1 MODEL.ROI_HEADS.NUM_CLASSES 20   # a quick one
 
 Ratios of the lean step to
-(a) stage one's step of the same config: every loss, and training all that stage one trains;
+(a) stage one's step of the same config: every loss, and training everything that stage one trains;
 (b) stage two as the official code does it: frozen by requires_grad, so that every loss is computed for nothing;
 (c) the frozen forward alone: proposals, their sampling, box head and scores; no calibration, loss or gradient.
 
 Weights and images are random, the learning rate is 0. An image has as many objects as it may have foreground RoIs, and
 the ground truth joins the proposals, so that this many are sampled (the line above the table counts them); the sampling
-is seeded alike. The steps take turns in one process after one of each to warm up; ratios are medians over the turns
+uses the same seed. The steps take turns in one process after one of each to warm up; ratios are medians over the turns
 (least to most). The peak memory is that of two steps in a process of its own: resident on a CPU, allocated on a GPU.
 """
 
@@ -68,7 +68,7 @@ def build(name, cfg):
     cfg.MODEL.DISALIGN.CALIBRATE = name in ("lean", "official")
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED &= cfg.MODEL.DISALIGN.CALIBRATE
     cfg.MODEL.PIXEL_STD = [2000.0] * 3  # random weights amplify: with 1 the proposals are 4 boxes as large as the image
-    cfg.SOLVER.BASE_LR = 0.0  # and they must not diverge
+    cfg.SOLVER.BASE_LR = 0.0  # and steps must not diverge
     torch.manual_seed(0)
     model = (build_model if name == "lean" else build_stock_model)(cfg).train()
     heads = model.roi_heads
@@ -114,7 +114,7 @@ def inputs(cfg, size, num_images) -> list[dict]:
 
 
 def step(model, optimizer, batch) -> tuple[float, dict]:
-    """Its seconds and losses."""
+    """Its seconds and its losses."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -164,7 +164,7 @@ def main(argv=None):
     arguments.add_argument("--repeats", type=int, default=5, help="turns")
     arguments.add_argument("--out", help="also write the table, and the seconds of each turn, to this JSON")
     arguments.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, say MODEL.DEVICE cpu")
-    arguments.set_defaults(num_gpus=1)  # as train_net's arguments have it
+    arguments.set_defaults(num_gpus=1)  # as in train_net's arguments
     args = arguments.parse_args(argv)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     cfg = setup(args)

@@ -72,9 +72,9 @@ def shape(box) -> dict:
 
 
 def lvis_api(path, detections, iou_type) -> tuple[dict, float]:
-    """lvis-api's figures, in 0..1 and under our names, and its seconds, reading the annotations apart.
+    """lvis-api's figures, in 0..1 and under our names, and its seconds without reading the annotations.
 
-    As Detectron2 calls it: masks come without their boxes, else it would take the boxes' areas.
+    As Detectron2 calls it: masks come without their boxes, otherwise it would use the boxes' areas.
     """
     unused = {"segm": "bbox", "bbox": "segmentation"}[iou_type]
     detections = [{key: value for key, value in item.items() if key != unused} for item in detections]
@@ -110,7 +110,7 @@ def measure(num_images, num_categories, num_detections, repeats) -> list[dict]:
                     "lvis_api_s": lvis_api_s,
                     "ours_s": ours_s,
                     "ratio": lvis_api_s / ours_s,
-                    # lvis-api gives -1 for what has no ground truth.
+                    # lvis-api gives -1 if there is no ground truth.
                     "difference": max(
                         abs((-1 if ours[name] is None else ours[name] / 100) - value) for name, value in theirs.items()
                     ),

@@ -1,4 +1,4 @@
-"""What a stage-two step of segmentation costs, beside others of the same model on the same images.
+"""The cost of a stage-two step of segmentation, beside others of the same model on the same images.
 
     python benchmarks/segmentation_step.py [--crop 512 512] [--images 1] [--repeats 5]
     python benchmarks/segmentation_step.py --crop 64 96 --repeats 1 --classes 5   # a quick one
@@ -93,7 +93,7 @@ def inputs(cfg, images) -> dict:
 
 
 def step(model, optimizer, batch) -> tuple[float, dict]:
-    """Its seconds, and what it logs."""
+    """Its seconds and its log."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     batch = {"inputs": list(batch["inputs"]), "data_samples": [sample.clone() for sample in batch["data_samples"]]}
     wait()

@@ -1,10 +1,10 @@
-"""DisAlign on a Detectron2 box predictor of your own: one class statement, and ROI heads that name it.
+"""DisAlign on a Detectron2 box predictor of your own: one class statement, and ROI heads that use it.
 
     python examples/d2_custom_predictor.py [--seed 0]
 
 Stage one, the strict hand-over and stage two of a Mask R-CNN that is small enough for a CPU, on coloured squares drawn
-on the fly. It shows that the parts fit, not what DisAlign gains: for that see the long-tailed shapes of docs/results.md. It
-printed:
+on the fly. It shows how the parts fit together, not what DisAlign gains: for that see the long-tailed shapes of
+docs/results.md. It printed:
 
 stage one: {'loss_cls': 0.255, 'loss_box_reg': 0.384, 'loss_mask': 0.298, 'loss_rpn_cls': 0.024, 'loss_rpn_loc': 0.003}
 stage two: {'loss_cls': 0.161}, 41 numbers trained
@@ -39,7 +39,7 @@ class MyOutputLayers(FastRCNNOutputLayers):
         return super().forward(F.normalize(x.flatten(1), dim=1) / self.temperature)
 
 
-# First DisAlign, then yours: what stage two does not change is asked of your class, in stage one everything is.
+# First DisAlign, then yours: your class does everything in stage one, and what stage two does not change.
 class DisAlignMyOutputLayers(DisAlignOutputLayers, MyOutputLayers):
     pass
 
@@ -78,7 +78,7 @@ def config(calibrate):
 
 
 def squares(images=4, size=64):
-    """Inputs as Detectron2's mapper gives them: on each image one square of a class's colour, rarer classes rarer."""
+    """Inputs in the form of Detectron2's mapper: one square per image, in the colour of a long-tailed class."""
     batch = []
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
     for label in torch.multinomial(torch.tensor(COUNTS).float(), images, replacement=True).tolist():

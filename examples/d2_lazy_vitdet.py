@@ -6,7 +6,7 @@
         train.init_checkpoint=output/disalign_vitdet_b/model_final.pth
 
 Stage one: ViTDet-B trained on LVIS v1 with softmax cross-entropy. Detectron2's own ViTDet on LVIS was trained with the
-sigmoid federated loss, which has no background score and can't be calibrated. Not run at this size by us: no GPU. The
+sigmoid federated loss, which has no background score and can't be calibrated. We have not run it at this size. The
 tests build it at 64 pixels and train it by Detectron2's own loop on a generated set.
 """
 
@@ -23,7 +23,7 @@ model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 model.roi_heads.num_classes = 1203
 model.roi_heads.box_predictor.update(test_score_thresh=0.0001, test_topk_per_image=300)
 
-# Stage two: the model freezes itself and takes a checkpoint completely or not at all; the masks are left alone.
+# Stage two: the model freezes itself and loads a checkpoint completely or not at all; training skips the masks.
 model._target_ = DisAlignGeneralizedRCNN
 model.roi_heads._target_ = DisAlignROIHeads
 model.roi_heads.box_predictor.update(_target_=DisAlignOutputLayers, calibrate=True, class_counts="lvis_v1", rho=0.8)
@@ -50,5 +50,5 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 train = model_zoo.get_config("common/train.py").train
 train.update(max_iter=9000, eval_period=9000, output_dir="output/disalign_vitdet_b")
-train.init_checkpoint = "???"  # stage one's must be given: without it nothing starts
+train.init_checkpoint = "???"  # required: stage one's checkpoint
 train.checkpointer.period = 1000

@@ -1,4 +1,4 @@
-"""Features of a frozen model (DINOv2, CLIP, your own) and labels in, a calibrated classifier out; heads as they come.
+"""Features of a frozen model (DINOv2, CLIP, your own) and labels in, a calibrated classifier out; or an existing head.
 
     python examples/foundation_features.py [--seed 0]
 

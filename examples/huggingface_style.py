@@ -3,8 +3,8 @@
     python examples/huggingface_style.py [--seed 0]
 
 With transformers installed it is a ViTForImageClassification, built from a config with random weights, so that nothing
-is downloaded. transformers is no dependency of ours: without it a small stand-in of the same interface is used, and the
-example says which of them ran. With transformers 5.23.0 it printed:
+is downloaded. transformers is not a dependency: without it a small stand-in with the same interface is used, and the
+example prints which one ran. With transformers 5.23.0 it printed:
 
 model: transformers.models.vit.modeling_vit.ViTForImageClassification
 seed 0, test accuracy in %: all 62.6 -> 65.4, many 97.3 -> 97.3, medium 83.3 -> 83.3, few 21.0 -> 28.0

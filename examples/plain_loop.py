@@ -55,7 +55,7 @@ def batches(images, labels, epochs):
 
 
 def stage_one(model, data, epochs):
-    # Well regularised: where stage one has learnt its training set by heart, stage two finds little to mend.
+    # Well regularised: if stage one has memorised its training set, stage two has little left to correct.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
     model.train()
     for images, labels in batches(*data, epochs):
@@ -68,20 +68,20 @@ def stage_one(model, data, epochs):
 def stage_two(model, data, epochs):
     model, loss = disalign.wrap_classifier(model, class_counts=COUNTS, rho=1.2)
     calibration = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # No weight decay: it pulls the magnitude to 0, but 1 leaves a score as it is.
+    # No weight decay: it pulls the magnitude to 0, but the identity is 1.
     optimizer = torch.optim.SGD(calibration, lr=0.1, momentum=0.9)
-    model.train()  # what is frozen stays in eval mode all the same
+    model.train()  # frozen modules stay in eval mode
     for images, labels in batches(*data, epochs):
         optimizer.zero_grad()
         loss(model(images), labels).backward()
-        # Without it the confidence can fall to 0 for all images, and nothing is learnt any more.
+        # Without it the confidence can fall to 0 for all images, which stops learning.
         torch.nn.utils.clip_grad_norm_(calibration, 1.0)
         optimizer.step()
     return model, loss
 
 
 def save(model, loss, path):
-    """The weights, and beside them what they were learnt with: class counts and rho."""
+    """Save the weights, with the class counts and rho that they were learnt with."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict(), "disalign": loss.metadata()}, path)
 
@@ -95,11 +95,11 @@ def load(path):
 
 @torch.no_grad()
 def accuracy(model, data):
-    """Of all images, and the mean over the classes of each group; ``model`` is any function from images to scores."""
+    """Over all images, and the mean over the classes of each group; ``model`` is any function from images to scores."""
     images, labels = data
     right = model(images).argmax(dim=1) == labels
     per_class = [right[labels == label].float().mean() for label in range(len(COUNTS))]
-    # Groups for so small a set; the field's are many > 100 and few < 20.
+    # Groups for so small a set; the usual ones are many > 100 and few < 20.
     groups = disalign.many_medium_few(COUNTS, many=30, few=6)
     return {"all": float(right.float().mean())} | disalign.group_means(per_class, groups)
 

@@ -2,11 +2,11 @@
 
     python examples/timm_vit.py [--seed 0] [--checkpoint STAGE_ONE.pth]
 
-A tiny ViT (two blocks of width 64, 8 x 8 images) stands in for yours: nothing is downloaded. So few images it learns by
-heart from scratch, and the gain is small; a convolutional network on the same digits: plain_loop.py. It printed:
+A tiny ViT (two blocks of width 64, 8 x 8 images) stands in for yours: nothing is downloaded. Trained from
+scratch it memorises so few images, and the gain is small; for a convolutional network see plain_loop.py. It printed:
 
 seed 0, test accuracy in %: all 52.6 -> 54.4, many 95.3 -> 93.3, medium 62.7 -> 64.0, few 13.0 -> 18.0
-features [500, 64]; the calibration decides otherwise in 35 of 500 images
+features [500, 64]; the calibration changes 35 of 500 predictions
 85 of 102,303 numbers trained
 
 and with --seed 1 and 2: all 52.4 -> 55.4 and 47.6 -> 47.8, few 20.0 -> 28.5 and 7.0 -> 11.5.
@@ -32,7 +32,7 @@ def vit(checkpoint=""):
 
 
 def stage_one(data, epochs, path):
-    """A checkpoint as timm's users have it; yours comes from elsewhere."""
+    """Train and save a checkpoint as timm does; use your own instead."""
     model = vit().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     for images, labels in batches(*data, epochs):
@@ -62,15 +62,15 @@ def main(argv=None):
     save(model, loss, out / "disalign.pth")
     report(args.seed, before, accuracy(model.eval(), test))
 
-    # The confidence sees what the classifier sees: the pooled and normalised token.
+    # The confidence has the classifier's input: the pooled and normalised token.
     with torch.no_grad():
         features = model.forward_head(model.forward_features(test[0]), pre_logits=True)
         first, calibrated = model.head.scores(features)
         assert torch.equal(calibrated, model(test[0]))
     flips = int((first.argmax(dim=1) != calibrated.argmax(dim=1)).sum())
-    print(f"features {list(features.shape)}; the calibration decides otherwise in {flips} of {len(features)} images")
+    print(f"features {list(features.shape)}; the calibration changes {flips} of {len(features)} predictions")
 
-    # Dropout and drop-path are off in stage two, whatever the loop says.
+    # Dropout and drop-path are off in stage two, even after model.train().
     model.train()
     assert torch.equal(model(test[0]), model(test[0]))
 

@@ -1,7 +1,7 @@
 """Make the long-tailed CIFAR file that configs/cls/cifar_lt reads: python scripts/make_cifar_lt.py cifar100 OUT.npz
 
 Class c of K keeps its first int(n_max * (1 / imbalance) ** (c / (K - 1))) training images in the dataset's own order;
-nothing is drawn at random, so the same arguments give the same images anywhere. The test images stay as they are.
+nothing is drawn at random, so the same arguments give the same images anywhere. The test images are unchanged.
 """
 
 import argparse
@@ -21,11 +21,11 @@ DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 def long_tailed_indices(labels, imbalance: float) -> np.ndarray:
-    """Which images of a balanced dataset make the long-tailed one.
+    """Select the images of a balanced dataset that form the long-tailed one.
 
     Args:
-        labels: (N,) labels in [0, K), each occurring n_max times (where they differ, n_max is the rarest one's).
-        imbalance: the first class's images for one of the last, as in the exponential profile above.
+        labels: (N,) labels in [0, K), each occurring n_max times (if they differ, n_max is the rarest one's).
+        imbalance: ratio of the first class's images to the last one's, in the exponential profile above.
 
     Returns:
         Indices into ``labels``, ascending.
@@ -48,21 +48,21 @@ def main(argv=None):
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("out", help="the .npz file to write; the configs read data/DATASET_lt_if100.npz")
     parser.add_argument("--imbalance", type=float, default=100.0, help="largest class over smallest; default: 100")
-    parser.add_argument("--root", default="data/cifar", help="where CIFAR lies or is fetched to; default: data/cifar")
-    parser.add_argument("--no-download", action="store_true", help="only use what lies in --root")
+    parser.add_argument("--root", default="data/cifar", help="where CIFAR is or is downloaded to; default: data/cifar")
+    parser.add_argument("--no-download", action="store_true", help="only use the files in --root")
     parser.add_argument("--force", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     if not args.out.endswith(".npz") or os.path.isdir(args.out):
         raise InputError(f"expected the name of an .npz file to write, got {args.out!r}; name another")
     require_place(args.out, option="OUT", force=args.force)
     if not 1 <= args.imbalance < math.inf:
-        raise InputError(f"expected an imbalance of at least 1, got {args.imbalance:g}; give --imbalance another")
+        raise InputError(f"expected an imbalance of at least 1, got {args.imbalance:g}; change --imbalance")
     of_name = getattr(datasets, DATASETS[args.dataset])
     try:
         train, test = (of_name(args.root, train=split, download=not args.no_download) for split in (True, False))
     except (OSError, RuntimeError) as error:
         hint = "leave out --no-download" if args.no_download else f"fetch {of_name.url} and unpack it there by hand"
-        # The first sentence: torchvision's second is advice for those who call it.
+        # The first sentence: torchvision's second one is advice for its callers.
         reason = first_line(error).split(". ")[0]
         raise InputError(f"expected {args.dataset} in {args.root!r}, but: {reason}; {hint}") from None
     labels = np.asarray(train.targets, dtype=np.int64)

@@ -1,9 +1,9 @@
 """Make the long-tail shapes that configs/d2/shapes reads: python scripts/make_long_tail_shapes.py
 
 An instance segmentation set in LVIS v1's format: ten shapes, solid or striped, overlapping, on noisy backgrounds.
-Colours are random, so they say nothing about the class. The classes have from --most down to 2 training instances, in
-geometric steps; which class has how many is drawn from the seed. In the validation set all have the same number. One
-seed gives the same files again.
+Colours are random and independent of the class. The classes have from --most down to 2 training instances, in
+geometric steps, in an order drawn from the seed. In the validation set all have the same number. The same seed gives
+the same files.
 """
 
 import argparse
@@ -79,7 +79,7 @@ CLASSES = [(shape, texture) for shape in SHAPES for texture in TEXTURES]
 
 
 def _colour(rng, *others):
-    """A random colour, well apart from the others."""
+    """A random colour, clearly different from the others."""
     while True:
         colour = rng.integers(0, 256, 3)
         if all(np.linalg.norm(colour - other) > 100 for other in others):
@@ -140,9 +140,9 @@ def make_split(rng, folder, split, counts, num_images, first_id):
     for image_id, present in enumerate(tqdm(np.array_split(labels, num_images), desc=split), start=first_id):
         picture, outlines = draw(rng, present)
         name = f"{image_id:06d}.png"
-        with open(os.path.join(folder, split, name), "wb") as file:  # cv2's own writer is silent where the disk is full
+        with open(os.path.join(folder, split, name), "wb") as file:  # cv2's own writer reports no full disk
             file.write(cv2.imencode(".png", picture)[1])
-        # Federated, as in LVIS: half of the absent classes are known to be absent, and now and then one that is
+        # Federated, as in LVIS: half of the absent classes are known to be absent, and occasionally one that is
         # present is not annotated exhaustively.
         absent = np.setdiff1d(np.arange(len(CLASSES)), present)
         images.append(

@@ -1,9 +1,8 @@
 """Make a tiny synthetic set in ADE20K's layout: python scripts/make_tiny_ade.py OUT
 
-For tests and for trying things out in seconds. images/{training,validation}/*.jpg show patches, each in its class's
-colour with noise; annotations/{training,validation}/*.png hold their labels: 1..K in falling frequency, a long tail in
-which every class occurs in either split, and 0 for the unlabelled pixels that every image has. One seed gives the same
-pixels again.
+For tests and quick trials. images/{training,validation}/*.jpg show patches, each in its class's colour with noise;
+annotations/{training,validation}/*.png hold their labels: 1..K in descending frequency, a long tail in which every
+class occurs in both splits, and 0 for the unlabelled pixels that every image has. The same seed gives the same pixels.
 """
 
 import argparse
@@ -26,7 +25,7 @@ FOLDERS = {"training": "train", "validation": "val"}
 
 
 def colours(num_classes: int) -> np.ndarray:
-    """(num_classes + 1, 3) uint8: grey for the unlabelled, then hues far apart at changing brightness."""
+    """(num_classes + 1, 3) uint8: grey for unlabelled pixels, then distant hues at varying brightness."""
     hues = [(label * 0.618034) % 1 for label in range(num_classes)]  # the golden ratio: neighbours differ most
     rgb = [colorsys.hsv_to_rgb(hue, (1, 0.6)[label % 2], (1, 0.75, 0.5)[label % 3]) for label, hue in enumerate(hues)]
     return np.round(255 * np.array([(0.5, 0.5, 0.5), *rgb])).astype(np.uint8)
@@ -63,7 +62,7 @@ def make_split(rng, folder: str, split: str, num_images: int, size: int, num_cla
 
 
 def save(pixels: np.ndarray, path: str, form: str, **options) -> None:
-    """Write an image; Pillow's own way to a file cuts JPEG short on a full disk and says nothing."""
+    """Write an image; on a full disk, Pillow's own writer truncates a JPEG without an error."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, form, **options)
     with open(path, "wb") as file:
@@ -71,7 +70,7 @@ def save(pixels: np.ndarray, path: str, form: str, **options) -> None:
 
 
 def patches_per_image(num_images: int, num_classes: int) -> int:
-    """Enough that at most half of a split's patches are there for the tail to occur at all."""
+    """Enough patches that at most half of a split's serve to make every tail class occur."""
     return max(FEWEST_PATCHES, -(-2 * num_classes // num_images))
 
 

@@ -6,7 +6,7 @@
     python -m disalign_mmseg.train examples/mmseg_custom_head/stage_two.py \\
         --cfg-options stage_one=work_dirs/stage_one/iter_100.pth
 
-Data: coloured patches, 20 classes with a long tail, far from trained out after 100 iterations. It printed, in a quarter
+Data: coloured patches, 20 classes with a long tail, far from converged after 100 iterations. It printed, in a quarter
 of a minute each on one CPU core (seed 0, validation images, %):
 
 |           | mIoU | mAcc | aAcc | mIoU.head | mIoU.body | mIoU.tail | mAcc.head | mAcc.body | mAcc.tail |
@@ -23,7 +23,7 @@ import disalign_mmseg
 
 @MODELS.register_module()
 class OwnHead(BaseDecodeHead):
-    """A 3x3 convolution before the classifier. All that DisAlign asks of a head is that it ends in ``cls_seg``."""
+    """A 3x3 convolution before the classifier. DisAlign only requires that a head ends in ``cls_seg``."""
 
     def __init__(self, **options):
         super().__init__(**options)

@@ -1,4 +1,4 @@
-# Stage two: the same config, ours laid over it.
+# Stage two: the same config, with ours on top.
 _base_ = "stage_one.py"
 __import__("disalign_mmseg").stage_two(_base_, rho=0.5)
 
