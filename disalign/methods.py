@@ -97,9 +97,11 @@ def norcal(classifier: nn.Module, image_counts: ClassCounts, gamma: float = 0.6)
 
 
 def vs(classifier: nn.Module, class_counts: ClassCounts, tau: float = 1.0, gamma: float = 0.15) -> AdaptiveCalibration:
-    """magnitude_j = (n_j / n_max)^-gamma, margin_j = -tau ln(n_j / n): what the VS loss trains against (Kini et al.,
-    "Label-imbalanced and group-sensitive classification under overparameterization", 2021), applied to scores
-    afterwards: its loss sees (n_j / n_max)^gamma z_j + tau ln(n_j / n).
+    """magnitude_j = (n_j / n_max)^-gamma, margin_j = -magnitude_j tau ln r_j: the VS loss mirrored (Kini et al.,
+    "Label-imbalanced and group-sensitive classification under overparameterization", 2021).
+
+    Their loss is the cross-entropy of (n_j / n_max)^gamma z_j + tau ln r_j; of the result these are stage one's scores.
+    Beside a background ln r_j is less a constant, as in :func:`logit_adjust`.
 
     Args:
         classifier: any.
@@ -109,7 +111,9 @@ def vs(classifier: nn.Module, class_counts: ClassCounts, tau: float = 1.0, gamma
     counts, background = _counts_of(classifier, class_counts)
     _require_examples(counts)
     n = counts.double()
-    return _filled(classifier, background, (n / n.max()) ** -gamma, -tau * (n / n.sum()).log())
+    magnitude = (n / n.max()) ** -gamma
+    margin = log_weights(generalized_reweight(counts, tau).double()) if background else -tau * (n / n.sum()).log()
+    return _filled(classifier, background, magnitude, magnitude * margin)
 
 
 def rebalance(classifier: nn.Module, features: Tensor) -> AdaptiveCalibration:

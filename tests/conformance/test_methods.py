@@ -101,9 +101,7 @@ def test_the_same_scores_through_each_host(name, host):
     assert (moved > 0.01) == (name != "stage_one")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CALIBRATIONS if METHODS[name].setting in ("strength", "tau", "gamma")]
-)
+@pytest.mark.parametrize("name", [name for name in CALIBRATIONS if METHODS[name].setting in ("strength", "tau")])
 def test_in_closed_form_a_background_changes_nothing(name):
     """Without learning the calibration of K classes is the same beside a background."""
     own, y = features(), np.concatenate([features().y.numpy(), np.full(50, 5)])

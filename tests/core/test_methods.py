@@ -89,8 +89,19 @@ def test_what_the_vs_loss_sees_of_its_mirror_is_stage_one():
     classifier, x = linear(), features()
     tau, gamma, n = 0.7, 0.3, np.array(COUNTS, float)
     mirrored = scores_of(methods.vs(classifier, COUNTS, tau, gamma), classifier, x).numpy()
-    seen = (n / n.max()) ** gamma * (mirrored + tau * np.log(n / n.sum()))
+    seen = (n / n.max()) ** gamma * mirrored + tau * np.log(n / n.sum())
     assert seen == pytest.approx(classifier(x).detach().numpy(), abs=1e-5)
+
+
+def test_beside_a_background_the_mirror_is_centred_as_logit_adjustment_is():
+    classifier, x = linear(5), features()
+    adjusted, mirrored = (
+        scores_of(found, classifier, x)
+        for found in (methods.logit_adjust(classifier, COUNTS, 0.7), methods.vs(classifier, COUNTS, 0.7, 0.3))
+    )
+    n = torch.tensor(COUNTS).double()
+    torch.testing.assert_close(mirrored[:, :4] * (n / n.max()) ** 0.3, adjusted[:, :4], rtol=1e-5, atol=1e-5)
+    assert torch.equal(mirrored[:, 4], classifier(x)[:, 4])
 
 
 def test_rebalancing_divides_by_the_mean_prediction():
