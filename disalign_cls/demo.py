@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(out / "results.json", {"profile": DigitsLT.profile, "torch": torch.__version__, "runs": kept})
     pictures(runs, out)
     print(f"\nwritten to {out}: results.json, accuracy_per_class.png, calibration.png, */comparison.json")
-    print(f"all of it as a page: disalign report {out / 'linear'}")
+    print(f"to view it as a page: disalign report {out / 'linear'}")
 
 
 def run(task: tuple[int, str], folder: str, methods: Sequence[str] | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""What is missing of a config's data: python -m disalign_d2.check CONFIG [KEY VALUE ...]
+"""Missing data of a config: python -m disalign_d2.check CONFIG [KEY VALUE ...]
 
 The same as python -m disalign_d2.train_net --config-file CONFIG --data-check [KEY VALUE ...].
 """
