@@ -336,7 +336,7 @@ def test_the_seed_permutes_which_digit_is_rare():
 
 
 def test_digits_have_no_other_split():
-    with pytest.raises(InputError, match="expected split 'train' or 'test' of the digits, got 'val'"):
+    with pytest.raises(InputError, match="expected split 'train', 'test' or 'balanced' of the digits, got 'val'"):
         DigitsLT("val")
 
 

@@ -67,21 +67,19 @@ def of_detection(calibration, x):
 
 def of_segmentation(calibration, x):
     pytest.importorskip("mmseg")
-    from mmseg.registry import MODELS
+    from mmengine.registry import DefaultScope
 
-    import disalign_mmseg  # noqa: F401
+    from disalign_mmseg.decode_heads import HEADS
 
-    head = MODELS.build(
-        dict(
-            type="DisAlignFCNHead",
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        head = HEADS["DisAlignFCNHead"](
             in_channels=WIDTH,
             channels=WIDTH,
             num_convs=0,
             concat_input=False,
             num_classes=5,
             calibration=options_of(calibration),
-        )
-    ).eval()
+        ).eval()
     own = head.conv_seg.state_dict()
     given = classifier().state_dict()
     head.conv_seg.load_state_dict({name: given[name].view_as(tensor) for name, tensor in own.items()})

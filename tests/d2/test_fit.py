@@ -124,7 +124,7 @@ REFUSED = {
     "rho that look alike": (["two", "one"], ["--rho", "1", "1.0000001"], [], "differ in their first six digits"),
     "a seed": (["two", "one"], ["--seed", "-1"], [], "expected a seed >= 0, got -1"),
     "no images": (["two", "one"], ["--images", "0"], [], "expected 1 or more images"),
-    "a setting": (["two", "one"], [], ["MODEL.NONE", "1"], "expected settings that"),
+    "a setting": (["two", "one"], [], ["MODEL.NONE", "1"], "expected settings of"),
     "a balance": (
         ["two", "one"],
         [],
