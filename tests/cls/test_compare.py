@@ -67,6 +67,9 @@ def test_several_stage_ones_a_bound_and_kept_features(stage_one, tmp_path, capfd
         run["methods"]["disalign"]["figures"] for run in b["runs"]
     ]
     assert set(a["runs"][0]["methods"]) == {"stage_one", "logit_adjust", "rho_0", "disalign", "bound"}
+    assert [[one["value"] for one in run["sweep"]] for run in a["runs"]] == 2 * [[0.0, 0.5, 1.0, 1.5, 2.0]]
+    assert [(run["seed"], run["pass_seconds"] > 0) for run in a["runs"]] == 2 * [(0, True)]
+    assert (a["rho"], a["dataset"]) == (1.0, "digits-lt")
     few = [run["methods"][name]["figures"]["few"] for run in a["runs"][:1] for name in ("bound", "stage_one")]
     assert few[0] > few[1]
 

@@ -1,12 +1,13 @@
 """What every command does with bad input, with Ctrl-C and with a fault of somebody's own."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from disalign import InputError
-from disalign.cli import command, find_config, shipped_configs, usable_cpus
+from disalign.cli import command, compare_place, features_of, find_config, shipped_configs, usable_cpus
 
 
 @command
@@ -67,6 +68,27 @@ def test_a_config_is_a_file_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
     for wrong in ("", "no/such.py", str(tmp_path)):
         with pytest.raises(InputError, match=f"expected a config file, or the name of a shipped one in .*{wrong!r}$"):
             find_config(wrong)
+
+
+def test_a_comparison_never_replaces_a_stage_one(tmp_path):
+    one = tmp_path / "one.pth"
+    one.touch()
+    assert compare_place(tmp_path, [str(one)], force=False) == tmp_path / "comparison.json"
+    (tmp_path / "link.pth").symlink_to(one)
+    with pytest.raises(InputError, match="expected every stage one once"):
+        compare_place(tmp_path, [str(one), str(tmp_path / "link.pth")], force=False)
+    (tmp_path / "comparison.json").touch()
+    with pytest.raises(InputError, match="which is read; name another"):
+        compare_place(tmp_path, [str(tmp_path / "comparison.json")], force=True)
+
+
+def test_several_stage_ones_keep_their_features_apart():
+    assert features_of("kept", 0, many=False) == Path("kept")
+    assert [features_of("kept", number, many=True) for number in (0, 1)] == [
+        Path("kept", "stage_one_0"),
+        Path("kept", "stage_one_1"),
+    ]
+    assert features_of(None, 1, many=True) is None
 
 
 def test_the_usable_cpus_are_those_of_this_process():

@@ -244,14 +244,21 @@ def test_marc_of_weights_of_norm_1_is_disalign_of_confidence_one():
     with torch.no_grad():
         classifier.weight.copy_(F.normalize(classifier.weight, dim=1))
     expected = disalign.fit(train, classifier, 1.2, confidence="one")
-    found = methods.marc(train, classifier, 1.2)
+    found = methods.marc(train, classifier)
     torch.testing.assert_close(found.calibration.margin, expected.calibration.margin, rtol=1e-5, atol=1e-5)
+
+
+def test_whatever_the_scale_the_margins_are_pulled_to_the_anchor():
+    options = {"confidence": "one", "anchor": "logit_adjust", "penalty": 1e9}
+    fitted = disalign.fit(rows(), linear(), 1.0, margin_scale=torch.tensor([3.0, 1.0, 0.5, 0.2]), **options)
+    anchor = methods.logit_adjust(linear(), COUNTS).margin
+    torch.testing.assert_close(fitted.calibration.margin.detach(), anchor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_crt_is_scikit_learns_balanced_logistic_regression(bias):
     train, c = rows(), 0.3
-    found = methods.crt(train, linear(bias=bias), rho=1.0, C=c)
+    found = methods.crt(train, linear(bias=bias), C=c)
     n = np.array(COUNTS, float)
     weights = (1 / n)[train.y.numpy()]
     weights *= len(train) / weights.sum()
@@ -260,6 +267,18 @@ def test_crt_is_scikit_learns_balanced_logistic_regression(bias):
     scores = found(train.x).softmax(1).numpy()
     assert scores == pytest.approx(theirs.predict_proba(train.x.numpy()), abs=2e-3)
     assert (found.bias is not None) == bias
+
+
+def test_a_weighted_row_counts_as_often_in_crt():
+    train = rows()
+    copies = 1 + torch.arange(len(train)) % 2
+    options = {"class_counts": COUNTS}
+    weighted = disalign.Features.from_arrays(train.x, train.y, weights=copies, **options)
+    repeated = disalign.Features.from_arrays(
+        train.x.repeat_interleave(copies, 0), train.y.repeat_interleave(copies), **options
+    )
+    found, expected = (methods.crt(one, linear()) for one in (weighted, repeated))
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_crt_of_a_class_without_examples_goes_on():
@@ -376,6 +395,10 @@ REFUSED = {
     "a scale of 0": (
         lambda: disalign.fit(rows(), linear(), margin_scale=torch.tensor([1.0, 0, 1, 1])),
         "expected 4 positive numbers as margin_scale, got 1.0, 0.0, 1.0, 1.0",
+    ),
+    "a scale of infinity": (
+        lambda: disalign.fit(rows(), linear(), margin_scale=torch.tensor([1.0, torch.inf, 1, 1])),
+        "expected 4 positive numbers as margin_scale, got 1.0, inf",
     ),
     "scales of SGD": (
         lambda: disalign.fit(rows(), linear(), solver="sgd", margin_scale=torch.ones(4)),

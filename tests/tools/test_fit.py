@@ -35,6 +35,19 @@ def test_the_framework_is_the_configs(package, name, tmp_path, monkeypatch, capf
     assert sentence in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+def test_detectron2s_configs_are_yaml(suffix, tmp_path):
+    pytest.importorskip("detectron2")
+    (tmp_path / f"own{suffix}").touch()
+    assert fit.host_of(str(tmp_path / f"own{suffix}"), "compare").__name__ == "disalign_d2.compare"
+
+
+def test_missing_libraries_of_a_command_are_named(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "disalign_tools.report", None)
+    assert console.main(["report", "--help"]) == 2
+    assert "expected the libraries of `disalign report`" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("package", CONFIGS)
 def test_check_too(package, tmp_path, monkeypatch, capfd):
     pytest.importorskip(FRAMEWORKS[package])
