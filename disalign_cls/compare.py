@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import METRICS
 
-from disalign import InputError, compare, load_stage_one, many_medium_few
+from disalign import InputError, compare, generalized_reweight, load_stage_one, many_medium_few
 from disalign.cli import compare_arguments, compare_place, config_errors, features_of, warnings_to_stderr
 from disalign.comparison import chosen_methods, merged, table
 from disalign.io import write_json
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     chosen_methods(args.methods, "classification", hasattr(model.classifier, "scale"))
     if args.choose_on and config[f"{args.choose_on}_dataloader"] == config.test_dataloader:
         raise InputError(f"expected a {args.choose_on} split other than the test split in {config.filename!r}")
+    for rho in (*([] if args.rho is None else [args.rho]), *args.sweep):  # refused before the passes
+        generalized_reweight(torch.ones(1), rho)
     bound = None if args.bound is None else load_config(args.bound, {})
     contents = []
     for number, path in enumerate(paths):

@@ -46,6 +46,7 @@ def test_its_figures_are_those_of_the_test_command(classifier, stage_ones, tmp_p
     assert content["classes"] == report["classes"]
     assert content["class_counts"] == report["class_counts"]
     assert (content["split"], content["examples"], content["rho"]) == ("test", 500, 1.5)
+    assert content["groups_text"] == {"many": "> 30 training images", "few": "< 6"}
 
 
 def test_several_stage_ones_a_bound_and_kept_features(stage_one, tmp_path, capfd):
@@ -78,6 +79,16 @@ def test_settings_chosen_on_a_named_split(stage_one, tmp_path, capfd):
     flags = ["--choose-on", "val", "--methods", "disalign", "--cfg-options", "val_dataloader.dataset.split=balanced"]
     assert compare([stage_one], tmp_path / "out", *flags) == 0
     assert "settings: best balanced accuracy on 1240 others" in capfd.readouterr().out
+    assert (comparison(tmp_path / "out")["split"], comparison(tmp_path / "out")["examples"]) == ("test", 500)
+
+
+def test_the_seed_and_the_configs_zero_count_reach_the_core(stage_one, tmp_path, monkeypatch):
+    given, inner = {}, compare_command.compare
+    monkeypatch.setattr(compare_command, "compare", lambda *args, **own: given.update(own) or inner(*args, **own))
+    flags = ["--seed", "3", "--methods", "disalign", "--cfg-options", "model.loss.zero_count=exclude"]
+    assert compare([stage_one], tmp_path, *flags) == 0
+    assert (given["seed"], given["zero_count"]) == (3, "exclude")
+    assert comparison(tmp_path)["runs"][0]["seed"] == 3
 
 
 REFUSED = {
@@ -85,6 +96,7 @@ REFUSED = {
     "no sense": (["--methods", "norcal"], "'norcal': it spares a background"),
     "the test split": (["--choose-on", "val"], "expected a val split other than the test split"),
     "rho": (["--rho", "-1"], "expected a finite rho >= 0, got -1"),
+    "a rho of the sweep": (["--sweep", "1", "nan"], "expected a finite rho >= 0, got nan"),
     "a bound that is nowhere": (["--bound", "nowhere.py"], "expected a config file"),
 }
 
@@ -93,7 +105,9 @@ REFUSED = {
 def test_refused(name, stage_one, tmp_path, capfd):
     flags, sentence = REFUSED[name]
     assert compare([stage_one], tmp_path / "out", *flags) == 2
-    assert re.search(f"^error: .*{sentence}", capfd.readouterr().err, re.MULTILINE)
+    told = capfd.readouterr()
+    assert re.search(f"^error: .*{sentence}", told.err, re.MULTILINE)
+    assert str(stage_one) not in told.out  # refused before the passes
     assert left_behind(tmp_path / "out") == []
 
 
@@ -108,6 +122,15 @@ def test_stage_ones_are_files_each_once(stage_one, tmp_path, capfd):
     assert "expected the config of a stage two" in capfd.readouterr().err
 
 
+def test_classes_in_another_order_are_refused(stage_one, tmp_path, capfd):
+    checkpoint = torch.load(stage_one, weights_only=True)
+    checkpoint["meta"]["dataset_meta"]["classes"] = [str(digit) for digit in reversed(range(10))]
+    torch.save(checkpoint, tmp_path / "other.pth")
+    assert compare([tmp_path / "other.pth"], tmp_path / "out") == 2
+    assert re.search("^error: expected .*classes", capfd.readouterr().err, re.MULTILINE)
+    assert left_behind(tmp_path / "out") == []
+
+
 def test_an_earlier_comparison_is_kept(stage_one, tmp_path, capfd):
     (tmp_path / "comparison.json").write_text("mine")
     assert compare([stage_one], tmp_path, "--methods", "disalign") == 2
@@ -119,6 +142,8 @@ def test_an_earlier_comparison_is_kept(stage_one, tmp_path, capfd):
 
 def test_nothing_of_the_checkpoint_changes(stage_one, tmp_path):
     before = torch.load(stage_one, weights_only=True)["state_dict"]
-    assert compare([stage_one], tmp_path) == 0
+    # Here it is the config that names the checkpoint.
+    flags = ["--out", str(tmp_path), "--cfg-options", f"stage_one={stage_one}"]
+    assert compare_command.main([DISALIGN["linear"], *flags]) == 0
     after = torch.load(stage_one, weights_only=True)["state_dict"]
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

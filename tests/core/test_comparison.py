@@ -432,6 +432,13 @@ def test_the_table_has_mean_spread_and_gain_of_several_stage_ones(compared):
     assert "mean +- standard deviation of 2 stage ones" in text
 
 
+def test_the_table_rounds_percent_to_a_tenth_and_nats_to_a_hundredth(compared):
+    line = next(line for line in table(compared).splitlines() if line.startswith("DisAlign   "))
+    figures = methods_of(compared)["disalign"]["figures"]
+    assert f" {figures['balanced']:.1f} " in line
+    assert f" {figures['ece']:.1f}  {figures['nll']:.2f} " in line
+
+
 def test_the_table_shows_all_settings_that_were_chosen(compared):
     other = json.loads(json.dumps(compared))
     methods_of(other)["tau_normalize"]["setting"]["tau"] = 0.5
@@ -465,6 +472,16 @@ def test_settings_are_chosen_on_the_validation_split_alone():
     assert max(average, key=average.get) != chosen
 
 
+@pytest.mark.parametrize(("shift", "end"), [(-1.0, 0), (1.5, -1)])
+def test_both_ends_of_the_grid_are_tried(shift, end, fitted_once):
+    """Scores adjusted by a whole strength already, and scores that are that much further from it."""
+    shifted = copy.deepcopy(fitted_once)
+    with torch.no_grad():
+        shifted.bias += shift * torch.tensor(COUNTS).log()
+    chosen = comparison.choose(Problem(draw(), shifted), ["logit_adjust"], draw([30] * 4, 3))
+    assert chosen == {"logit_adjust": METHODS["logit_adjust"].grid[end]}
+
+
 def test_a_probe_can_be_trained_first():
     found = disalign.compare(draw(), TEST, "linear", ["disalign"])
     expected = disalign.compare(draw(), TEST, classifier(), ["disalign"])
@@ -486,9 +503,10 @@ def test_what_fit_warns_of_is_said_once_and_kept():
 
 
 def test_the_given_classifier_is_left_as_it_is():
-    given = disalign.fit(draw(), "linear", cross_fit=0)
+    given, other = disalign.fit(draw(), "linear", cross_fit=0), nn.Linear(WIDTH, 4)
     before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
-    disalign.compare(draw(), TEST, given, ["all"])
+    disalign.compare(draw(), TEST, given, ["all"], others={"other": other})
+    assert other.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
     assert given.calibration.margin.requires_grad
 
