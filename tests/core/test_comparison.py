@@ -147,9 +147,9 @@ def test_a_weighted_example_counts_as_often(scored):
 
 
 def test_a_class_of_no_group_is_in_no_row_of_the_confusion():
-    one = {"few": torch.tensor([False, False, True, True])}
-    told = tallied(torch.eye(4)[[0, 2, 3, 0]], torch.tensor([0, 2, 2, 2]), one)
-    assert told.details()["confusion"] == [[100.0]]
+    groups = GROUPS | {"many": torch.tensor([True, False, False, False])}
+    told = tallied(torch.eye(4)[[0, 2, 0, 1]], torch.tensor([0, 2, 1, 3]), groups)
+    assert told.details()["confusion"] == [[100.0, 0.0], [0.0, 100.0]]
 
 
 def test_half_precision_scores_lose_nothing_more():
