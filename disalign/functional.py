@@ -53,9 +53,10 @@ def calibrate(
     precise = torch.promote_types(result, torch.float32)
     per_class = [1, k] + [1] * (logits.dim() - 2)
     z = logits[:, :k].to(precise)
-    # a - (0 - b) is a + b, and leaves a negative zero as it is.
-    shift = (magnitude.to(precise) - 1).view(per_class) * z - (0 - margin.to(precise)).view(per_class)
-    calibrated = (z + confidence.to(precise) * shift).to(result)
+    # Two fused kernels. The shift is taken negative, from -0 - margin, so that a negative zero stays as it is.
+    minus_margin = (-0.0 - margin.to(precise)).view(per_class)
+    minus_shift = torch.addcmul(minus_margin, (magnitude.to(precise) - 1).view(per_class), z, value=-1)
+    calibrated = torch.addcmul(z, confidence.to(precise), minus_shift, value=-1).to(result)
     if passthrough == 0:
         return calibrated
     return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)
