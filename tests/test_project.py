@@ -27,7 +27,7 @@ def test_the_first_two_blocks_are_the_two_commands():
     install = 'python -m pip install -c constraints.txt -e ".[test]"'
     # MMSegmentation's opencv-python needs libGL, which a fresh machine may lack.
     headless = "python -m pip install --force-reinstall --no-deps -c constraints.txt opencv-python-headless"
-    assert second == f"{install} \\\n    && {headless} && python -m pytest\n"
+    assert second == f"{install} \\\n    && {headless} \\\n    && python -m pytest -n 2 --dist loadfile\n"
 
 
 def test_ci_runs_the_second_command_and_nothing_else():
