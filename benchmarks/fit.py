@@ -3,6 +3,7 @@
     python benchmarks/fit.py pass [--images 2000]        # a ResNet-50 at 224 pixels, random weights
     python benchmarks/fit.py solver                      # 10,847 x 64, K = 100, one thread
     python benchmarks/fit.py large [--rows 300000]       # x 1024, K = 1203 and a background, mapped from a file
+    python benchmarks/fit.py imagenet [--classes 1000] [--width 2048]  # ImageNet-LT's counts, on a GPU if there is one
     python benchmarks/fit.py penalty                     # lambda, on long-tailed digits
     python benchmarks/fit.py frozen TRAIN TEST [--c 0.1] # methods on features of a frozen trunk (disalign.collect)
 
@@ -16,17 +17,20 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import DEVICE, line, quotient, ran_on, ratio, turns
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import disalign
 from disalign import Features, fitting, group_means, many_medium_few, probes, solver
 from disalign.cli import command
+from disalign.io import write_json
 from disalign.modules import plain_classifier
 from disalign.report import text_table
 
@@ -45,22 +49,6 @@ def gaussians(counts: Tensor, width: int, spread: float, seed: int = 0) -> Featu
     y = torch.repeat_interleave(torch.arange(len(counts)), counts)
     centres = torch.randn(len(counts), width, generator=torch.Generator().manual_seed(99))
     return Features.from_arrays(centres[y] + spread * torch.randn(len(y), width, generator=generator), y)
-
-
-def turns(rounds: int, **work: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each, one after the other, ``rounds`` times."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, run in work.items():
-            begun = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begun)
-    return seconds
-
-
-def ratio(over: list[float], under: list[float]) -> str:
-    found = [a / b for a, b in zip(over, under, strict=True)]
-    return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
 def one_pass(args: argparse.Namespace) -> None:
@@ -94,7 +82,7 @@ def one_pass(args: argparse.Namespace) -> None:
             optimizer.step()
 
     inference()
-    found = turns(rounds, inference=inference, collect=collect, uncached=uncached)
+    found = turns(rounds, dict(inference=inference, collect=collect, uncached=uncached))
     x, y = torch.cat([part.x for part in collected]), torch.cat([part.y for part in collected])
     begun = time.perf_counter()
     with warnings.catch_warnings():
@@ -121,9 +109,11 @@ def one_thread(args: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")
         found = turns(
             3,
-            plain=lambda: disalign.fit(features, classifier, 1.0),
-            folds=lambda: disalign.fit(features, "linear", 1.0, C=1.0),
-            chosen=lambda: disalign.fit(features, "linear", 1.0),
+            dict(
+                plain=lambda: disalign.fit(features, classifier, 1.0),
+                folds=lambda: disalign.fit(features, "linear", 1.0, C=1.0),
+                chosen=lambda: disalign.fit(features, "linear", 1.0),
+            ),
         )
     titles = {"plain": "fit", "folds": "fit, cross_fit=5, C given", "chosen": "fit, cross_fit=5, C chosen by the folds"}
     rows = [["", "s (median)", "least", "most"]]
@@ -170,7 +160,7 @@ def large(args: argparse.Namespace) -> None:
                     classifier(x)
 
         def measured(parameters, evaluate, penalty, *options):
-            found = turns(args.turns, bare=bare, evaluation=evaluate)
+            found = turns(args.turns, dict(bare=bare, evaluation=evaluate))
             seconds.update(found)
             return solver.Solution(0.0, 0.0, args.turns, False)
 
@@ -192,6 +182,50 @@ def large(args: argparse.Namespace) -> None:
         f"an evaluation {statistics.median(seconds['evaluation']):.1f} s, / its bare product: "
         f"{ratio(seconds['evaluation'], seconds['bare'])}"
     )
+
+
+def imagenet(args: argparse.Namespace) -> None:
+    """The plain fit on as many features as ImageNet-LT has images, kept in several ways."""
+    counts = disalign.load_class_counts("imagenet_lt").sort(descending=True).values
+    counts = counts[torch.linspace(0, len(counts) - 1, args.classes).long()]
+    # At the full size four of five are then classified right.
+    spread = args.width**0.5 / 5
+    features = gaussians(counts, args.width, spread)
+    # The optimum for these features: by Bayes' rule, with the training set's prior.
+    centres = torch.randn(args.classes, args.width, generator=torch.Generator().manual_seed(99)) / spread
+    classifier = nn.Linear(args.width, args.classes)
+    with torch.no_grad():
+        classifier.weight.copy_(centres / spread)
+        classifier.bias.copy_(counts.log() - centres.square().sum(1) / 2)
+    classifier.to(DEVICE)
+    on_device = replace(features, x=features.x.to(DEVICE))
+    kept = {
+        "float32": on_device,
+        "float16": replace(features, x=on_device.x.half()),
+        "autocast": on_device,
+        "host": features,  # collect leaves them there; on a CPU the same as float32
+    }
+    fitted: dict[str, nn.Module] = {}
+
+    def fit(how: str) -> None:
+        with torch.autocast(DEVICE, enabled=how == "autocast"):
+            fitted[how] = disalign.fit(kept[how], classifier, 1.2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = turns(args.turns, {how: partial(fit, how) for how in args.kept}, 1)
+    facts = ran_on(DEVICE, False, args.turns)
+    rows, written = [["features", "s (median)", "least", "most", f"/ {args.kept[0]}", "evaluations"]], []
+    for how in args.kept:
+        report, seconds = fitted[how].fit_report, found[how]
+        row = {"features": how, "turns": seconds, "evaluations": report.solution.evaluations}
+        written.append(row | quotient(seconds, found[args.kept[0]]))
+        shown = [f"{one:.2f}" for one in (statistics.median(seconds), min(seconds), max(seconds))]
+        rows.append([how, *shown, ratio(seconds, found[args.kept[0]]), row["evaluations"]])
+    about = f"{features!r}, stage one's accuracy on them {report.train_accuracy:.1f} %"
+    print(f"{about}; {line(facts)}\n\n{text_table(rows)}")
+    if args.out:
+        write_json(args.out, {"about": about, **facts, "rows": written})
 
 
 def accuracy(scores: Tensor, labels: Tensor, classes: int) -> list[float]:
@@ -313,7 +347,7 @@ def methods(train: Features, test: Features, c: float, args: argparse.Namespace)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = parser.add_subparsers(required=True)
-    for run in (one_pass, one_thread, large, penalty, frozen):
+    for run in (one_pass, one_thread, large, imagenet, penalty, frozen):
         table = tables.add_parser({"one_pass": "pass", "one_thread": "solver"}.get(run.__name__, run.__name__))
         table.set_defaults(run=run)
         if run is one_pass:
@@ -322,6 +356,18 @@ def main(argv=None):
             table.add_argument("--rows", type=int, default=300_000)
             table.add_argument("--turns", type=int, default=3)
             table.add_argument("--confidence", choices=("one", "learnt"), default="learnt")
+        if run is imagenet:
+            table.add_argument("--classes", type=int, default=1000)
+            table.add_argument("--width", type=int, default=2048)
+            table.add_argument(
+                "--kept",
+                nargs="+",
+                choices=("float32", "float16", "autocast", "host"),
+                default=["float32", "float16", "autocast"],
+                help="features: in this dtype on the device, float32 under autocast, float32 in the CPU's memory",
+            )
+            table.add_argument("--turns", type=int, default=10)
+            table.add_argument("--out", help="also write the table, and the seconds of each turn, to this JSON")
         if run is penalty:
             table.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
         if run is frozen:

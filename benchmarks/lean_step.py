@@ -1,6 +1,7 @@
 """The cost of a lean stage-two step, beside three others of the same model on the same regions of interest (RoIs).
 
-    python benchmarks/lean_step.py [--size 320 480] [--images 1] [--repeats 5] [KEY VALUE ...]
+    python benchmarks/lean_step.py [--size 320 480] [--images 1] [--repeats 5] [--amp] [KEY VALUE ...]
+    python benchmarks/lean_step.py --size 800 1333 --images 2 --repeats 10    # for a GPU
     python benchmarks/lean_step.py --size 96 128 --repeats 1 MODEL.ROI_HEADS.NUM_CLASSES 20   # a quick one
 
 Ratios of the lean step to
@@ -10,19 +11,16 @@ Ratios of the lean step to
 
 Weights and images are random, the learning rate is 0. An image has as many objects as it may have foreground RoIs, and
 the ground truth joins the proposals, so that this many are sampled (the line above the table counts them); the sampling
-uses the same seed. The steps take turns in one process after one of each to warm up; ratios are medians over the turns
-(least to most). The peak memory is that of two steps in a process of its own: resident on a CPU, allocated on a GPU.
+uses the same seed. The steps take turns in one process after some of each to warm up; ratios are medians over the turns
+(least to most). The peak memory is that of a step: resident on a CPU, in a process of its own and above what the
+imports take; allocated on a GPU. Images are on the device beforehand. In float32 a GPU convolves in TF32, torch's
+default. The shipped schedules have 2 images of 800x1333 on each of 8 GPUs.
 """
 
 import argparse
 import functools
 import logging
-import multiprocessing
-import resource
-import statistics
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from detectron2.layers import cat
 from detectron2.modeling import build_model as build_stock_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from tqdm import tqdm
+from timing import amp_argument, line, measure, ran_on, table
 
 from disalign.cli import command
 from disalign.io import write_json
@@ -61,7 +59,10 @@ class NoLoss(DisAlignOutputLayers):
 
 
 def build(name, cfg):
-    """The model in training mode, and its optimizer or None; all models have the same weights up to the scores."""
+    """The model in training mode, its optimizer or None, and what scales its loss.
+
+    All models have the same weights up to the scores.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""
@@ -83,7 +84,8 @@ def build(name, cfg):
         predictor.class_counts = torch.arange(1, predictor.num_classes + 1)  # any counts cost the same
         predictor.__class__ = {"official": EveryLoss, "forward": NoLoss}.get(name, DisAlignOutputLayers)
     heads.label_and_sample_proposals = functools.partial(seeded, heads, heads.label_and_sample_proposals)
-    return model, None if name == "forward" else Trainer.build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler(cfg.MODEL.DEVICE, enabled=cfg.SOLVER.AMP.ENABLED)
+    return model, None if name == "forward" else Trainer.build_optimizer(cfg, model), scaler
 
 
 def seeded(heads, sample, *arguments):
@@ -109,50 +111,27 @@ def inputs(cfg, size, num_images) -> list[dict]:
         instances.gt_boxes = Boxes(torch.tensor(np.concatenate([centre - half, centre + half], 1)))
         instances.gt_masks = PolygonMasks([[(c + h * circle).ravel()] for c, h in zip(centre, half, strict=True)])
         instances.gt_classes = torch.tensor(random.integers(cfg.MODEL.ROI_HEADS.NUM_CLASSES, size=number))
-        batch.append({"image": torch.tensor(random.integers(256, size=(3, *size))), "instances": instances})
+        image = torch.tensor(random.integers(256, size=(3, *size)), dtype=torch.uint8, device=cfg.MODEL.DEVICE)
+        batch.append({"image": image, "instances": instances})
     return batch
 
 
-def step(model, optimizer, batch) -> tuple[float, dict]:
-    """Its seconds and its losses."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    with EventStorage(), torch.set_grad_enabled(optimizer is not None):
+def step(model, optimizer, scaler, batch) -> dict:
+    """Its losses; as Detectron2's trainers do it, with and without mixed precision."""
+    amp = torch.autocast(model.device.type, enabled=scaler.is_enabled())
+    with EventStorage(), torch.set_grad_enabled(optimizer is not None), amp:
         losses = model(batch)
-        if optimizer is not None:
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-    wait()
-    return time.perf_counter() - start, losses
+    if optimizer is not None:
+        optimizer.zero_grad()
+        scaler.scale(sum(losses.values())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return losses
 
 
-def peak_memory(name, cfg, batch) -> float:
-    """MiB, in a fresh process; the optimizer's state comes with the first step only."""
+def prepare(cfg, batch, name):
     logging.getLogger("detectron2").setLevel(logging.ERROR)
-    model, optimizer = build(name, cfg)
-    for _ in range(2):
-        step(model, optimizer, batch)
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def measure(cfg, batch, repeats) -> tuple[dict, dict, dict]:
-    """By step: peak memory in MiB, the seconds of each turn, and the RoIs (R, 5), boxes and classes."""
-    # A forkserver imports once, and its processes are small at the start; CUDA does not survive a fork.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["disalign_d2.train_net"])
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        peaks = [pool.submit(peak_memory, name, cfg, batch).result() for name in tqdm(STEPS, "memory")]
-    built = {name: build(name, cfg) for name in STEPS}
-    seconds = {name: [] for name in STEPS}
-    for _ in tqdm(range(repeats + 1), "turns"):
-        for name in STEPS:
-            seconds[name].append(step(*built[name], batch)[0])
-    rois = {name: model.roi_heads.sampled for name, (model, _) in built.items()}
-    return dict(zip(STEPS, peaks, strict=True)), {name: turns[1:] for name, turns in seconds.items()}, rois
+    return functools.partial(step, *build(name, cfg), batch)
 
 
 @command
@@ -162,36 +141,29 @@ def main(argv=None):
     arguments.add_argument("--size", type=int, nargs=2, default=[320, 480], help="height and width")
     arguments.add_argument("--images", type=int, default=1)
     arguments.add_argument("--repeats", type=int, default=5, help="turns")
+    amp_argument(arguments)
     arguments.add_argument("--out", help="also write the table, and the seconds of each turn, to this JSON")
     arguments.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, say MODEL.DEVICE cpu")
     arguments.set_defaults(num_gpus=1)  # as in train_net's arguments
     args = arguments.parse_args(argv)
+    args.opts += ["SOLVER.AMP.ENABLED", args.amp]
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     cfg = setup(args)
-    memory, seconds, rois = measure(cfg, inputs(cfg, args.size, args.images), args.repeats)
+    build_step = functools.partial(prepare, cfg, inputs(cfg, args.size, args.images))
+    memory, seconds, built = measure(list(STEPS), build_step, args.repeats, cfg.MODEL.DEVICE, "disalign_d2.train_net")
 
-    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    foreground = int((rois["lean"][:, 4] < classes).sum()) / args.images
-    same = all(torch.equal(other, rois["lean"]) for other in rois.values())
-    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE.startswith("cuda") else "CPU"
+    rois = [run.args[0].roi_heads.sampled for run in built.values()]
+    classes, facts = cfg.MODEL.ROI_HEADS.NUM_CLASSES, ran_on(cfg.MODEL.DEVICE, args.amp, args.repeats)
+    foreground = int((rois[0][:, 4] < classes).sum()) / args.images
+    same = all(torch.equal(other, rois[0]) for other in rois)
     about = (
-        f"{args.images} image(s) of {args.size[0]}x{args.size[1]}, {len(rois['lean']) / args.images:g} RoIs an image, "
-        f"{foreground:g} of them foreground, {'the same' if same else 'NOT THE SAME'} in every step; K = {classes}, "
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} thread(s), {args.repeats} turn(s)"
+        f"{args.images} image(s) of {args.size[0]}x{args.size[1]}, {len(rois[0]) / args.images:g} RoIs an image, "
+        f"{foreground:g} of them foreground, {'the same' if same else 'NOT THE SAME'} in every step; K = {classes}"
     )
-    print(f"{about}\n\n| step | s | lean / it | peak MiB | lean / it |\n|---|---|---|---|---|")
-    rows = []
-    for name, title in STEPS.items():
-        ratios = [lean / other for lean, other in zip(seconds["lean"], seconds[name], strict=True)]
-        row = {"step": title, "turns": seconds[name], "seconds": statistics.median(seconds[name])}
-        row |= {"ratio": statistics.median(ratios)}
-        row |= {"least": min(ratios), "most": max(ratios)}
-        row |= {"peak_mib": memory[name], "peak_ratio": memory["lean"] / memory[name]}
-        rows.append(row)
-        cells = "| {step} | {seconds:.3f} | {ratio:.2f} ({least:.2f}-{most:.2f}) | {peak_mib:.0f} | {peak_ratio:.2f} |"
-        print(cells.format(**row))
+    print(f"{about}; {line(facts)}\n\n| step | s | lean / it | peak MiB | lean / it |\n|---|---|---|---|---|")
+    rows = table(STEPS, memory, seconds, *[lambda name: ("lean", name)] * 2)
     if args.out:
-        write_json(args.out, {"about": about, "rows": rows})
+        write_json(args.out, {"about": about, **facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The cost of a stage-two step of segmentation, beside others of the same model on the same images.
 
-    python benchmarks/segmentation_step.py [--crop 512 512] [--images 1] [--repeats 5]
+    python benchmarks/segmentation_step.py [--crop 512 512] [--images 1] [--repeats 5] [--amp]
+    python benchmarks/segmentation_step.py --images 4 --repeats 10    # for a GPU: ADE20K's batch on each of 4
     python benchmarks/segmentation_step.py --crop 64 96 --repeats 1 --classes 5   # a quick one
 
 Ratios to the frozen forward alone (trunk, head and scores; no calibration, loss or gradient) and, in memory, to stage
@@ -8,30 +9,28 @@ two as the official code does it: frozen by requires_grad, with the auxiliary he
 computed for nothing, on upsampled logits.
 
 Weights, images and labels (a tenth is 255) are random, the learning rate is 0. The steps take turns in one process
-after one of each to warm up; ratios are medians over the turns (least to most). The peak memory is that of two steps in
-a process of its own: resident on a CPU, above what the imports take; allocated on a GPU.
+after some of each to warm up; ratios are medians over the turns (least to most). The peak memory is that of a step:
+resident on a CPU, in a process of its own and above what the imports take; allocated on a GPU. Images are on the device
+beforehand. In float32 a GPU convolves in TF32, torch's default; --amp is MMEngine's and needs a GPU.
 """
 
 import argparse
 import copy
-import multiprocessing
+import functools
 import os
-import resource
-import statistics
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from tqdm import tqdm
+from timing import DEVICE, amp_argument, line, measure, ran_on, table
 
+from disalign import InputError
 from disalign.cli import command
 from disalign.io import write_json
 from disalign_mmseg import mmseg_config
@@ -57,7 +56,7 @@ def settings(args) -> Config:
     return model
 
 
-def build(name, cfg, sampled_pixels):
+def build(name, cfg, sampled_pixels, amp=False):
     """The model in training mode, and its optimizer or None."""
     cfg = copy.deepcopy(cfg)
     init_default_scope("mmseg")
@@ -73,10 +72,10 @@ def build(name, cfg, sampled_pixels):
     if name == "official":
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(".calibration." in path)
-    if torch.cuda.is_available():
-        model.cuda()
+    model.to(DEVICE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, None if name == "forward" else OptimWrapper(torch.optim.SGD(trained, lr=0.0))
+    wrapper = AmpOptimWrapper if amp else OptimWrapper
+    return model, None if name == "forward" else wrapper(optimizer=torch.optim.SGD(trained, lr=0.0))
 
 
 def inputs(cfg, images) -> dict:
@@ -87,55 +86,24 @@ def inputs(cfg, images) -> dict:
     for _ in range(images):
         label = torch.randint(cfg.decode_head.num_classes, (1, *size))
         label[torch.rand(label.shape) < 0.1] = 255
-        batch["inputs"].append(torch.randint(256, (3, *size), dtype=torch.uint8))
+        batch["inputs"].append(torch.randint(256, (3, *size), dtype=torch.uint8).to(DEVICE))
         batch["data_samples"].append(SegDataSample(gt_sem_seg=PixelData(data=label)))
     return batch
 
 
-def step(model, optimizer, batch) -> tuple[float, dict]:
-    """Its seconds and its log."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def step(model, optimizer, amp, batch) -> dict:
+    """Its log."""
     batch = {"inputs": list(batch["inputs"]), "data_samples": [sample.clone() for sample in batch["data_samples"]]}
-    wait()
-    start = time.perf_counter()
     if optimizer is not None:
-        logged = model.train_step(batch, optimizer)
-    else:
-        with torch.no_grad():
-            model(model.data_preprocessor(batch, True)["inputs"], mode="tensor")
-        logged = {}
-    wait()
-    return time.perf_counter() - start, logged
+        return model.train_step(batch, optimizer)
+    with torch.no_grad(), torch.autocast(DEVICE, enabled=amp):
+        model(model.data_preprocessor(batch, True)["inputs"], mode="tensor")
+    return {}
 
 
-def peak_memory(name, cfg, sampled_pixels, images) -> float:
-    """MiB, in a fresh process; the optimizer's state comes with the first step only."""
-    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    built, batch = build(name, cfg, sampled_pixels), inputs(cfg, images)
-    for _ in range(2):
-        step(*built, batch)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imports) / 2**10
-
-
-def measure(cfg, args) -> tuple[dict, dict]:
-    """By step: peak memory in MiB, and the seconds of each turn."""
-    # A forkserver imports once, and its processes are small at the start; CUDA does not survive a fork.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["disalign_mmseg"])
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        peaks = {
-            name: pool.submit(peak_memory, name, cfg, args.sampled_pixels, args.images).result()
-            for name in tqdm(STEPS, "memory")
-        }
-    batch = inputs(cfg, args.images)
-    built = {name: build(name, cfg, args.sampled_pixels) for name in STEPS}
-    seconds = {name: [] for name in STEPS}
-    for _ in tqdm(range(args.repeats + 1), "turns"):
-        for name in STEPS:
-            seconds[name].append(step(*built[name], batch)[0])
-    return peaks, {name: turns[1:] for name, turns in seconds.items()}
+def prepare(cfg, args, name):
+    torch.backends.cudnn.benchmark = True  # as in the configs
+    return functools.partial(step, *build(name, cfg, args.sampled_pixels, args.amp), args.amp, inputs(cfg, args.images))
 
 
 @command
@@ -151,29 +119,23 @@ def main(argv=None):
     arguments.add_argument("--images", type=int, default=1)
     arguments.add_argument("--sampled-pixels", type=int, default=4096, help="of each image")
     arguments.add_argument("--repeats", type=int, default=5, help="turns")
-    arguments.add_argument("--out", help="JSON")
+    amp_argument(arguments)
+    arguments.add_argument("--out", help="also write the table, and the seconds of each turn, to this JSON")
     args = arguments.parse_args(argv)
-    cfg = settings(args)
-    memory, seconds = measure(cfg, args)
+    if args.amp and DEVICE == "cpu":
+        raise InputError("expected a GPU for --amp, got none; leave it out")
+    build_step = functools.partial(prepare, settings(args), args)
+    memory, seconds, _ = measure(list(STEPS), build_step, args.repeats, DEVICE, "disalign_mmseg")
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    facts = ran_on(DEVICE, args.amp, args.repeats)
     about = (
         f"{os.path.basename(args.config)}, {args.images} image(s) of {args.crop[0]}x{args.crop[1]}, "
-        f"K = {args.classes}, {args.sampled_pixels} sampled pixels an image, torch {torch.__version__}, {device}, "
-        f"{torch.get_num_threads()} thread(s), {args.repeats} turn(s)"
+        f"K = {args.classes}, {args.sampled_pixels} sampled pixels an image"
     )
-    print(f"{about}\n\n| step | s | it / forward | peak MiB | it / official |\n|---|---|---|---|---|")
-    rows = []
-    for name, title in STEPS.items():
-        ratios = [own / forward for own, forward in zip(seconds[name], seconds["forward"], strict=True)]
-        row = {"step": title, "seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios)}
-        row |= {"least": min(ratios), "most": max(ratios)}
-        row |= {"peak_mib": memory[name], "peak_ratio": memory[name] / memory["official"]}
-        rows.append(row)
-        cells = "| {step} | {seconds:.3f} | {ratio:.2f} ({least:.2f}-{most:.2f}) | {peak_mib:.0f} | {peak_ratio:.2f} |"
-        print(cells.format(**row))
+    print(f"{about}; {line(facts)}\n\n| step | s | it / forward | peak MiB | it / official |\n|---|---|---|---|---|")
+    rows = table(STEPS, memory, seconds, lambda name: (name, "forward"), lambda name: (name, "official"))
     if args.out:
-        write_json(args.out, {"about": about, "rows": rows})
+        write_json(args.out, {"about": about, **facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -32,9 +32,13 @@ def cfg():
 @pytest.fixture
 def steps(lean_step, cfg):
     """Name -> model, optimizer and losses after one step on the same images."""
+    return run(lean_step, cfg)
+
+
+def run(lean_step, cfg):
     batch = lean_step.inputs(cfg, SIZE, NUM_IMAGES)
     built = {name: lean_step.build(name, cfg) for name in lean_step.STEPS}
-    return {name: (*pair, lean_step.step(*pair, batch)[1]) for name, pair in built.items()}
+    return {name: (*made[:2], lean_step.step(*made, batch)) for name, made in built.items()}
 
 
 def test_each_step_computes_the_losses_that_it_says(steps):
@@ -63,6 +67,25 @@ def test_all_steps_see_the_same_rois(steps):
     assert torch.equal(steps["lean"][2]["loss_cls"], steps["official"][2]["loss_cls"])
 
 
+def test_mixed_precision(lean_step, cfg, steps):
+    cfg.SOLVER.AMP.ENABLED = True
+    seen = {}
+    for name, (model, optimizer, losses) in run(lean_step, cfg).items():
+        assert losses.keys() == steps[name][2].keys()
+        assert all(loss.isfinite() for loss in losses.values())
+        seen[name] = model.roi_heads.sampled
+        if optimizer is not None:  # the loss was scaled by as much, and unscaled by no one
+            (rough, exact) = (
+                next(p.grad for path, p in one.named_parameters() if path.endswith("calibration.margin"))
+                if name != "full"
+                else one.roi_heads.box_predictor.cls_score.bias.grad
+                for one in (model, steps[name][0])
+            )
+            assert torch.allclose(rough, exact, rtol=0.2, atol=0.02 * float(exact.abs().max()))
+    # bfloat16 moves the proposals a little, so autocast was on
+    assert not torch.equal(seen["forward"], steps["forward"][0].roi_heads.sampled)
+
+
 def test_table(lean_step, cfg, tmp_path, capsys):
     path, out = tmp_path / "tiny.yaml", tmp_path / "out.json"
     path.write_text(cfg.dump())
@@ -74,6 +97,11 @@ def test_table(lean_step, cfg, tmp_path, capsys):
     assert about in output
     written = json.loads(out.read_text())
     assert about in written["about"]
+    facts = {key: written[key] for key in ("torch", "device", "dtype", "threads", "turns")}
+    assert facts == dict(
+        torch=torch.__version__, device="CPU", dtype="float32", threads=torch.get_num_threads(), turns=3
+    )
+    assert "CPU, float32" in output
     assert [row["step"][:4] for row in written["rows"]] == ["lean", "(a) ", "(b) ", "(c) "]
     lean = written["rows"][0]
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()[-4:]]
@@ -86,4 +114,4 @@ def test_table(lean_step, cfg, tmp_path, capsys):
         assert row["peak_ratio"] == lean["peak_mib"] / row["peak_mib"]
         ratio = f"{ratios[1]:.2f} ({ratios[0]:.2f}-{ratios[2]:.2f})"
         memory = [f"{row['peak_mib']:.0f}", f"{row['peak_ratio']:.2f}"]
-        assert cells == [row["step"], f"{row['seconds']:.3f}", ratio, *memory]
+        assert cells == [row["step"], f"{row['seconds']:.4g}", ratio, *memory]
