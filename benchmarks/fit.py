@@ -189,7 +189,7 @@ def imagenet(args: argparse.Namespace) -> None:
     counts = disalign.load_class_counts("imagenet_lt").sort(descending=True).values
     counts = counts[torch.linspace(0, len(counts) - 1, args.classes).long()]
     # At the full size four of five are then classified right.
-    spread = args.width**0.5 / 5
+    spread = args.width**0.5 / 4
     features = gaussians(counts, args.width, spread)
     # The optimum for these features: by Bayes' rule, with the training set's prior.
     centres = torch.randn(args.classes, args.width, generator=torch.Generator().manual_seed(99)) / spread
