@@ -20,7 +20,7 @@ import sys
 import timm
 import torch
 import torch.nn.functional as F
-from timing import DEVICE, amp_argument, line, measure, ran_on, table
+from timing import DEVICE, amp_argument, line, measure, ran_on, table, train
 from torch.utils.data import DataLoader, Dataset
 
 import disalign
@@ -57,15 +57,6 @@ def build(name, args):
         model, loss = disalign.wrap_classifier(model, list(range(1, args.classes + 1)))  # any counts cost the same
         loss.to(DEVICE)
     return model.to(DEVICE).train(name in ("full", "stage_two")), loss
-
-
-def train(model, loss, optimizer, scaler, images, labels):
-    with torch.autocast(DEVICE, enabled=scaler.is_enabled()):
-        value = loss(model(images), labels)
-    optimizer.zero_grad()
-    scaler.scale(value).backward()
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def forward(model, amp, images):

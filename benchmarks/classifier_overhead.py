@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import DEVICE, line, quotient, ran_on, turns
+from timing import DEVICE, line, quotient, ran_on, train, turns
 from torch import nn
 
 import disalign
@@ -27,15 +27,6 @@ from disalign.io import write_json
 def scores(classifier, x, amp):
     with torch.no_grad(), torch.autocast(DEVICE, enabled=amp):
         return classifier(x)
-
-
-def train(classifier, loss, optimizer, scaler, x, labels):
-    with torch.autocast(DEVICE, enabled=scaler.is_enabled()):
-        value = loss(classifier(x), labels)
-    optimizer.zero_grad()
-    scaler.scale(value).backward()
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def cases(rows, args, amp):

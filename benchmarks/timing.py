@@ -81,6 +81,16 @@ def _allocated(names: Sequence[str], build: Callable[[str], Step]) -> tuple[dict
     return peaks, built
 
 
+def train(model, loss, optimizer, scaler, x, labels) -> None:
+    """A training step on :data:`DEVICE`, in mixed precision if the scaler is enabled."""
+    with torch.autocast(DEVICE, enabled=scaler.is_enabled()):
+        value = loss(model(x), labels)
+    optimizer.zero_grad()
+    scaler.scale(value).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
 def quotient(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """Of two steps' seconds, turn by turn: the median, the least and the most."""
     found = [a / b for a, b in zip(over, under, strict=True)]

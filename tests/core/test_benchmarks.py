@@ -56,7 +56,6 @@ def test_overhead_table(benchmark_module, tmp_path, capsys):
 
 
 def test_fit_of_imagenet_lt_in_small(benchmark_module, tmp_path, capsys):
-    pytest.importorskip("timm")
     out = tmp_path / "out.json"
     options = ["--classes", "4", "--width", "8", "--turns", "2", "--kept", "host", "float16"]
     assert benchmark_module("fit").main(["imagenet", *options, "--out", str(out)]) == 0
