@@ -53,8 +53,8 @@ def calibrate(
     precise = torch.promote_types(result, torch.float32)
     per_class = [1, k] + [1] * (logits.dim() - 2)
     z = logits[:, :k].to(precise)
-    # Two fused kernels. The shift is taken negative, from -0 - margin, so that a negative zero stays as it is.
-    minus_margin = (-0.0 - margin.to(precise)).view(per_class)
+    # Two fused kernels. The shift is taken negative so that its zero, -margin, leaves a negative zero as it is.
+    minus_margin = -margin.to(precise).view(per_class)
     minus_shift = torch.addcmul(minus_margin, (magnitude.to(precise) - 1).view(per_class), z, value=-1)
     calibrated = torch.addcmul(z, confidence.to(precise), minus_shift, value=-1).to(result)
     if passthrough == 0:

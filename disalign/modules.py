@@ -1,5 +1,6 @@
 """The trainable parts of stage two, and how any classifier gets them."""
 
+import contextlib
 import copy
 import functools
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -16,6 +17,11 @@ from .losses import GRWCrossEntropyLoss
 from .output_check import check_output
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    # Entering torch.autocast takes as long as launching two kernels.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 class AdaptiveCalibration(nn.Module):
@@ -90,7 +96,7 @@ class AdaptiveCalibration(nn.Module):
             return torch.ones_like(features[:, :1])
         if torch.jit.is_scripting():  # knows no autocast for a device that it learns only at run time
             return torch.sigmoid(self.confidence(features))
-        with torch.autocast(features.device.type, enabled=False):
+        with _without_autocast(features.device.type):
             return torch.sigmoid(self.confidence(features.to(self.confidence.weight.dtype)))
 
     def forward(self, logits: Tensor, features: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ class CosineClassifier(nn.Module):
         """Eq. 3; features (N, d) -> (N, K)."""
         if torch.jit.is_scripting():  # knows no autocast for a device that it learns only at run time
             return self._cosine_scores(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with _without_autocast(features.device.type):
             return self._cosine_scores(features)
 
     def _cosine_scores(self, features: Tensor) -> Tensor:
