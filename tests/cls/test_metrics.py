@@ -94,7 +94,7 @@ def test_a_class_without_images_has_no_accuracy_and_does_not_count():
     assert metrics["test/few"] == pytest.approx(accuracy[6])
     assert metrics["test/balanced"] == pytest.approx(mean([value for value in accuracy if value is not None]))
     present = sorted(set(labels.tolist()))
-    expected = f1_score(labels, scores.argmax(1), labels=present, average="macro")
+    expected = f1_score(labels.numpy(), scores.argmax(1).numpy(), labels=present, average="macro")
     assert metrics["test/f1"] == pytest.approx(100 * expected)
 
 
