@@ -6,18 +6,19 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 
+from .comparison import table
 from .errors import InputError, input_errors, some
 from .fitting import PENALTIES
 from .functional import generalized_reweight
-from .io import require_place
+from .io import require_place, write_json
 
 P = ParamSpec("P")
 
@@ -92,12 +93,14 @@ def compare_arguments(parser: argparse.ArgumentParser, dtype: str, sweep: Sequen
     parser.add_argument("--force", action="store_true", help="replace an earlier comparison")
 
 
-def compare_place(folder: Path, stage_ones: Sequence[str], force: bool) -> Path:
-    """Where a comparison goes.
+def compare_place(folder: Path, rhos: Iterable[float], stage_ones: Sequence[str], force: bool) -> Path:
+    """Where a comparison goes; what can't be done is refused before the passes.
 
     Raises:
-        InputError: no stage one, one given twice, or a place that is taken (see ``--force``) or can't be written.
+        InputError: no stage one, one given twice, a rho that is none, or a place that is taken (see ``--force``) or
+            can't be written.
     """
+    _require_rhos(rhos)
     if not stage_ones or not all(stage_ones):
         raise InputError("expected stage-one checkpoints, got none; give them: --stage-one FILE [FILE ...]")
     if len({os.path.realpath(path) for path in stage_ones}) < len(stage_ones):
@@ -105,6 +108,12 @@ def compare_place(folder: Path, stage_ones: Sequence[str], force: bool) -> Path:
     place = folder / "comparison.json"
     require_place(place, stage_ones, "the comparison", force)
     return place
+
+
+def write_comparison(place: Path, content: Mapping[str, Any]) -> None:
+    """Write a comparison to its :func:`compare_place`, and print its table."""
+    write_json(place, content)
+    print(f"\n{table(content)}\n\nwritten to {place}; for pictures: disalign report {place.parent}")
 
 
 def features_of(folder: str | None, number: int, many: bool) -> Path | None:
@@ -123,11 +132,16 @@ def fit_places(folder: Path, rhos: Sequence[float], stage_one: str, force: bool)
     places = {rho: folder / f"fit_rho-{rho:g}.pth" for rho in rhos}
     if len(set(places.values())) < len(places):
         raise InputError(f"expected rho that differ in their first six digits, got {some(rhos)}; leave some out")
-    for rho, path in places.items():
-        generalized_reweight(torch.ones(1), rho)
+    _require_rhos(rhos)
+    for path in places.values():
         require_place(path, [stage_one], "the checkpoint", force)
         require_place(results_of(path), [stage_one], "the results", force)
     return places
+
+
+def _require_rhos(rhos: Iterable[float]) -> None:
+    for rho in rhos:
+        generalized_reweight(torch.ones(1), rho)
 
 
 def results_of(checkpoint: Path) -> Path:

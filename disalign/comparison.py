@@ -26,7 +26,7 @@ from .features import Features
 from .fitting import fit
 from .modules import AdaptiveCalibration, Calibrated, plain_classifier, sizes, with_calibration
 from .probes import new_classifier, train_classifier
-from .report import shown, text_table, without_nan
+from .report import gain, shown, text_table, without_nan
 from .solver import Part
 from .splits import group_means, many_medium_few
 
@@ -622,7 +622,7 @@ def table(content: Mapping[str, Any]) -> str:
         present = [run for run in runs if name in run["methods"]]
         own = [run["methods"][name] for run in present]
         gains = [
-            _gain(run["methods"]["stage_one"]["figures"].get(first), run["methods"][name]["figures"].get(first))
+            gain(run["methods"]["stage_one"]["figures"].get(first), run["methods"][name]["figures"].get(first))
             for run in present
         ]
         cells = [_spread([one["figures"].get(key) for one in own], ".2f" if key == "nll" else ".1f") for key in columns]
@@ -630,20 +630,14 @@ def table(content: Mapping[str, Any]) -> str:
             f"{key} {'/'.join(f'{value:g}' for value in sorted({one['setting'][key] for one in own}))}"
             for key in own[0]["setting"]
         )
-        rows.append(
-            [own[0]["title"], setting, *cells, _spread(gains, "+z.1f"), _spread([one["seconds"] for one in own][:1])]
-        )
+        rows.append([own[0]["title"], setting, *cells, _spread(gains, "+z.1f"), shown(own[0]["seconds"])])
     told = [f"settings: {content['settings']}"]
     if len(runs) > 1:
         told.append(f"mean +- standard deviation of {len(runs)} stage ones")
     return f"{text_table(rows)}\n\n{'; '.join(told)}"
 
 
-def _gain(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else after - before
-
-
-def _spread(values: Sequence[float | None], form: str = ".1f") -> str:
+def _spread(values: Sequence[float | None], form: str) -> str:
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known:
         return shown(None)

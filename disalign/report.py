@@ -57,11 +57,12 @@ def table(content: Mapping[str, Any], columns: Mapping[str, str] | Sequence[str]
     rows = [["percent", *titles.values()]]
     rows += [[stage, *(shown(figures.get(name)) for name in titles)] for stage, figures in stages.items()]
     if before is not None:
-        rows.append(["gain", *(shown(_gain(before.get(name), after.get(name)), "+z.1f") for name in titles)])
+        rows.append(["gain", *(shown(gain(before.get(name), after.get(name)), "+z.1f") for name in titles)])
     return text_table(rows)
 
 
-def _gain(before: float | None, after: float | None) -> float | None:
+def gain(before: float | None, after: float | None) -> float | None:
+    """In points; ``None`` without one of the two figures."""
     return None if before is None or after is None else after - before
 
 

@@ -17,10 +17,16 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import METRICS
 
-from disalign import InputError, compare, generalized_reweight, load_stage_one, many_medium_few
-from disalign.cli import compare_arguments, compare_place, config_errors, features_of, warnings_to_stderr
-from disalign.comparison import chosen_methods, merged, table
-from disalign.io import write_json
+from disalign import InputError, compare, load_stage_one, many_medium_few
+from disalign.cli import (
+    compare_arguments,
+    compare_place,
+    config_errors,
+    features_of,
+    warnings_to_stderr,
+    write_comparison,
+)
+from disalign.comparison import chosen_methods, merged
 from disalign.modules import plain_classifier
 from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
@@ -43,20 +49,17 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     if not calibrations(model):
         raise InputError(f"expected the config of a stage two, got {config.filename!r}, whose model has no calibration")
     paths = args.stage_one or [config.get("stage_one")]
-    place = compare_place(folder, paths, args.force)
+    args.rho = model.loss.rho if args.rho is None else args.rho
+    place = compare_place(folder, [args.rho, *args.sweep], paths, args.force)
     chosen_methods(args.methods, "classification", hasattr(model.classifier, "scale"))
     if args.choose_on and config[f"{args.choose_on}_dataloader"] == config.test_dataloader:
         raise InputError(f"expected a {args.choose_on} split other than the test split in {config.filename!r}")
-    for rho in (*([] if args.rho is None else [args.rho]), *args.sweep):  # refused before the passes
-        generalized_reweight(torch.ones(1), rho)
     bound = None if args.bound is None else load_config(args.bound, {})
     contents = []
     for number, path in enumerate(paths):
         kept_in = features_of(args.features, number, len(paths) > 1)
         contents.append(compare_one(args, config, model, path, kept_in, bound))
-    content = merged(contents)
-    write_json(place, content)
-    print(f"\n{table(content)}\n\nwritten to {place}; for pictures: disalign report {folder}")
+    write_comparison(place, merged(contents))
 
 
 def compare_one(
@@ -85,7 +88,7 @@ def compare_one(
             test,
             plain_classifier(model.classifier),
             args.methods,
-            rho=model.loss.rho if args.rho is None else args.rho,
+            rho=args.rho,
             groups=many_medium_few(train.class_counts, metric.many, metric.few),
             validation=validation,
             balanced=balanced,

@@ -17,14 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import Tensor
 
-from disalign import AdaptiveCalibration, Features, InputError, frequent_common_rare, generalized_reweight
-from disalign.cli import command, compare_arguments, compare_place, features_of
+from disalign import AdaptiveCalibration, Features, InputError, frequent_common_rare
+from disalign.cli import command, compare_arguments, compare_place, features_of, write_comparison
 from disalign.comparison import (
     Candidate,
     Problem,
@@ -34,11 +33,10 @@ from disalign.comparison import (
     evaluated,
     group_names,
     run_record,
-    table,
 )
 from disalign.errors import some
 from disalign.fitting import require_options
-from disalign.io import locked_folder, read_json, write_json
+from disalign.io import locked_folder, read_json
 
 from .class_counts import class_counts_from_config, training_image_counts
 from .cli import load_model, log_to, parser, stage_two_config, training_features
@@ -68,10 +66,8 @@ def run(args: Namespace) -> None:
     cfg = stage_two_config(args)
     folder = Path(args.out or Path(cfg.OUTPUT_DIR, "compare"))
     paths = args.stage_one or [cfg.MODEL.WEIGHTS]
-    place = compare_place(folder, paths, args.force)
     rho = cfg.MODEL.DISALIGN.RHO if args.rho is None else args.rho
-    for one in (rho, *args.sweep):
-        generalized_reweight(torch.ones(1), one)
+    place = compare_place(folder, [rho, *args.sweep], paths, args.force)
     require_options(background_weight=background_weight(cfg))
     names = chosen_methods(args.methods, "detection", cfg.MODEL.DISALIGN.CLASSIFIER == "cosine")
     if len(cfg.DATASETS.TEST) != 1:
@@ -117,8 +113,7 @@ def run(args: Namespace) -> None:
             examples=boxes.images,
             command=args.command,
         )
-        write_json(place, content)
-    print(f"\n{table(content)}\n\nwritten to {place}; for pictures: disalign report {folder}")
+        write_comparison(place, content)
 
 
 def without_counts(names: Sequence[str], asked: Sequence[str] | None, image_counts: Tensor | None) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from disalign import AdaptiveCalibration, InputError, generalized_reweight
-from disalign.cli import compare_arguments, compare_place, config_errors, features_of
+from disalign.cli import compare_arguments, compare_place, config_errors, features_of, write_comparison
 from disalign.collecting import evaluating
 from disalign.comparison import (
     BINS,
@@ -38,9 +38,7 @@ from disalign.comparison import (
     evaluated,
     group_names,
     run_record,
-    table,
 )
-from disalign.io import write_json
 from disalign.stage_two import require_same_classes
 from disalign_mmengine.cli import command_in_folder
 from disalign_mmengine.hooks import stage_one_of
@@ -74,16 +72,15 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     model = build_model(config)
     loss = model.calibrated_head.loss_decode
     paths = args.stage_one or [stage_one_of(config) or ""]
-    place = compare_place(folder, paths, args.force)
+    rho = loss.rho if args.rho is None else args.rho
+    place = compare_place(folder, [rho, *args.sweep], paths, args.force)
     names = chosen_methods(args.methods, "segmentation", cosine=False)
     require_sample(args.pixels, args.images)
     dataset = training_set(config)
     for path in paths:  # the last one is only read after the passes of the others
         stage_one_for(dataset, path)
     record = counted(model, dataset, folder)
-    rho = loss.rho if args.rho is None else args.rho
-    for scale in (rho, *args.sweep):  # refuses it
-        generalized_reweight(loss.class_counts, scale)
+    generalized_reweight(loss.class_counts, rho)  # refuses a class without pixels
     loader, metric = evaluation(config, dataset)
     metric.take_counts(loss.class_counts, record.get("total_pixels"))
 
@@ -124,8 +121,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
         groups_text=metric.groups_text(),
         command=" ".join(["python -m disalign_mmseg.compare", *sys.argv[1:]]),
     )
-    write_json(place, content)
-    print(f"\n{table(content)}\n\nwritten to {place}; for pictures: disalign report {folder}")
+    write_comparison(place, content)
 
 
 def evaluation(config: Config, dataset: Any) -> tuple[Any, LongTailIoUMetric]:

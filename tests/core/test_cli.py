@@ -73,13 +73,13 @@ def test_a_config_is_a_file_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
 def test_a_comparison_never_replaces_a_stage_one(tmp_path):
     one = tmp_path / "one.pth"
     one.touch()
-    assert compare_place(tmp_path, [str(one)], force=False) == tmp_path / "comparison.json"
+    assert compare_place(tmp_path, [1.0], [str(one)], force=False) == tmp_path / "comparison.json"
     (tmp_path / "link.pth").symlink_to(one)
     with pytest.raises(InputError, match="expected every stage one once"):
-        compare_place(tmp_path, [str(one), str(tmp_path / "link.pth")], force=False)
+        compare_place(tmp_path, [1.0], [str(one), str(tmp_path / "link.pth")], force=False)
     (tmp_path / "comparison.json").touch()
     with pytest.raises(InputError, match="which is read; name another"):
-        compare_place(tmp_path, [str(tmp_path / "comparison.json")], force=True)
+        compare_place(tmp_path, [1.0], [str(tmp_path / "comparison.json")], force=True)
 
 
 def test_several_stage_ones_keep_their_features_apart():
