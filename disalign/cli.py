@@ -4,6 +4,7 @@ import argparse
 import functools
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,13 @@ def command(main: Callable[P, object]) -> Callable[P, int]:
         return 0
 
     return wrapped
+
+
+def as_typed(run: Callable[..., object], argv: Sequence[str] | None) -> str:
+    """The line ``python -m MODULE ...`` for a shell: ``run``'s module, and ``argv``, by default this process's."""
+    spec = sys.modules[run.__module__].__spec__  # has the name of a module that is run as __main__, too
+    module = run.__module__ if spec is None else spec.name
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
 
 
 def log_to_stderr() -> None:

@@ -177,7 +177,7 @@ def run_pass(
     """
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     made = {"date": datetime.date.today().isoformat(), "versions": versions, **source}
-    number, (rank, ranks) = -(-items // block), _place()
+    number, (rank, ranks) = -(-items // block), rank_and_number()
     if out is None:
         kept = dict(_blocks(items, run, range(number)[rank::ranks], block))
         if ranks > 1:
@@ -322,19 +322,19 @@ def _as_rows(features: Any, labels: Tensor) -> Tensor:
     return cast(Tensor, features).flatten(1)
 
 
-def _place() -> tuple[int, int]:
+def rank_and_number() -> tuple[int, int]:
     """Rank and number of the processes of distributed training."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def _barrier() -> None:
-    if _place()[1] > 1:
+    if rank_and_number()[1] > 1:
         dist.barrier()
 
 
 @contextmanager
 def _bar(items: int) -> Iterator[Any]:
-    quiet = _place()[0] > 0 or not sys.stderr.isatty()
+    quiet = rank_and_number()[0] > 0 or not sys.stderr.isatty()
     with tqdm(total=items, desc="features", unit="example", disable=quiet) as bar:
         yield bar
 

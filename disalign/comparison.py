@@ -6,6 +6,7 @@ together.
 """
 
 import copy
+import logging
 import math
 import statistics
 import time
@@ -21,21 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from . import methods
+from .collecting import rank_and_number
 from .errors import InputError, some
 from .features import Features
-from .fitting import fit
+from .fitting import fit, require_fit
+from .methods import require_examples_as_rows
 from .modules import AdaptiveCalibration, Calibrated, plain_classifier, sizes, with_calibration
 from .probes import new_classifier, train_classifier
 from .report import gain, shown, text_table, without_nan
 from .solver import Part
 from .splits import group_means, many_medium_few
 
+log = logging.getLogger("disalign")
+
 RHOS = (0.5, 0.8, 1.0, 1.2, 1.5)
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 #: Parts of the way from stage one to DisAlign; :meth:`AdaptiveCalibration.strength`.
 DIAL = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-#: Of the expected calibration error and of the confidence's histogram.
+#: Of the expected calibration error and of the learnt confidence's histogram.
 BINS = 15
+#: Of all classes; a group's figure has the group's name.
+FIGURES = {"average", "balanced", "mIoU", "ece", "nll"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Method:
         value: the setting's default; ``None``: the problem's rho.
         grid: what a validation split may choose from.
         refused: task -> why the method makes no sense there.
+        needs: training ``"examples"`` or ``"images"`` of each class; empty if it works without.
         probabilities: whether the softmax of its scores is meant as probabilities.
     """
 
@@ -89,6 +97,7 @@ class Method:
     value: float | None = 0.0
     grid: Sequence[float] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
     probabilities: bool = True
 
 
@@ -134,6 +143,7 @@ METHODS = {
         refused=dict.fromkeys(
             ("classification", "segmentation"), "it spares a background; without one it is logit_adjust"
         ),
+        needs="images",
     ),
     "vs": Method(
         "VS",
@@ -141,10 +151,11 @@ METHODS = {
         "gamma",
         0.15,
         (0.0, 0.05, 0.1, 0.15, 0.2),
+        needs="examples",
     ),
     "rebalance": Method(
         "mean prediction",
-        lambda problem, _: methods.rebalance(problem.classifier, problem.features.x),
+        lambda problem, _: methods.rebalance(problem.classifier, problem.features.x, problem.features.weights),
         refused={task: f"it asks for the mean prediction over examples, but {why}" for task, why in _NO_ROWS.items()},
     ),
     "lws": Method(
@@ -186,7 +197,7 @@ METHODS = {
     "disalign_one": Method("DisAlign, confidence one", _fit(confidence="one"), "rho", None, RHOS),
     "disalign": Method("DisAlign", _fit(), "rho", None, RHOS),
     "disalign_anchor": Method("DisAlign, anchored", _fit(**_ANCHORED), "rho", None, RHOS),
-    "disalign_shrunk": Method("DisAlign, shrunk", _shrunk, "rho", None, RHOS),
+    "disalign_shrunk": Method("DisAlign, shrunk", _shrunk, "rho", None, RHOS, needs="examples"),
     "disalign_cross_fit": Method(
         "DisAlign, cross-fitted", _fit(cross_fit=5, **_ANCHORED), "rho", None, RHOS, refused=_NO_ROWS
     ),
@@ -208,13 +219,17 @@ DEFAULT = (
 )
 
 
-def chosen_methods(names: Sequence[str] | None, task: str, cosine: bool) -> list[str]:
+def chosen_methods(
+    names: Sequence[str] | None, task: str, cosine: bool, counts: Mapping[str, Tensor | None] | None = None
+) -> list[str]:
     """The methods to compare, in the order of :data:`METHODS`, with the controls of :data:`ALWAYS`.
 
     Args:
         names: of :data:`METHODS`; ``None`` for those of :data:`DEFAULT` that make sense, ``["all"]`` for all that do.
         task: ``"classification"``, ``"segmentation"`` or ``"detection"``.
         cosine: whether the classifier is a cosine one.
+        counts: (K,) training ``"examples"`` and ``"images"``, as far as they are counted by now. A method that needs
+            some of each class is then logged and left out, or refused if it was named.
 
     Raises:
         InputError: an unknown name, or a method that makes no sense here.
@@ -224,16 +239,31 @@ def chosen_methods(names: Sequence[str] | None, task: str, cosine: bool) -> list
     if unknown:
         raise InputError(f"expected methods among {some(METHODS, len(METHODS))}, got {some(unknown)}")
     for name in named:
-        if why := _refusal(name, task, cosine):
+        if why := _refusal(name, task, cosine) or _missing(name, counts or {}):
             raise InputError(f"expected methods that make sense for {task}, got {name!r}: {why}")
-    wanted = named or (DEFAULT if names is None else METHODS)
-    return [name for name in METHODS if (name in wanted or name in ALWAYS) and not _refusal(name, task, cosine)]
+    wanted = {*ALWAYS, *(named or (DEFAULT if names is None else METHODS))}
+    sensible = [name for name in METHODS if name in wanted and not _refusal(name, task, cosine)]
+    missing = {name: why for name in sensible if (why := _missing(name, counts or {}))}
+    for name, why in missing.items():
+        log.warning("%s is left out: %s", name, why)
+    return [name for name in sensible if name not in missing]
 
 
 def _refusal(name: str, task: str, cosine: bool) -> str | None:
     if cosine and name in ("tau_normalize", "marc"):
         return "the norms of a cosine classifier's weights have no influence"
     return METHODS[name].refused.get(task)
+
+
+def _missing(name: str, counts: Mapping[str, Tensor | None]) -> str | None:
+    needs = METHODS[name].needs
+    if needs not in counts:
+        return None
+    found = counts[needs]
+    if found is not None and found.all():
+        return None
+    none = "an unknown number" if found is None else f"none for class {some((found == 0).nonzero().flatten().tolist())}"
+    return f"it needs training {needs} of each class, and there are {none}"
 
 
 @dataclass(frozen=True)
@@ -318,6 +348,8 @@ class Tally:
 
     def __init__(self, num_classes: int, groups: Mapping[str, Tensor], probabilities: bool = True) -> None:
         group_means(torch.zeros(num_classes), groups)  # refuses groups of another number of classes
+        if taken := FIGURES & groups.keys():
+            raise InputError(f"expected groups of other names than the figures, got {some(sorted(taken))}; rename them")
         self.groups = groups
         self.probabilities = probabilities
         member = torch.full((num_classes,), len(groups))
@@ -327,6 +359,7 @@ class Tally:
         self.hits, self.seen, self.predicted = (torch.zeros(num_classes, dtype=torch.float64) for _ in range(3))
         self.confusion = torch.zeros(len(groups) + 1, len(groups) + 1, dtype=torch.float64)
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)
+        self.confidence = torch.zeros(2, BINS, dtype=torch.float64)
         self.loss = 0.0
 
     def add(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
@@ -357,10 +390,14 @@ class Tally:
             return
         logs = scores.logsumexp(1)
         confidence = (highest - logs).exp()
-        place = (confidence * BINS).long().clamp(max=BINS - 1)
-        for summed, values in zip(self.bins, (weights, weights * confidence, right), strict=True):
-            summed += torch.bincount(place, values, minlength=BINS).cpu()
+        self.bins += _binned(confidence, weights, weights * confidence, right)
         self.loss += float(((logs - scores.gather(1, labels[:, None])[:, 0]) * weights).sum())
+
+    def add_confidence(self, confidence: Tensor, weights: Tensor | None = None) -> None:
+        """Learnt confidences in [0, 1] (:meth:`AdaptiveCalibration.confidence_score`), and as many weights."""
+        confidence = confidence.flatten().double()
+        weights = torch.ones_like(confidence) if weights is None else weights.double()
+        self.confidence += _binned(confidence, weights, weights * confidence)
 
     def per_class(self) -> dict[str, list[float]]:
         """Percent of each class, NaN where there is no example: accuracy and IoU."""
@@ -386,7 +423,10 @@ class Tally:
         return found
 
     def details(self) -> dict[str, Any]:
-        """For the report: mean confidence and accuracy of the bins, and where each group's examples go, in percent."""
+        """For the report: where each group's examples go and, of the bins, mean probability and accuracy, in percent.
+
+        With :meth:`add_confidence` the learnt confidence's histogram over [0, 1] and its mean, too.
+        """
         number, confidence, right = self.bins
         told = number.clamp(min=1e-300)
         rows = self.confusion[: len(self.groups), : len(self.groups)]
@@ -397,7 +437,16 @@ class Tally:
                 "confidence": torch.where(number > 0, 100 * confidence / told, math.nan).tolist(),
                 "accuracy": torch.where(number > 0, 100 * right / told, math.nan).tolist(),
             }
+        count, summed = self.confidence
+        if count.any():
+            found["confidence"] = {"count": count.tolist(), "mean": float(summed.sum() / count.sum())}
         return found
+
+
+def _binned(confidence: Tensor, *values: Tensor) -> Tensor:
+    """(V, BINS) sums of V values of confidences in [0, 1], in bins of equal width."""
+    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    return torch.stack([torch.bincount(place, one, minlength=BINS) for one in values]).cpu()
 
 
 def evaluated(candidate: Candidate, figures: Mapping[str, Any], **details: Any) -> dict[str, Any]:
@@ -471,8 +520,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compare related methods on features of the same trunk; :func:`table` prints the result.
 
-    Nothing is chosen on ``test``: settings are the defaults of :data:`METHODS`, or those of its grids whose balanced
-    accuracy on ``validation`` is best.
+    Nothing is chosen on ``test``: settings are the defaults of :data:`METHODS`, or those of them and its grids whose
+    balanced accuracy on ``validation`` is best.
 
     Args:
         train, test: features of the training and the evaluation set, without a background; rows count by their
@@ -493,7 +542,8 @@ def compare(
         :func:`comparison`'s; ``per_class`` accuracy, reliability and the confusion of groups for each method.
 
     Raises:
-        InputError: features that do not belong together, an unknown method, or one that makes no sense.
+        InputError: features that do not belong together, a classifier that does not fit them, an unknown method, or one
+            that makes no sense; or several processes of torch.distributed, which share the rows.
 
     Examples:
         >>> x, y = torch.tensor([-1.0, 0, 1, 2, -1, 0, 1, 2, 1, 3])[:, None], [0] * 8 + [1] * 2
@@ -503,15 +553,22 @@ def compare(
         >>> {name: method["figures"]["balanced"] for name, method in run["methods"].items()}
         {'stage_one': 75.0, 'logit_adjust': 100.0, 'rho_0': 75.0, 'disalign': 100.0}
     """
+    if (number := rank_and_number()[1]) > 1:
+        raise InputError(f"expected one process for a comparison, got {number} of torch.distributed; compare in one")
     if any(one is not None and one.background for one in (train, test, validation, balanced)):
         raise InputError("expected features without a background, got a detector's; use python -m disalign_d2.compare")
     if taken := METHODS.keys() & (others or {}):
         raise InputError(f"expected titles of others that name no method, got {some(taken)}; choose others")
-    base = new_classifier(classifier, train) if isinstance(classifier, str) else plain_classifier(classifier)
     if isinstance(classifier, str):
+        require_examples_as_rows(train)
+        base = new_classifier(classifier, train)
         train_classifier(base, train, 1.0)
+    else:
+        base = plain_classifier(classifier)
+    for one in (base, *(others or {}).values()):
+        require_fit(plain_classifier(one), train)
     problem = Problem(train, base, rho, seed=seed, zero_count=zero_count)
-    names = chosen_methods(methods, problem.task, hasattr(base, "scale"))
+    names = chosen_methods(methods, problem.task, hasattr(base, "scale"), {"examples": train.class_counts})
     for what, features in (("test", test), ("validation", validation), ("balanced", balanced)):
         if features is not None and (features.x.shape[1:], len(features.class_counts)) != (
             train.x.shape[1:],
@@ -519,6 +576,7 @@ def compare(
         ):
             raise InputError(f"expected {what} features like {train!r}, got {features!r}; give both class_counts")
     groups = many_medium_few(train.class_counts) if groups is None else groups
+    Tally(len(train.class_counts), groups)  # refuses groups before anything is learnt
     settings, how = {}, "defaults"
     if validation is not None:
         settings, how = choose(problem, names, validation), f"best balanced accuracy on {len(validation)} others"
@@ -533,7 +591,6 @@ def compare(
     tallies = tally(found, test, groups)
     records = [
         evaluated(one, told.figures(), per_class={"accuracy": told.per_class()["accuracy"]}, **told.details())
-        | _confidence(one, test)
         for one, told in zip(found, tallies, strict=True)
     ]
     run_facts = {name: facts.pop(name, None) for name in ("stage_one", "pass_seconds")} | {"seed": seed, "notes": notes}
@@ -558,13 +615,14 @@ def compare(
 
 
 def choose(problem: Problem, names: Sequence[str], validation: Features) -> dict[str, float]:
-    """The setting of each method with a grid that is best on a validation split, by balanced accuracy."""
+    """For each method with a grid: of it and the default, the setting of best balanced accuracy on a split."""
     best = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for name in names:
             if METHODS[name].grid:
-                tried = [learnt(name, problem, value) for value in METHODS[name].grid]
+                settings = sorted({*METHODS[name].grid, setting_of(name, problem)})
+                tried = [learnt(name, problem, value) for value in settings]
                 scores = [cast(float, told.figures()["balanced"]) for told in tally(tried, validation, {})]
                 best[name] = tried[int(np.argmax(scores))].value
     return best
@@ -576,20 +634,12 @@ def tally(found: Sequence[Candidate], features: Features, groups: Mapping[str, T
     classes = len(features.class_counts)
     tallies = [Tally(classes, groups, one.method.probabilities) for one in found]
     for one, told in zip(found, tallies, strict=True):
+        calibration = one.calibration
         for chunk in Part(one.classifier, features).chunks():
             told.add(chunk.scores(one.classifier), chunk.y, chunk.weights)
+            if calibration.confidence is not None and one.role == "method":
+                told.add_confidence(chunk.scores(calibration.confidence_score), chunk.weights)
     return tallies
-
-
-@torch.no_grad()
-def _confidence(candidate: Candidate, features: Features) -> dict[str, Any]:
-    """The histogram over [0, 1] of a learnt confidence on features."""
-    if candidate.role != "method" or candidate.calibration.confidence is None:
-        return {}
-    summed = torch.zeros(BINS)
-    for chunk in Part(candidate.classifier, features).chunks():
-        summed += torch.histc(candidate.calibration.confidence_score(chunk.x).float().cpu(), BINS, 0, 1)
-    return {"confidence": summed.tolist()}
 
 
 def group_names(groups: Mapping[str, Tensor]) -> list[str | None]:

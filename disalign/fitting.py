@@ -154,7 +154,7 @@ def fit(
     given = None if isinstance(classifier, str) else plain_classifier(classifier)
     stage_one = new_classifier(given or classifier, features) if given is None or cross_fit else given
     for rows in (features, learns_from):
-        _require_fit(given or stage_one, rows)
+        require_fit(given or stage_one, rows)
 
     parts, unseen = [Part(stage_one, learns_from)], None
     examples = torch.bincount(learns_from.y, minlength=sizes(stage_one)[1])
@@ -357,8 +357,8 @@ def _advise(
             stacklevel=3,
         )
     if left_out:
-        held = "%d classes have too few examples to learn from, and keep magnitude 1 and the anchor's margin: %s"
-        log.warning(held, len(left_out), some(left_out))
+        held = "too few examples to learn from in class %s; magnitude stays 1 there, and the margin at the anchor"
+        log.warning(held, some(left_out))
 
 
 def require_options(
@@ -432,7 +432,8 @@ def _require_margin_scale(scale: Tensor | None, classes: int, solver: str) -> No
         raise InputError(f"expected {classes} positive numbers as margin_scale, got {some(scale.flatten().tolist())}")
 
 
-def _require_fit(classifier: nn.Module, features: Features) -> None:
+def require_fit(classifier: nn.Module, features: Features) -> None:
+    """Refuse a classifier, without a calibration, that can't be calibrated or is not of these features and classes."""
     if calibrated_form(type(classifier)) is None or isinstance(classifier, nn.Conv2d):
         raise InputError(
             f"expected a linear or cosine classifier of features (N, d), got {type(classifier).__name__}; for "

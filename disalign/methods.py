@@ -116,17 +116,20 @@ def vs(classifier: nn.Module, class_counts: ClassCounts, tau: float = 1.0, gamma
     return _filled(classifier, background, magnitude, magnitude * margin)
 
 
-def rebalance(classifier: nn.Module, features: Tensor) -> AdaptiveCalibration:
+def rebalance(classifier: nn.Module, features: Tensor, weights: Tensor | None = None) -> AdaptiveCalibration:
     """margin_j = -ln mean(p_j): the mean prediction over unlabelled examples stands for the classes' frequencies.
 
     Args:
         classifier: any, without a background.
         features: (N, d); no labels and no counts are needed.
+        weights: (N,) of the rows; default: 1.
     """
     weight = cast(Tensor, classifier.weight)
+    weights = torch.ones(len(features)) if weights is None else weights
+    mean = torch.zeros(sizes(classifier)[1], dtype=torch.float64, device=weight.device)
     with torch.no_grad():
-        sums = [classifier(rows.to(weight)).double().softmax(dim=1).sum(dim=0) for rows in features.split(4096)]
-    mean = torch.stack(sums).sum(0) / len(features)
+        for rows, own in zip(features.split(4096), (weights / weights.sum()).split(4096), strict=True):
+            mean += own.to(mean) @ classifier(rows.to(weight)).double().softmax(dim=1)
     return _filled(classifier, False, margin=-mean.clamp(min=torch.finfo(torch.float64).tiny).log())
 
 
@@ -195,7 +198,7 @@ def crt(features: Features, classifier: nn.Module, rho: float = 1.0, C: float = 
     Raises:
         InputError: features of pixels or with a background.
     """
-    _require_examples_as_rows(features)
+    require_examples_as_rows(features)
     found = new_classifier(plain_classifier(classifier), features)
     weights = features.weights * generalized_reweight(features.class_counts, rho, zero_count="exclude")[features.y]
     balanced = replace(features, weights=weights * (features.weights.sum() / weights.sum()))
@@ -214,7 +217,7 @@ def nearest_mean(features: Features, metric: str = "cosine") -> nn.Module:
     Raises:
         InputError: another metric; features of pixels or with a background.
     """
-    _require_examples_as_rows(features)
+    require_examples_as_rows(features)
     if metric not in ("cosine", "l2"):
         raise InputError(f"expected the metric 'cosine' or 'l2', got {metric!r}")
     classes, width = len(features.class_counts), features.x.shape[1]
@@ -230,7 +233,8 @@ def nearest_mean(features: Features, metric: str = "cosine") -> nn.Module:
     return found.requires_grad_(False)
 
 
-def _require_examples_as_rows(features: Features) -> None:
+def require_examples_as_rows(features: Features) -> None:
+    """Refuse features of pixels or with a background."""
     if features.background or features.bilinear is not None:
         what = "a background's, drawn by proposals" if features.background else "interpolated from four cells each"
         raise InputError(f"expected features with a row an example to learn a classifier from, got rows {what}")

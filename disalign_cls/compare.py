@@ -101,7 +101,7 @@ def compare_one(
             classes=list(dataset.metainfo["classes"]),
             groups_text={"many": f"> {metric.many:g} training images", "few": f"< {metric.few:g}"},
             pass_seconds=passed,
-            command=" ".join(["python -m disalign_cls.compare", *sys.argv[1:]]),
+            command=args.command,
         )
 
 

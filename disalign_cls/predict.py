@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from disalign import InputError
 from disalign.cli import command, config_errors
+from disalign.errors import some
 from disalign.io import require_place, write_json
 from disalign.io.images import image_files, open_image
 from disalign_mmengine.checkpoints import class_names
@@ -52,7 +53,7 @@ def find_images(given: list[str]) -> list[str]:
             raise InputError(f"expected image files or folders, but there is no {str(path)!r}")
         paths += image_files(str(path)) if path.is_dir() else [str(path)]
     if not paths:
-        raise InputError(f"expected images in {', '.join(given)}, got none")
+        raise InputError(f"expected images in {some(given)}, got none")
     return paths
 
 

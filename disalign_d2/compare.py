@@ -8,7 +8,6 @@ images: settings are fixed. Only boxes are compared, not masks or keypoints. LVI
 """
 
 import logging
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ from detectron2.evaluation import inference_on_dataset
 from torch import Tensor
 
 from disalign import AdaptiveCalibration, Features, InputError, frequent_common_rare
-from disalign.cli import command, compare_arguments, compare_place, features_of, write_comparison
+from disalign.cli import as_typed, command, compare_arguments, compare_place, features_of, write_comparison
 from disalign.comparison import (
     Candidate,
     Problem,
@@ -69,13 +68,14 @@ def run(args: Namespace) -> None:
     rho = cfg.MODEL.DISALIGN.RHO if args.rho is None else args.rho
     place = compare_place(folder, [rho, *args.sweep], paths, args.force)
     require_options(background_weight=background_weight(cfg))
-    names = chosen_methods(args.methods, "detection", cfg.MODEL.DISALIGN.CLASSIFIER == "cosine")
+    cosine = cfg.MODEL.DISALIGN.CLASSIFIER == "cosine"
+    chosen_methods(args.methods, "detection", cosine)
     if len(cfg.DATASETS.TEST) != 1:
         got = some(cfg.DATASETS.TEST) or "none"
         raise InputError(f"expected one dataset in DATASETS.TEST to compare on, got {got}; name one with --opts")
     require_data(cfg, training=True)
     image_counts = training_image_counts(cfg)
-    names = without_counts(names, args.methods, image_counts)
+    names = chosen_methods(args.methods, "detection", cosine, {"images": image_counts})
     with locked_folder(folder, "--out"):
         boxes = BoxEvaluation(cfg, image_counts)
         log_to(folder / "evaluations", cfg, args)
@@ -116,22 +116,6 @@ def run(args: Namespace) -> None:
         write_comparison(place, content)
 
 
-def without_counts(names: Sequence[str], asked: Sequence[str] | None, image_counts: Tensor | None) -> list[str]:
-    """The methods that work with these (K,) counts of training images with each class: NorCal needs all of them.
-
-    Raises:
-        InputError: NorCal was asked for by its name.
-    """
-    if image_counts is not None and image_counts.all():
-        return list(names)
-    if asked and "norcal" in asked:
-        raise InputError(
-            "expected training images with each class for 'norcal', got image counts that are missing, or 0 for a "
-            "class; correct DATASETS.TRAIN, or leave norcal out"
-        )
-    return [name for name in names if name != "norcal"]
-
-
 def learn(
     model: Any,
     cfg: CfgNode,
@@ -149,7 +133,8 @@ def learn(
     """
     stages, notes = [], []
     for predictor, learns_from in zip(model.roi_heads.box_predictors(), features, strict=True):
-        problem = Problem(learns_from, predictor.cls_score, rho, background_weight(cfg), image_counts, args.seed)
+        weight, zero_count = background_weight(cfg), predictor.loss.zero_count
+        problem = Problem(learns_from, predictor.cls_score, rho, weight, image_counts, args.seed, zero_count)
         found, told = candidates(problem, names, dial=(), sweep=args.sweep)
         stages.append(found)
         notes += told
@@ -233,12 +218,11 @@ class BoxEvaluation:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     arguments = parser(__doc__)
     compare_arguments(arguments, "float16")
     arguments.add_argument("--out", metavar="DIR", help="to write into; default: OUTPUT_DIR/compare")
     args = arguments.parse_args(argv)
-    args.num_gpus, args.command = 1, shlex.join(["python", "-m", "disalign_d2.compare", *argv])
+    args.num_gpus, args.command = 1, as_typed(run, argv)
     run(args)
 
 

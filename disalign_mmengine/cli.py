@@ -14,7 +14,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from disalign import InputError
-from disalign.cli import command, config_errors, find_config, log_to_stderr
+from disalign.cli import as_typed, command, config_errors, find_config, log_to_stderr
+from disalign.errors import some
 from disalign.io import locked_folder, require_folder
 
 from .checkpoints import load_checkpoint
@@ -94,7 +95,7 @@ def command_in_folder(
 
     Args:
         doc: the command's description.
-        run: does the work, in the folder, which is locked.
+        run: does the work, in the folder, which is locked; its arguments' ``command`` is the line that was typed.
         add_arguments: adds its options.
         below: subfolder of the work folder to write into; the option is then ``--out``.
     """
@@ -107,6 +108,7 @@ def command_in_folder(
         place = Path("work_dirs/CONFIG'S NAME", below)
         arguments.add_argument(option, dest="work_dir", metavar="DIR", help=f"to write into; default: {place}")
         args = arguments.parse_args(argv)
+        args.command = as_typed(run, argv)
         log_to_stderr()
         config = load_config(args.config, args.cfg_options)
         folder = Path(args.work_dir or Path(_work_dir(config, args), below))
@@ -147,7 +149,7 @@ def load_config(path: str, options: dict) -> Config:
     known = set(config) | set(inspect.signature(Runner.__init__).parameters)
     unknown = sorted({key.split(".")[0] for key in options} - known)
     if unknown:
-        raise InputError(f"expected --cfg-options of keys that the config has, got {', '.join(unknown)}")
+        raise InputError(f"expected --cfg-options of keys that the config has, got {some(unknown)}")
     with config_errors(path):
         config.merge_from_dict(options)
     return config

@@ -24,11 +24,10 @@ from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from disalign import AdaptiveCalibration, InputError, generalized_reweight
+from disalign import AdaptiveCalibration, InputError
 from disalign.cli import compare_arguments, compare_place, config_errors, features_of, write_comparison
 from disalign.collecting import evaluating
 from disalign.comparison import (
-    BINS,
     Candidate,
     Problem,
     Tally,
@@ -74,13 +73,13 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
     paths = args.stage_one or [stage_one_of(config) or ""]
     rho = loss.rho if args.rho is None else args.rho
     place = compare_place(folder, [rho, *args.sweep], paths, args.force)
-    names = chosen_methods(args.methods, "segmentation", cosine=False)
+    chosen_methods(args.methods, "segmentation", cosine=False)
     require_sample(args.pixels, args.images)
     dataset = training_set(config)
     for path in paths:  # the last one is only read after the passes of the others
         stage_one_for(dataset, path)
     record = counted(model, dataset, folder)
-    generalized_reweight(loss.class_counts, rho)  # refuses a class without pixels
+    names = chosen_methods(args.methods, "segmentation", False, {"examples": loss.class_counts})
     loader, metric = evaluation(config, dataset)
     metric.take_counts(loss.class_counts, record.get("total_pixels"))
 
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
         class_counts=loss.class_counts.tolist(),
         group_of=group_names(metric.members() or {}),
         groups_text=metric.groups_text(),
-        command=" ".join(["python -m disalign_mmseg.compare", *sys.argv[1:]]),
+        command=args.command,
     )
     write_comparison(place, content)
 
@@ -164,7 +163,6 @@ def evaluate(
     groups = metric.members() or {}
     calibrations = [spatial(one.calibration).to(head.conv_seg.weight.device) for one in found]
     tallies = [Tally(head.num_classes, groups, one.method.probabilities) for one in found]
-    histograms = torch.zeros(len(found), BINS, dtype=torch.float64)
     with evaluating(model), autocast(enabled=fp16):
         for batch in tqdm(loader, "evaluating", unit="image", mininterval=1, delay=5):
             ready = model.data_preprocessor(batch, training=False)
@@ -186,12 +184,10 @@ def evaluate(
                 tallies[number].add(scores.flatten(1).T[valid], label[valid])
                 if calibration.confidence is not None and found[number].role == "method":
                     for _, features in calls:
-                        confidence = calibration.confidence_score(features).float()
-                        histograms[number] += torch.histc(confidence, BINS, 0, 1).cpu()
+                        tallies[number].add_confidence(calibration.confidence_score(features))
     return [
         evaluated(one, tally.figures(), per_class=tally.per_class(), **tally.details())
-        | ({"confidence": histogram.tolist()} if histogram.any() else {})
-        for one, tally, histogram in zip(found, tallies, histograms, strict=True)
+        for one, tally in zip(found, tallies, strict=True)
     ]
 
 

@@ -30,17 +30,7 @@ class Picture:
 
 def all_pictures(results: Results, figures: Data) -> Iterator[Picture]:
     """Those that there are figures for (:meth:`.results.Results.figures`), in the order of the page."""
-    parts: dict[str, Callable[[Results, Data], Picture]] = {
-        "per_class": _per_class,
-        "groups": _groups,
-        "weights": _weights,
-        "curves": _curves,
-        "calibration": _calibration,
-        "confidence": _confidence,
-        "confusion": _confusion,
-        "reliability": _reliability,
-    }
-    for name, described in parts.items():
+    for name, described in PICTURES.items():
         # Many classes have no place of their own, nor one by training count where there is none.
         if name in figures and (name != "per_class" or _by_name(results) or results.counts is not None):
             yield described(results, figures[name])
@@ -161,17 +151,17 @@ def _calibration(results: Results, data: Data) -> Picture:
 
 
 def _confidence(results: Results, data: Data) -> Picture:
-    mean = f"about {data['mean']:.2f}"
+    mean = f"{data['mean']:.2f}"
     return Picture(
         "confidence",
         "Confidence",
         f"How much of the calibration the evaluated {results.each} get: a mean near 1 makes it the same for all, one "
-        f"near 0 leaves stage one's scores; here it is {mean}, by the histogram.",
+        f"near 0 leaves stage one's scores; here it is {mean}.",
         f"histogram of the confidence in {len(data['share'])} bins from 0 to 1, mean {mean}",
         pictures.confidence,
         (data,),
         3.2,
-        f"the mean confidence fell to about {data['lowest']:.3f}: magnitude and margin hardly get gradients any more "
+        f"the mean confidence fell to {data['lowest']:.3f}: magnitude and margin hardly get gradients any more "
         "and stage two may end as stage one; see whether a confidence of one (disalign_one) does better"
         if data["lowest"] < COLLAPSED
         else "",
@@ -211,3 +201,16 @@ def _reliability(results: Results, data: Data) -> Picture:
 def _range(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{min(known):.2f} to {max(known):.2f}" if known else "n/a"
+
+
+#: Name -> what describes it, in the order of the page.
+PICTURES: dict[str, Callable[[Results, Data], Picture]] = {
+    "per_class": _per_class,
+    "groups": _groups,
+    "weights": _weights,
+    "curves": _curves,
+    "calibration": _calibration,
+    "confidence": _confidence,
+    "confusion": _confusion,
+    "reliability": _reliability,
+}

@@ -240,7 +240,7 @@ def confidence(figure: Figure, data: Data) -> None:
     axes = figure.subplots()
     edges = np.linspace(0, 1, len(data["share"]) + 1)
     axes.stairs(data["share"], edges, fill=True, color="C1", alpha=0.8)
-    axes.axvline(data["mean"], color=_ink(axes), ls="--", lw=1.4, label=f"mean, about {data['mean']:.2f}")
+    axes.axvline(data["mean"], color=_ink(axes), ls="--", lw=1.4, label=f"mean {data['mean']:.2f}")
     axes.set_xlim(0, 1)
     axes.set_xlabel("confidence: 0 leaves stage one's scores, 1 calibrates in full")
     axes.set_ylabel("share, %")

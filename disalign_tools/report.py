@@ -19,7 +19,7 @@ from disalign.errors import input_errors
 from disalign.io import atomic_file, require_place, write_json
 from disalign.report import shown
 
-from .captions import all_pictures, lead
+from .captions import PICTURES, all_pictures, lead
 from .pictures import THEMES
 from .results import LOWER_IS_BETTER, SHAPE_ERRORS, Data, Results, counted, decimals, read_results
 
@@ -80,6 +80,10 @@ def write_report(source: Path, out: Path, method: str | None = None, force: bool
             file.write(png)
     write_json(kept, {name: figures for name, (_, figures) in found.items()} if found.keys() - {""} else figures)
     title = _sentence(f"{results.titles[results.method]} on {results.dataset or 'a test set'}")
+    if force:  # an earlier report may have had more pictures
+        earlier = {file for name in found for picture in PICTURES for file in _files(name, picture).values()}
+        for picture in earlier - images.keys():
+            (out / picture).unlink(missing_ok=True)
     with atomic_file(page) as file:
         file.write(_page(title, "\n".join(bodies)).encode("utf-8", "xmlcharrefreplace"))
     return page
@@ -99,8 +103,7 @@ def _part(name: str, results: Results, figures: Data) -> tuple[str, dict[str, by
     ]
     for picture in all_pictures(results, figures):
         drawn = picture.render()
-        prefix = "".join(letter if letter.isalnum() else "_" for letter in name) + "_" * bool(name)
-        images |= {f"{prefix}{picture.name}_{theme}.png": content for theme, content in drawn.items()}
+        images |= {file: drawn[theme] for theme, file in _files(name, picture.name).items()}
         body += [f"<{tag}>{escape(picture.title)}</{tag}>", _figure(drawn, picture.caption, picture.alt)]
         if picture.warning:
             body.append(f'<p class="warning"><strong>Warning:</strong> {escape(picture.warning)}.</p>')
@@ -111,6 +114,12 @@ def _part(name: str, results: Results, figures: Data) -> tuple[str, dict[str, by
     rows = (f"<dt>{escape(what)}</dt>" + "".join(f"<dd>{escape(one)}</dd>" for one in made[what]) for what in made)
     body += [f"<{tag}>How it was made</{tag}>", f"<dl>{''.join(rows)}</dl>"]
     return "\n".join(body), images
+
+
+def _files(name: str, picture: str) -> dict[str, str]:
+    """Theme -> file name, of a picture of the comparison of this name."""
+    prefix = "".join(letter if letter.isalnum() else "_" for letter in name) + "_" * bool(name)
+    return {theme: f"{prefix}{picture}_{theme}.png" for theme in THEMES}
 
 
 def _methods(results: Results, rows: Data) -> str:

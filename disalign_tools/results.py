@@ -318,15 +318,13 @@ class Results:
         return found
 
     def confidence(self) -> Data | None:
-        """The learnt confidence's histogram over [0, 1], percent of the examples, and its mean: of bins' centres."""
-        counts = self.rows(self.method, "confidence")
-        if counts is None:
+        """The learnt confidence's histogram over [0, 1], percent of the examples, and its mean; both over the runs."""
+        counts, means = (self.rows(self.method, "confidence", key) for key in ("count", "mean"))
+        if counts is None or means is None:
             return None
         with np.errstate(invalid="ignore"):
             share = counts / counts.sum(1, keepdims=True)
-        centres = (np.arange(share.shape[1]) + 0.5) / share.shape[1]
-        means = share @ centres
-        if np.isnan(means).any():
+        if np.isnan(share).any() or np.isnan(means).any():
             return None
         return {"share": (100 * share.mean(0)).tolist(), "mean": float(means.mean()), "lowest": float(means.min())}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, some
 from .files import atomic_file, read_json, require_folder, write_json
 
 #: The file that makes a folder one of arrays.
@@ -244,7 +244,7 @@ class Parts:
         if other:
             raise InputError(
                 f"expected features of this trunk and data in {str(self.folder)!r}, got some of another "
-                f"{', '.join(other)}; give another folder, or delete this one"
+                f"{some(other)}; give another folder, or delete this one"
             )
         self.facts = facts
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def test_its_figures_are_those_of_the_test_command(classifier, stage_ones, tmp_p
     assert content["classes"] == report["classes"]
     assert content["class_counts"] == report["class_counts"]
     assert (content["split"], content["examples"], content["rho"]) == ("test", 500, 1.5)
+    given = [
+        DISALIGN[classifier],
+        "--stage-one",
+        str(stage_ones[classifier]),
+        "--out",
+        str(tmp_path / "out"),
+        "--sweep",
+    ]
+    assert shlex.split(content["command"]) == ["python", "-m", "disalign_cls.compare", *given]
     assert content["groups_text"] == {"many": "> 30 training images", "few": "< 6"}
 
 

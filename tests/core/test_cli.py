@@ -1,13 +1,17 @@
 """What every command does with bad input, with Ctrl-C and with a fault of somebody's own."""
 
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import disalign
 from disalign import InputError
-from disalign.cli import command, compare_place, features_of, find_config, shipped_configs, usable_cpus
+from disalign.cli import as_typed, command, compare_place, features_of, find_config, shipped_configs, usable_cpus
 
 
 @command
@@ -80,6 +84,28 @@ def test_a_comparison_never_replaces_a_stage_one(tmp_path):
     (tmp_path / "comparison.json").touch()
     with pytest.raises(InputError, match="which is read; name another"):
         compare_place(tmp_path, [1.0], [str(tmp_path / "comparison.json")], force=True)
+
+
+def test_the_command_as_typed_is_a_line_for_a_shell(tmp_path):
+    run = f"""
+import sys
+sys.path.insert(0, {str(Path(disalign.__file__).parent.parent)!r})
+from disalign.cli import as_typed
+
+def run(): ...
+
+if __name__ == "__main__":
+    print(as_typed(run, None))
+    print(as_typed(run, ["other words"]))
+"""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "compare.py").write_text(run)
+    typed = ["-m", "package.compare", "a b.py", "--opts", "A", "('x',)"]
+    done = subprocess.run([sys.executable, *typed], cwd=tmp_path, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert shlex.split(first) == ["python", *typed]
+    assert second == "python -m package.compare 'other words'"
+    assert as_typed(compare_place, []) == "python -m disalign.cli"
 
 
 def test_several_stage_ones_keep_their_features_apart():

@@ -163,6 +163,7 @@ WRONG = {
     "infinity": (torch.tensor([[math.inf, 0, 0, 0]]), GROUPS, "expected finite scores to evaluate"),
     "classes": (torch.zeros(1, 3), GROUPS, "expected scores of 4 classes, got 3"),
     "groups": (torch.zeros(1, 4), {"all": torch.tensor([True])}, "expected 4 classes in group 'all', got 1"),
+    "a group's name": (torch.zeros(1, 4), GROUPS | {"nll": GROUPS["few"]}, "other names than the figures, got nll"),
 }
 
 
@@ -171,6 +172,12 @@ def test_scores_that_cannot_be_evaluated_are_refused(name):
     scores, groups, sentence = WRONG[name]
     with pytest.raises(InputError, match=re.escape(sentence)):
         tallied(scores, torch.tensor([0]), groups)
+
+
+def test_no_group_may_have_a_figures_name():
+    for name in Tally(4, {}).figures():
+        with pytest.raises(InputError, match=f"expected groups of other names than the figures, got {name}; rename"):
+            Tally(4, {name: GROUPS["few"]})
 
 
 def test_what_is_not_there_has_no_figure():
@@ -208,7 +215,7 @@ BY_HAND = {
     "logit_adjust": lambda train, one: disalign.methods.logit_adjust(one, COUNTS, 0.7),
     "tau_normalize": lambda train, one: disalign.methods.tau_normalize(one, 0.7),
     "vs": lambda train, one: disalign.methods.vs(one, COUNTS, tau=1.0, gamma=0.7),
-    "rebalance": lambda train, one: disalign.methods.rebalance(one, train.x),
+    "rebalance": lambda train, one: disalign.methods.rebalance(one, train.x, train.weights),
     "lws": lambda train, one: disalign.fit(train, one, 0.7, confidence="one", learn_margin=False),
     "marc": lambda train, one: disalign.fit(
         train, one, 0.7, confidence="one", margin_scale=one.weight.detach().square().sum(1).sqrt()
@@ -283,6 +290,51 @@ def test_options_of_the_fit_are_passed_on(name):
     torch.testing.assert_close(found(rows.x), expected(rows.x), rtol=1e-5, atol=1e-5)
 
 
+#: None has training examples of class 1, and all of none but class 3 images.
+SOME = {"examples": torch.tensor([3, 0, 2, 1]), "images": torch.tensor([2, 2, 2, 0])}
+
+
+def test_all_leaves_out_what_needs_an_example_of_each_class(caplog):
+    found = chosen_methods(["all"], "detection", False, SOME)
+    left_out = set(chosen_methods(["all"], "detection", False)) - set(found)
+    assert left_out == {"norcal", "vs", "disalign_shrunk"}
+    assert [one.getMessage() for one in caplog.records] == [
+        "norcal is left out: it needs training images of each class, and there are none for class 3",
+        "vs is left out: it needs training examples of each class, and there are none for class 1",
+        "disalign_shrunk is left out: it needs training examples of each class, and there are none for class 1",
+    ]
+    assert "norcal" not in chosen_methods(["all"], "detection", False, {"images": None})
+    enough = {name: counts + 1 for name, counts in SOME.items()}
+    caplog.clear()
+    assert set(chosen_methods(["all"], "detection", False, enough)) - set(found) == left_out
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("vs", "examples of each class, and there are none for class 1"), ("norcal", "for class 3")]
+)
+def test_a_named_method_that_needs_an_example_of_each_class_is_refused(name, sentence):
+    with pytest.raises(InputError, match=f"got '{name}': it needs training .*{sentence}"):
+        chosen_methods(["stage_one", name], "detection", False, SOME)
+
+
+def test_the_methods_that_need_an_example_of_each_class_are_those_that_refuse(fitted_once):
+    """With classes left out all others learn."""
+    counts = [150, 40, 12, 0]
+    problem = Problem(
+        draw(counts, class_counts=counts), fitted_once, zero_count="exclude", image_counts=torch.tensor(counts)
+    )
+    for name, method in METHODS.items():
+        if name == "norcal":
+            with pytest.raises(InputError, match="expected at least one training example per class"):
+                disalign.methods.norcal(fitted_once, counts)
+        elif method.needs:
+            with pytest.raises(InputError, match="expected at least one training example per class"):
+                comparison.learnt(name, problem, comparison.setting_of(name, problem))
+        else:
+            comparison.learnt(name, problem, comparison.setting_of(name, problem))
+
+
 REFUSED = {
     "unknown": (["disalgn"], "classification", False, "expected methods among stage_one, logit_adjust, tau_normalize"),
     "norms of cosines": (["tau_normalize"], "classification", True, "the norms of a cosine classifier's weights"),
@@ -313,6 +365,50 @@ def test_what_compare_has_no_use_for_is_refused(fitted_once):
         disalign.compare(draw(), rows, fitted_once)
     with pytest.raises(InputError, match="expected titles of others that name no method, got lws"):
         disalign.compare(draw(), TEST, fitted_once, others={"lws": fitted_once})
+    with pytest.raises(InputError, match=r"linear or cosine classifier of features \(N, d\), got Sequential"):
+        disalign.compare(draw(), TEST, nn.Sequential(fitted_once))
+    with pytest.raises(InputError, match=r"linear or cosine classifier of features \(N, d\), got Sequential"):
+        disalign.compare(draw(), TEST, fitted_once, others={"mine": nn.Sequential(fitted_once)})
+    with pytest.raises(InputError, match=r"expected a classifier of 5 features and 4 outputs .*, got 6 and 4"):
+        disalign.compare(draw(), TEST, nn.Linear(WIDTH + 1, 4))
+
+
+@pytest.fixture
+def pixels():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, WIDTH, generator=generator)
+    weights = torch.rand(60, generator=generator) + 0.5
+    return Features.from_arrays(
+        x, np.arange(60) % 4, weights, bilinear=torch.rand(60, 4, generator=generator).softmax(1)
+    )
+
+
+def test_pixels_need_a_given_classifier(pixels):
+    with pytest.raises(InputError, match="a row an example to learn a classifier from, got rows interpolated from"):
+        disalign.compare(pixels, pixels, "linear")
+
+
+def test_the_confidence_of_a_pixel_is_interpolated_from_its_cells(pixels, fitted_once):
+    found = methods_of(disalign.compare(pixels, pixels, fitted_once, ["disalign"], rho=0.7, dial=()))
+    score = disalign.fit(pixels, fitted_once, 0.7).calibration.confidence_score
+    cells = torch.stack([score(pixels.x[:, cell])[:, 0] for cell in range(4)], 1).detach()
+    confidence = (cells * pixels.bilinear).sum(1)
+    count = np.histogram(confidence, 15, (0, 1), weights=pixels.weights)[0]
+    assert found["disalign"]["confidence"]["count"] == pytest.approx(count.tolist())
+    assert found["disalign"]["confidence"]["mean"] == pytest.approx(np.average(confidence, weights=pixels.weights))
+
+
+def test_a_rank_is_not_compared_on_its_share_of_the_rows(fitted_once, monkeypatch):
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(InputError, match="expected one process for a comparison, got 2 of"):
+        disalign.compare(draw(), TEST, fitted_once)
+
+
+def test_groups_are_refused_before_anything_is_learnt(fitted_once, monkeypatch):
+    monkeypatch.setattr(comparison, "candidates", lambda *_: pytest.fail("it has learnt"))
+    with pytest.raises(InputError, match="other names than the figures, got average, ece"):
+        disalign.compare(draw(), TEST, fitted_once, groups={"ece": GROUPS["few"], "average": GROUPS["many"]})
 
 
 @pytest.mark.parametrize(("rows", "own"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
@@ -330,7 +426,10 @@ def test_a_class_without_training_examples_can_be_left_out(fitted_once):
     train = draw([150, 40, 12, 0], class_counts=[150, 40, 12, 0])
     with pytest.raises(InputError, match="zero_count='exclude'"):
         disalign.compare(train, TEST, fitted_once, ["disalign"])
-    found = methods_of(disalign.compare(train, TEST, fitted_once, ["disalign"], zero_count="exclude", dial=()))
+    with pytest.raises(InputError, match=r"got 'vs': it needs training examples of each class, .* for class 3"):
+        disalign.compare(train, TEST, fitted_once, ["vs"], zero_count="exclude")
+    found = methods_of(disalign.compare(train, TEST, fitted_once, ["all"], zero_count="exclude", dial=()))
+    assert set(chosen_methods(["all"], "classification", False)) - found.keys() == {"vs", "disalign_shrunk"}
     margin = -np.log([150, 40, 12])
     adjusted = np.array(found["logit_adjust"]["margin"])
     assert np.diff(adjusted[:3]) == pytest.approx(np.diff(margin), abs=1e-5)
@@ -340,7 +439,8 @@ def test_a_class_without_training_examples_can_be_left_out(fitted_once):
 
 def test_seed_weights_and_groups_are_passed_on(fitted_once):
     test = Features.from_arrays(TEST.x, TEST.y, weights=1 + np.arange(120) % 2)
-    content = disalign.compare(draw(), test, fitted_once, ["disalign_cross_fit"], rho=0.7, seed=3, dial=())
+    methods = ["disalign", "disalign_cross_fit"]
+    content = disalign.compare(draw(), test, fitted_once, methods, rho=0.7, seed=3, dial=())
     found = methods_of(content)
     expected = disalign.fit(
         draw(), fitted_once, 0.7, confidence="one", anchor="logit_adjust", cross_fit=5, seed=3
@@ -350,6 +450,10 @@ def test_seed_weights_and_groups_are_passed_on(fitted_once):
     right = fitted_once(TEST.x).argmax(1) == TEST.y
     average = 100 * np.average(right.numpy(), weights=test.weights)
     assert found["stage_one"]["figures"]["average"] == pytest.approx(average)
+    confidence = disalign.fit(draw(), fitted_once, 0.7).calibration.confidence_score(TEST.x).detach().flatten()
+    count = np.histogram(confidence, 15, (0, 1), weights=test.weights)[0]
+    assert found["disalign"]["confidence"]["count"] == count.tolist()
+    assert found["disalign"]["confidence"]["mean"] == pytest.approx(np.average(confidence, weights=test.weights))
 
 
 # ---------------------------------------------------------------------------------------------------- the comparison
@@ -376,7 +480,8 @@ def test_disalign_is_the_fits(compared):
     assert found["per_class"]["accuracy"] == pytest.approx(accuracy)
     assert found["margin"] == pytest.approx(fitted.calibration.margin.tolist(), abs=1e-6)
     confidence = fitted.calibration.confidence_score(TEST.x).detach().numpy()
-    assert found["confidence"] == np.histogram(confidence, 15, (0, 1))[0].tolist()
+    assert found["confidence"]["count"] == np.histogram(confidence, 15, (0, 1))[0].tolist()
+    assert found["confidence"]["mean"] == pytest.approx(confidence.mean())
     assert found["setting"] == {"rho": 1.0}
 
 
@@ -480,6 +585,21 @@ def test_both_ends_of_the_grid_are_tried(shift, end, fitted_once):
         shifted.bias += shift * torch.tensor(COUNTS).log()
     chosen = comparison.choose(Problem(draw(), shifted), ["logit_adjust"], draw([30] * 4, 3))
     assert chosen == {"logit_adjust": METHODS["logit_adjust"].grid[end]}
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.35])
+def test_the_rho_of_the_problem_is_tried_too(rho, fitted_once, monkeypatch):
+    """Below and between those of the grid."""
+    tried, learn = {}, comparison.learnt
+
+    def recorded(name, problem, value):
+        tried.setdefault(name, []).append(value)
+        return learn(name, problem, value)
+
+    monkeypatch.setattr(comparison, "learnt", recorded)
+    comparison.choose(Problem(draw(), fitted_once, rho), ["disalign_one", "tau_normalize"], TEST)
+    assert tried["disalign_one"] == sorted([0.5, 0.8, 1.0, 1.2, 1.5, rho])
+    assert tried["tau_normalize"] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_a_probe_can_be_trained_first():

@@ -521,7 +521,7 @@ def test_a_class_of_one_example_is_left_out(anchor, caplog):
     anchored = math.log(weights_of([40, 20, 10, 1], 1.0)[3]) if anchor == "logit_adjust" else 0
     assert float(found.calibration.margin[3].detach()) == pytest.approx(anchored, rel=1e-6)
     assert (found.calibration.magnitude[:3] != 1).all()
-    assert "1 classes have too few examples to learn from, and keep magnitude 1" in caplog.text
+    assert "too few examples to learn from in class 3; magnitude stays 1 there" in caplog.text
 
 
 def test_the_folds_choose_the_penalty():

@@ -110,6 +110,12 @@ def test_rebalancing_divides_by_the_mean_prediction():
     expected = p / p.mean(0)
     found = softmax(scores_of(methods.rebalance(classifier, x), classifier, x).numpy())
     assert found == pytest.approx(expected / expected.sum(1, keepdims=True), abs=1e-6)
+    often = torch.arange(len(x)) % 3
+    weighted, repeated = (
+        methods.rebalance(classifier, x, often),
+        methods.rebalance(classifier, x.repeat_interleave(often, 0)),
+    )
+    torch.testing.assert_close(weighted.margin, repeated.margin)
 
 
 IDENTITIES = {

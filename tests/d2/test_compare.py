@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
-from disalign import AdaptiveCalibration
+from disalign import AdaptiveCalibration, Features, InputError
 from disalign_d2 import compare as compare_command
 from disalign_d2 import fit as fit_command
 from disalign_d2.freezing import LeanRPN
@@ -24,6 +26,7 @@ from disalign_d2.replay import detector_of
 from . import runs
 from .annotations import unique
 from .models import batch, random_calibration, stages
+from .models import tiny_cfg as model_config
 from .runs import figures, load, main
 from .test_fit import PREDICTOR
 
@@ -267,13 +270,32 @@ def test_refused(name, tiny, tmp_path, capfd):
     assert not (tmp_path / "out" / "comparison.json").exists()
 
 
-@pytest.mark.parametrize("counts", [None, torch.tensor([12, 7, 3, 2, 0])])
-def test_norcal_needs_the_images_of_each_class(counts, tiny, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("counts", "sentence"), [(None, "an unknown number"), (torch.tensor([12, 7, 3, 2, 0]), "none for class 4")]
+)
+def test_norcal_needs_the_images_of_each_class(counts, sentence, tiny, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(compare_command, "training_image_counts", lambda cfg: counts)
     flags = ["--methods", "norcal"]
     assert compared(tiny.config_two, [tiny.weights_one], tmp_path, flags=flags) == 2
-    assert "for 'norcal', got image counts that are missing, or 0 for a class" in capfd.readouterr().err
-    assert compare_command.without_counts(["stage_one", "norcal", "vs"], ["all"], counts) == ["stage_one", "vs"]
+    expected = f"got 'norcal': it needs training images of each class, and there are {sentence}"
+    assert expected in capfd.readouterr().err
+
+
+def test_the_losses_zero_count_is_the_methods():
+    _, model = stages()
+    cfg = model_config(calibrate=True)
+    (predictor,) = model.roi_heads.box_predictors()
+    classes = predictor.num_classes
+    y = torch.tensor([*range(classes - 1), classes]).repeat(12)  # without the last, with the background
+    x = torch.randn(len(y), predictor.cls_score.in_features, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(y)[:classes]
+    rows = Features.from_arrays(x, y, class_counts=counts, background=True)
+    names, args = ["stage_one", "logit_adjust", "rho_0"], Namespace(seed=0, sweep=())
+    with pytest.raises(InputError, match=f"got none for class {classes - 1}"):
+        compare_command.learn(model, cfg, [rows], names, 0.8, None, args)
+    predictor.loss.zero_count = "exclude"
+    found, _, _ = compare_command.learn(model, cfg, [rows], names, 0.8, None, args)
+    assert [one.name for one in found] == names
 
 
 def test_what_would_only_show_after_the_passes_is_refused_before(tiny, tmp_path, capfd, monkeypatch):
@@ -314,7 +336,10 @@ def test_an_earlier_comparison_is_kept_without_force(tiny, tmp_path, capfd):
         assert compare_command.main([*map(str, [*command, "--force", *options])]) == 0
     content = written(place.parent)
     assert list(content["runs"][0]["methods"]) == ["stage_one", "logit_adjust", "rho_0"]
-    assert content["command"].startswith(f"python -m disalign_d2.compare {tiny.config_two} --stage-one ")
+    assert shlex.split(content["command"]) == [
+        *("python", "-m", "disalign_d2.compare"),
+        *map(str, [*command, "--force", *options]),
+    ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare"}
     assert {path.name for path in place.parent.iterdir()} == {"comparison.json", "evaluations"}
     assert "Evaluating rho_0" in (place.parent / "evaluations" / "log.txt").read_text()

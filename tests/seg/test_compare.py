@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shlex
 import statistics
 from dataclasses import replace
 
@@ -103,6 +104,9 @@ def test_figures_are_those_of_the_test_command(options, features, configs, stage
     capfd.readouterr()
     assert compare(configs.two, [stage_one], tmp_path, "--features", features, options=options) == 0
     content = comparison(tmp_path)
+    given = [str(configs.two), "--stage-one", str(stage_one), "--out", str(tmp_path), "--features", str(features)]
+    typed = [word for word in shlex.split(content["command"]) if not word.startswith("experiment_name=")]
+    assert typed == ["python", "-m", "disalign_mmseg.compare", *given, "--cfg-options", *options]
     (run,) = content["runs"]
     dataset = DATASETS.build(load_config(str(configs.two), {}).test_dataloader.dataset)
     sizes = [dataset[number]["inputs"].shape[1:] for number in range(len(dataset))]
@@ -220,13 +224,24 @@ def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch,
     assert content["groups_text"]["head"] == "more than 1 % of all training pixels"
 
 
-def test_a_class_without_pixels_is_refused_before_the_pass(configs, stage_one, tmp_path, capfd, seen):
+def test_a_class_without_pixels_is_left_out_if_the_loss_says_so(configs, stage_one, tmp_path, capfd, seen, caplog):
     (tmp_path / "counts.json").write_text(json.dumps([0, *range(1, 150)]))
     loss = "model.decode_head.loss_decode"
-    options = [f"{loss}.class_counts={tmp_path / 'counts.json'}", f"{loss}.zero_count=exclude"]
+    options = [f"{loss}.class_counts={tmp_path / 'counts.json'}"]
     assert compare(configs.two, [stage_one], tmp_path / "w", options=options) == 2
     assert "expected at least one training example per class, got none for class 0" in capfd.readouterr().err
+    options += [f"{loss}.zero_count=exclude"]
+    assert compare(configs.two, [stage_one], tmp_path / "w", "--methods", "vs", options=options) == 2
+    assert (
+        "got 'vs': it needs training examples of each class, and there are none for class 0" in capfd.readouterr().err
+    )
     assert not seen
+    flags = ["--methods", "all", "--pixels", "8", "--images", "9"]
+    assert compare(configs.two, [stage_one], tmp_path / "w", *flags, options=options) == 0
+    methods = comparison(tmp_path / "w")["runs"][0]["methods"]
+    assert not {"vs", "disalign_shrunk"} & methods.keys()
+    assert methods["logit_adjust"]["margin"][0] == 0
+    assert "vs is left out: it needs training examples" in caplog.text
 
 
 def test_an_earlier_comparison_is_kept_without_force(features, configs, stage_one, tmp_path, capfd):
@@ -405,7 +420,8 @@ def test_all_are_evaluated_as_the_framework_does(name, folder, seen):
         assert ("confidence" in record) == learnt
         if learnt:
             edges = torch.linspace(0, 1, BINS + 1)
-            assert record["confidence"] == torch.histogram(confidences.float(), edges).hist.tolist()
+            assert record["confidence"]["count"] == torch.histogram(confidences.float(), edges).hist.tolist()
+            assert record["confidence"]["mean"] == pytest.approx(float(confidences.double().mean()))
     assert len(seen) == times * (1 + len(found))
 
 

@@ -345,20 +345,21 @@ def test_pictures_draw_their_figures(comparison):
     assert [axes.lines[-1].get_xdata()[0] for axes in figure.axes] == [1.2, 1.0]
 
 
-def collapsed(comparison, bins):
+def collapsed(comparison, mean):
     content = copy.deepcopy(comparison)
-    content["runs"][1]["methods"]["disalign"]["confidence"] = bins
+    content["runs"][1]["methods"]["disalign"]["confidence"] = {"count": [300.0] + [0.0] * 14, "mean": mean}
     return content
 
 
-@pytest.mark.parametrize(("bins", "warned"), [([300] + [0] * 14, True), ([150, 150] + [0] * 13, False)])
-def test_a_collapsed_confidence_is_a_warning(bins, warned, comparison, tmp_path, undrawn):
-    folder = written(tmp_path, collapsed(comparison, bins))
+@pytest.mark.parametrize(("mean", "warned"), [(0.049, True), (0.051, False)])
+def test_a_collapsed_confidence_is_a_warning(mean, warned, comparison, tmp_path, undrawn):
+    folder = written(tmp_path, collapsed(comparison, mean))
     assert console.main(["report", str(folder)]) == 0
     text = Page(folder / "report" / "report.html").text
     assert ("Warning: " in text) == warned
-    # The middle of the first bin of fifteen.
-    assert ("the mean confidence fell to about 0.033: magnitude and margin hardly get" in text) == warned
+    assert ("the mean confidence fell to 0.049: magnitude and margin hardly get" in text) == warned
+    other = comparison["runs"][0]["methods"]["disalign"]["confidence"]["mean"]
+    assert f"near 0 leaves stage one's scores; here it is {(mean + other) / 2:.2f}." in text
 
 
 def test_the_method_is_named_or_disalign_whatever_the_scores(comparison, tmp_path, undrawn, capfd):
@@ -541,7 +542,7 @@ def test_with_8142_classes(tmp_path):
 def test_what_is_not_finite_is_not_there(comparison):
     content = copy.deepcopy(comparison)
     for run in content["runs"]:
-        run["methods"]["disalign"]["confidence"][0] = math.inf
+        run["methods"]["disalign"]["confidence"]["count"][0] = math.inf
         run["methods"]["disalign"]["reliability"]["accuracy"][14] = math.inf
         run["methods"]["stage_one"]["reliability"]["count"] = [0.0] * 15
     results = Results(content)
@@ -630,6 +631,29 @@ def test_an_earlier_report_is_kept_without_force(comparison, tmp_path, undrawn, 
     assert list(page.parent.iterdir()) == [page]
     assert console.main(["report", str(folder), "--force"]) == 0
     assert "DisAlign on gaussians" in Page(page).text
+
+
+def test_pictures_of_an_earlier_report_go_with_it(comparison, tmp_path, undrawn):
+    folder = written(tmp_path, comparison)
+    assert console.main(["report", str(folder)]) == 0
+    before = {path.name for path in (folder / "report").iterdir()}
+    own = {"confusion.png", "other_confusion_light.png", "confusion_light.png.bak"}
+    for name in own:
+        (folder / "report" / name).write_text("mine")
+    fewer = copy.deepcopy(comparison)
+    for run in fewer["runs"]:
+        for one in run["methods"].values():
+            del one["confusion"]
+    written(folder, fewer)
+    assert console.main(["report", str(folder), "--force"]) == 0
+    gone = {"confusion_light.png", "confusion_dark.png"}
+    assert {path.name for path in (folder / "report").iterdir()} == before - gone | own
+    # Without --force nothing goes: they may be someone's own.
+    for name in ("report.html", "report.json", *before - gone - {"report.html", "report.json"}):
+        (folder / "report" / name).unlink()
+    (folder / "report" / "confusion_light.png").write_text("mine")
+    assert console.main(["report", str(folder)]) == 0
+    assert (folder / "report" / "confusion_light.png").read_text() == "mine"
 
 
 def test_what_is_read_is_never_replaced(comparison, tmp_path, undrawn, capfd):
