@@ -1,4 +1,4 @@
-"""Count training examples per class: python scripts/count_classes.py SOURCE [SOURCE ...] --out counts.json
+"""Count training examples per class: disalign count SOURCE [SOURCE ...] --out counts.json
 
 A SOURCE is a list file of 'path label' lines, a folder with one folder per class, an LVIS or COCO JSON, or a folder of
 label images (masks); several of one kind add up. The JSON is accepted by load_class_counts and every config, and

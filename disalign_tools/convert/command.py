@@ -1,4 +1,4 @@
-"""Convert a checkpoint: python -m disalign_tools.convert SOURCE DEST --to {cls,d2,mmseg,timm}
+"""Convert a checkpoint: disalign convert SOURCE DEST --to {cls,d2,mmseg,timm}
 
 Takes the checkpoints of cvpods (the official DisAlign's among them), classifier-balancing, torchvision, timm,
 mmpretrain, Detectron2, MMSegmentation and of this repository; docs/converting.md has the table. The source is not
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m disalign_tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "disalign convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="the checkpoint: .pth and the like, .pkl of Detectron2's zoo, .safetensors")
     parser.add_argument("dest", help="the file to write; with d2, .pkl is Detectron2's pickle of numpy arrays")

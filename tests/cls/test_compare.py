@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import sys
 
 import pytest
 import torch
 
 from disalign_cls import compare as compare_command
 from disalign_cls import fit as fit_command
+from disalign_tools.__main__ import main as console
 
 from .runs import BASELINE, DISALIGN, PLAIN, evaluate, left_behind, train
 
@@ -90,6 +92,13 @@ def test_settings_chosen_on_a_named_split(stage_one, tmp_path, capfd):
     assert compare([stage_one], tmp_path / "out", *flags) == 0
     assert "settings: best balanced accuracy on 1240 others" in capfd.readouterr().out
     assert (comparison(tmp_path / "out")["split"], comparison(tmp_path / "out")["examples"]) == ("test", 500)
+
+
+def test_the_recorded_command_can_be_run_again(stage_one, tmp_path, monkeypatch):
+    arguments = [DISALIGN["linear"], "--stage-one", str(stage_one), "--out", str(tmp_path), "--methods", "disalign"]
+    monkeypatch.setattr(sys, "argv", ["disalign", "compare", *arguments])
+    assert console() == 0
+    assert comparison(tmp_path)["command"] == " ".join(["python -m disalign_cls.compare", *arguments])
 
 
 def test_the_seed_and_the_configs_zero_count_reach_the_core(stage_one, tmp_path, monkeypatch):

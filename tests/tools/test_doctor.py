@@ -248,6 +248,14 @@ def test_the_console_command_refuses_what_is_no_command_of_its(arguments, capsys
     assert capsys.readouterr().err.startswith("usage: disalign ")
 
 
+@pytest.mark.parametrize("name", ["doctor", "count", "convert", "report"])
+def test_the_usage_of_a_command_names_it(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["disalign", name, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        console()
+    assert capsys.readouterr().out.startswith(f"usage: disalign {name} ")
+
+
 # A library that does not work never takes the doctor down, and what needs it is not blamed.
 
 
