@@ -665,6 +665,14 @@ def table(content: Mapping[str, Any]) -> str:
         DisAlign, rho 0                  83.3      83.3  10.7  0.30   +0.0  ...
         DisAlign               rho 1    100.0     100.0  19.3  0.23  +16.7  ...
     """
+    told = [f"settings: {content['settings']}"]
+    if len(content["runs"]) > 1:
+        told.append(f"mean +- standard deviation of {len(content['runs'])} stage ones")
+    return f"{text_table(table_rows(content))}\n\n{'; '.join(told)}"
+
+
+def table_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of :func:`table`, a header first."""
     runs, columns = content["runs"], content["columns"]
     first = next(iter(columns))
     rows = [["", "setting", *columns.values(), "gain", "s"]]
@@ -681,10 +689,7 @@ def table(content: Mapping[str, Any]) -> str:
             for key in own[0]["setting"]
         )
         rows.append([own[0]["title"], setting, *cells, _spread(gains, "+z.1f"), shown(own[0]["seconds"])])
-    told = [f"settings: {content['settings']}"]
-    if len(runs) > 1:
-        told.append(f"mean +- standard deviation of {len(runs)} stage ones")
-    return f"{text_table(rows)}\n\n{'; '.join(told)}"
+    return rows
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:

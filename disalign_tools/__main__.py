@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    # As if the command were a program of its own: for its usage line, and for the command that a comparison records.
+    # For the usage line.
     sys.argv = [f"disalign {given.command}", *given.arguments]
     status: int = module.main(given.arguments)
     return status

@@ -65,3 +65,38 @@ def test_fit_of_imagenet_lt_in_small(benchmark_module, tmp_path, capsys):
     assert half["least"] == min(ours / theirs for ours, theirs in zip(half["turns"], host["turns"], strict=True))
     assert all(row["evaluations"] > 1 for row in written["rows"])
     assert written["about"].startswith(capsys.readouterr().out.partition(";")[0])
+
+
+def test_the_tables_of_the_docs_are_those_of_the_kept_figures(benchmark_module, capsys):
+    """Of every kept comparison the figures of stage one and DisAlign, recomputed here, stand in docs/results.md."""
+    pages = (BENCHMARKS.parent / "docs" / "results.md").read_text()
+    kept = [path for path in (BENCHMARKS.parent / "docs" / "results").glob("*.json") if "columns" in path.read_text()]
+    assert len(kept) >= 4
+    for path in kept:
+        content = json.loads(path.read_text())
+        first = next(iter(content["columns"]))
+        assert not benchmark_module("results").main([str(path)])
+        printed = capsys.readouterr().out
+        for name in ("stage_one", "disalign"):
+            values = [run["methods"][name]["figures"][first] for run in content["runs"]]
+            cell = f"{sum(values) / len(values):.1f} +- {torch.tensor(values, dtype=torch.float64).std():.1f}"
+            assert f"| {cell} |" in printed
+            assert f"| {cell} |" in pages, (path.name, name)
+
+
+def test_kept_figures_of_several_comparisons(benchmark_module, tmp_path, capsys):
+    method = {
+        "title": "stage one",
+        "setting": {},
+        "seconds": 0.0,
+        "figures": {"average": 50.0},
+        "per_class": {"a": [1]},
+    }
+    content = {"columns": {"average": "average"}, "runs": [{"stage_one": "f", "methods": {"stage_one": method}}]}
+    for place in ("a", "b"):
+        (tmp_path / place).write_text(json.dumps(content))
+    benchmark_module("results").main([str(tmp_path / "a"), str(tmp_path / "b"), "--keep", str(tmp_path / "kept")])
+    kept = json.loads((tmp_path / "kept").read_text())
+    del method["per_class"]
+    assert kept["runs"] == [{"methods": {"stage_one": method}}] * 2
+    assert capsys.readouterr().out.splitlines()[-1] == "| stage one |  | 50.0 +- 0.0 | +0.0 +- 0.0 | 0.0 |"
