@@ -133,7 +133,7 @@ def fit_places(folder: Path, rhos: Sequence[float], stage_one: str, force: bool)
     """Where the checkpoint of each rho goes; what can't be done is refused before the pass.
 
     Raises:
-        InputError: no stage one, a rho that is none, or a place that is taken (see ``--force``) or can't be written.
+        InputError: no stage one, an invalid rho, or an output that exists (see ``--force``) or is not writable.
     """
     if not stage_one:
         raise InputError("expected the stage-one checkpoint, got none; give it: --stage-one FILE")
@@ -163,7 +163,7 @@ BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError
 
 @contextmanager
 def config_errors(where: str, errors: tuple[type[Exception], ...] = BUILD_ERRORS) -> Iterator[None]:
-    """What a config (``where``) may be at fault for becomes one sentence, see :func:`disalign.errors.input_errors`."""
+    """Turn errors of a config (``where``) into one sentence, see :func:`disalign.errors.input_errors`."""
     with input_errors(f"expected a config that can be built in {where!r}", "correct it", errors):
         yield
 
@@ -187,7 +187,7 @@ def shipped_configs() -> Path:
 
 
 def find_config(path: str) -> str:
-    """The config file that a command's argument means: a file, or the name of a shipped one."""
+    """The config file named by a command's argument: a path, or the name of a shipped config."""
     if not os.path.isfile(path) and path and (shipped_configs() / path).is_file():
         path = str(shipped_configs() / path)
     if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""One pass of a frozen network over a data set, kept: what its classifier sees."""
+"""One pass of a frozen network over a dataset that keeps the input of its classifier."""
 
 import datetime
 import hashlib
@@ -71,27 +71,27 @@ def collect(
     data: str | None = None,
     random: bool = False,
 ) -> Features:
-    """Run a network once over a data set and keep what its classifier sees, row by row in the data set's order.
+    """Run a network once over a dataset and keep the input of its classifier, in the dataset's order.
 
-    The network runs in eval mode and without gradients, on the device it is on, under the autocast that is on. In
-    distributed training each rank takes a share, and all get the whole.
+    The network runs in eval mode without gradients, on its own device and under the active autocast. In distributed
+    training each rank processes a share, and all return the whole.
 
     Args:
         model: any trained network.
-        loader: its data set, batch size, workers and collation count; its order does not.
-        classifier: the module whose input is the feature, or its name; default: the model's output is the feature.
-        out: folder to keep them in, for sets that do not fit in memory (N x d x 2 or 4 bytes), and for later. A killed
-            pass goes on there; a whole one of the same trunk and data is opened, and the network does not run.
-        dtype: of the features kept.
+        loader: its dataset, batch size, workers and collation are used; its order is not.
+        classifier: the module whose input is kept, or its name; default: the model's output is kept.
+        out: folder for the features, if they do not fit in memory (N x d x 2 or 4 bytes) or are used again. An
+            interrupted pass is resumed; a complete one of the same trunk and data is opened without running the network.
+        dtype: dtype of the features.
         class_counts, weights, groups: :meth:`Features.from_arrays`'s.
-        step: what runs the model on a batch.
-        data: says what list and transforms the rows are from; compared, as the trunk's tensors are, when ``out`` is
-            used again. Default: the data set's repr.
-        random: the data set draws random transforms, so that no two passes agree.
+        step: function that runs the model on a batch.
+        data: description of the data and its transforms; compared, like the trunk's tensors, when ``out`` is used
+            again. Default: the dataset's repr.
+        random: whether the dataset applies random transforms, so that passes differ.
 
     Raises:
-        InputError: no such classifier; features that are not (n, d), or not finite (the rows are named); labels out of
-            range; no room for ``out``; or features of another trunk or of other data in it.
+        InputError: unknown classifier; features that are not (n, d) or not finite (the rows are named); labels out of
+            range; not enough disk space; or ``out`` holds features of another trunk or other data.
 
     Examples:
         >>> data = torch.utils.data.TensorDataset(torch.randn(6, 8), torch.tensor([0, 0, 0, 1, 1, 2]))

@@ -1,4 +1,4 @@
-"""Related methods on the same features: one table, in which nothing is chosen on what is evaluated.
+"""Related methods on the same features in one table; nothing is chosen on the evaluated data.
 
 :func:`compare` does all of it for classification. Hosts of other tasks take its parts: :func:`candidates` learns from
 features, the host evaluates each candidate, :func:`run_record`, :func:`comparison` and :func:`table` put the figures
@@ -47,7 +47,7 @@ FIGURES = {"average", "balanced", "mIoU", "ece", "nll"}
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method learns from: features of a training set, and the classifier that it starts from.
+    """Input of a method: features of a training set, and stage one's classifier.
 
     ``image_counts`` are (K,) training images with each class, where ``features.class_counts`` count something else.
     """

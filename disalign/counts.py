@@ -1,4 +1,4 @@
-"""Class counts: one function from whatever the user has to one int64 tensor."""
+"""Class counts from any common form as one int64 tensor."""
 
 import json
 import os

@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a sentence: its first line, or its name if it says nothing."""
+    """The first line of an error's message, or its name if the message is empty."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.strip() or type(error).__name__).splitlines()[0]
 
@@ -44,7 +44,7 @@ def in_user_code(error: BaseException | None) -> bool:
 
 @contextmanager
 def input_errors(expected: str, advice: str, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """What input may be at fault for becomes one sentence; a user's own code keeps its traceback.
+    """Turn errors that input may cause into one sentence; errors of a user's own code keep their traceback.
 
     Raises:
         InputError: ``expected``, what the error says, and the ``advice``.

@@ -1,4 +1,4 @@
-"""What a frozen trunk says of a labelled set, once: in memory, or memory-mapped from a folder."""
+"""Features and labels of a dataset from a frozen trunk: in memory, or memory-mapped from a folder."""
 
 import json
 import os
@@ -27,21 +27,21 @@ DTYPES = (torch.float16, torch.float32, torch.float64)
 class Features:
     """Features and labels of N examples: what :func:`disalign.fit` learns from.
 
-    :meth:`from_arrays`, :meth:`open` and :func:`disalign.collect` make one, and check what they are given.
+    :meth:`from_arrays`, :meth:`open` and :func:`disalign.collect` build one from validated input.
 
     Attributes:
         x: (N, d) fp16, fp32 or fp64, what the classifier sees; memory-mapped where it comes from a folder.
         y: (N,) int64 labels in [0, K), or K where there is a ``background``.
-        weights: (N,) fp64 importance weights; 1 where every example was drawn alike.
+        weights: (N,) fp64 importance weights; all 1 unless examples were sampled with unequal probabilities.
         class_counts: (K,) int64 examples per class of the *whole* training set, of which this may be a part.
-        groups: (N,) int64; rows of one number belong together (views of one image, frames of one film), whatever their
-            labels, and are never split over folds. ``None`` where each row stands for itself.
+        groups: (N,) int64 group of each row; rows of one group (views of an image, frames of a film) always fall into
+            the same fold. ``None`` if rows are independent.
         bilinear: (N, G) weights of the G cells of a feature map that a pixel's scores are interpolated from; ``x`` is
-            then (N, G, d). ``None`` where each row has scores of its own.
-        totals: (K,) fp64, or (K + 1,) with a background, what the weights of each label sum to over the whole training
-            set, where it is known and the rows are a sample of it; ``None`` for their own sums.
-        background: whether label K stands for a detector's background, which ``class_counts`` leave out.
-        provenance: plain values: the trunk, the data, the date and the versions that they come from.
+            then (N, G, d). ``None`` if ``x`` is (N, d).
+        totals: (K,) fp64, or (K + 1,) with a background: the sum of the weights of each label over the whole training
+            set, if it is known and the rows are a sample of that set; ``None`` to sum the rows' weights.
+        background: whether label K is a detector's background, which ``class_counts`` does not include.
+        provenance: the trunk, data, date and library versions that the features come from, as plain values.
     """
 
     x: Tensor
@@ -67,10 +67,10 @@ class Features:
         bilinear: Tensor | npt.NDArray[Any] | None = None,
         totals: Tensor | npt.NDArray[Any] | Sequence[float] | None = None,
     ) -> "Features":
-        """Take features and labels that are there already; ``x`` is not copied.
+        """Build from existing arrays; ``x`` is not copied.
 
-        ``class_counts`` are by default those of ``y``; give them where ``y`` is a part of the training set, or lacks
-        the last classes.
+        ``class_counts`` defaults to the counts in ``y``; pass it if ``y`` is a subset of the training set, or lacks the
+        last classes.
 
         Raises:
             InputError: arrays of other shapes or dtypes, labels outside [0, K), NaN or infinity (the rows are named),
@@ -123,10 +123,10 @@ class Features:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Features":
-        """Map the features in a folder, which :meth:`save` or :func:`disalign.collect` wrote; it is never written to.
+        """Memory-map a folder written by :meth:`save` or :func:`disalign.collect`, read-only.
 
         Raises:
-            InputError: no features there, a pass that has not ended, or files that are truncated or changed.
+            InputError: the folder holds no features, an unfinished pass, or truncated or modified files.
         """
         arrays, facts = read_arrays(folder)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -142,7 +142,7 @@ class Features:
         return cls.from_arrays(**tensors, **kept)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write to a new folder: .npy files, and a record with their checksums that appears last."""
+        """Write to a new folder: .npy files, and last a record with their checksums."""
         require_new(folder)
         facts = {"class_counts": self.class_counts.tolist(), "background": self.background}
         facts["totals"] = None if self.totals is None else self.totals.tolist()
@@ -155,7 +155,7 @@ class Features:
         return len(self.y)
 
     def part(self, rows: Tensor) -> "Features":
-        """Some of the rows, as a part of the same training set, with ``totals`` of their own.
+        """A subset of the rows, with the class counts of the same training set and its own ``totals``.
 
         ``rows`` are (n,) int64 or (N,) bool; they are copied.
         """
@@ -170,7 +170,7 @@ class Features:
 
 
 def as_tensor(values: Any) -> Tensor:
-    """An array as a tensor of the same memory, if torch can have it so; it may be read-only, and is never written to.
+    """An array as a tensor, sharing its memory where possible; treat it as read-only.
 
     Raises:
         InputError: values that are no numbers.

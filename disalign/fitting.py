@@ -1,4 +1,4 @@
-"""Learns a calibration from features: the trunk has run once, and a solver takes seconds."""
+"""Learning a calibration from features: the trunk runs once, and a solver takes seconds."""
 
 import logging
 import math
@@ -38,18 +38,18 @@ log = logging.getLogger("disalign")
 
 @dataclass(frozen=True)
 class FitReport:
-    """What :func:`fit` did; the calibrated classifier carries it as ``fit_report``.
+    """Summary of a :func:`fit`, the attribute ``fit_report`` of the calibrated classifier.
 
     Attributes:
         rho: of eq. 11.
-        cross_fit: number of folds; 0 where the calibration saw stage one's own scores.
+        cross_fit: number of folds; 0 if the calibration was learnt from stage one's own scores.
         seconds: of the calibration's solver alone.
         train_accuracy: stage one's on its training set, in percent, as returned.
-        out_of_fold_accuracy: of classifiers on rows that they had not seen, in percent; ``None`` without folds.
-        C: inverse L2 penalty of the classifiers that were trained here; ``None`` if none was.
-        left_out: classes without an example to learn from, or that no fold can hold out since there is but one (or one
-            group): magnitude 1, margin at the anchor.
-        solution: the objective at the identity and at the end, and how often it was evaluated.
+        out_of_fold_accuracy: of the folds' classifiers on their held-out rows, in percent; ``None`` without folds.
+        C: inverse L2 penalty of the classifiers that were trained here; ``None`` if none were.
+        left_out: classes without examples, or with too few to hold out (one example or one group); they keep magnitude
+            1 and the anchor's margin.
+        solution: the objective at the identity and at the end, and the number of evaluations.
     """
 
     rho: float
@@ -86,42 +86,43 @@ def fit(
     seed: int = 0,
     **recipe: Any,
 ) -> Any:
-    """Calibrate a classifier on the features that it sees, by a solver without a learning rate.
+    """Learn the calibration of a classifier from its input features, by a solver without a learning rate.
 
     The objective is the generalized re-weighted loss (eq. 8-11, weighted mean) of all rows, plus
     ``penalty / 2 * (|magnitude - 1|^2 + |margin - anchor|^2 + |v|^2)`` with v the confidence's weights. L-BFGS with
-    strong Wolfe line search starts at the identity. Sums are fp64, and the same call gives the same bits on the same
-    device and number of threads. Memory beside the features stays below 100 MB on a CPU, whatever N, but for copies of
-    the folds. In distributed training each rank sums a share of the rows of the same features.
+    strong Wolfe line search starts at the identity. Sums are accumulated in fp64; results are bitwise
+    reproducible on the same device with the same number of threads. On a CPU, memory beyond the features stays below
+    100 MB for any N, apart from copies of the folds. In distributed training each rank sums a share of the rows of the
+    same features.
 
     Args:
-        features: of the training set.
-        classifier: stage one's, of K outputs (K + 1 with a background); or ``"linear"``, ``"cosine"`` to train one here
-            first (:func:`.probes.train_classifier`).
-        rho: scale of eq. 11. Several give one calibrated classifier each, over the same stage one and folds.
-        cross_fit: number of folds, each scored by a classifier that was trained on the others as stage one is; what
-            is learnt from these scores is laid on stage one. A training set that stage one knows by heart does not
-            show its bias, examples that it has not seen do. 0: stage one's own scores. Default: 5 where stage one is
-            trained here, else 0. With folds a given classifier is trained anew too, as theirs are.
-        anchor: where the penalty pulls the margin: ``"zero"``; or ``"logit_adjust"``, to the logarithm of the class
-            weights (less that of the background's), which is logit adjustment (Menon et al., 2021) at rho 1. With
-            ``confidence="one"`` only.
+        features: features of the training set.
+        classifier: stage one's classifier, with K outputs (K + 1 with a background); or ``"linear"``, ``"cosine"`` to
+            train one first (:func:`.probes.train_classifier`).
+        rho: scale of eq. 11. A sequence gives one calibrated classifier each, sharing stage one and folds.
+        cross_fit: number of folds. Each fold is scored by a classifier trained on the others, and the calibration
+            learnt from these out-of-fold scores is applied to stage one: a stage one that has memorised its training
+            set shows its bias only on unseen examples. A given classifier is then retrained like those of the folds.
+            0 uses stage one's own scores. Default: 5 if stage one is trained here, else 0.
+        anchor: margin at which the penalty vanishes: ``"zero"``; or ``"logit_adjust"``, the logarithm of the class
+            weights (relative to the background's), which is logit adjustment (Menon et al., 2021) at rho 1. Requires
+            ``confidence="one"``.
         confidence, learn_magnitude, learn_margin: :class:`AdaptiveCalibration`'s.
-        penalty: lambda; default: :data:`PENALTIES` of the anchor.
-        margin_scale: (K,) positive units in which the penalty counts each margin's distance; default: 1.
-        C: inverse L2 penalty of classifiers that are trained here; default: the one whose held-out folds lose least,
-            or 1 without folds.
-        calibration_features: learn from these, a held-out split say, with the class counts of ``features``.
+        penalty: lambda; default: the anchor's value in :data:`PENALTIES`.
+        margin_scale: (K,) positive; the penalty divides each margin's distance from the anchor by it; default: 1.
+        C: inverse L2 penalty of the classifiers trained here; default: chosen by held-out loss, or 1 without folds.
+        calibration_features: features to learn the calibration from instead, such as a held-out split; class counts
+            are still those of ``features``.
         background_weight, zero_count: :class:`GRWCrossEntropyLoss`'s.
         solver: ``"lbfgs"``, or ``"sgd"`` for the paper's recipe (:func:`sgd`, whose options are ``recipe``).
         seed: of the folds, and of the order of SGD.
 
     Returns:
-        The calibrated classifier, frozen but for its calibration, with a :class:`FitReport` as its ``fit_report``; for
-        several rho a dict of them. The given one is left as it is.
+        The calibrated classifier, frozen except for its calibration, with a :class:`FitReport` as ``fit_report``; for
+        several rho a dict from rho to classifier. The given classifier is not modified.
 
     Raises:
-        InputError: a classifier that does not fit the features, or options that do not go together.
+        InputError: the classifier does not match the features, or options are incompatible.
 
     Examples:
         >>> x, y = torch.tensor([-1.0, 0, 1, 2, -1, 0, 1, 2, 1, 3])[:, None], [0] * 8 + [1] * 2
@@ -332,24 +333,24 @@ def sgd(
 #: Options of :func:`sgd`.
 RECIPE = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "max_norm", "schedule")
 
-#: Training accuracy, in percent, from which on a training set counts as known by heart.
-BY_HEART = 98.0
+#: Training accuracy, in percent, from which a training set counts as memorised.
+MEMORISED = 98.0
 
 
 def _advise(
     seen: float, unseen: float | None, given: bool, left_out: Sequence[int], no_news: bool, refits: bool
 ) -> None:
     """Say what the user must know of the scores that the calibration learns from."""
-    if unseen is None and not no_news and seen >= BY_HEART:
+    if unseen is None and not no_news and seen >= MEMORISED:
         warnings.warn(
-            f"stage one gets {seen:.1f} % of its training set right, and scores that it knows by heart say little of "
-            "its bias; give calibration_features of a held-out split"
+            f"stage one gets {seen:.1f} % of its training set right, and the scores of memorised examples say little "
+            "about its bias; give calibration_features of a held-out split"
             + (", or cross_fit=5 if the trunk was not trained on these labels" if refits else ""),
             stacklevel=3,
         )
     if unseen is not None and given:
         log.warning("the given classifier is trained anew on these features, as those of the folds are")
-    if unseen is not None and unseen >= min(seen, BY_HEART):
+    if unseen is not None and unseen >= min(seen, MEMORISED):
         warnings.warn(
             f"classifiers get {unseen:.1f} % right of examples that they have not seen, and stage one {seen:.1f} % of "
             "its training set: if the trunk was trained on these labels, its features know them, and cross-fitting "

@@ -38,24 +38,24 @@ def _train(model: nn.Module, kept: tuple[str, ...], mode: bool = True) -> nn.Mod
 
 
 def freeze_except(model: nn.Module, names: Sequence[str], held: Sequence[str] = ("",)) -> FreezeReport:
-    """Freeze a model but for the named parts, in place.
+    """Freeze a model except for the named parts, in place.
 
     The rest gets no gradients and stays in eval mode through every later ``model.train()``, so that BatchNorm
-    statistics and dropout keep still; the model's own flag stays in eval too, since many models apply dropout in their
-    own forward. The named modules follow ``train()`` and ``eval()``. Call it before wrapping the model in DDP, which
+    statistics stay fixed and dropout stays off; so does the model's own flag, since many models apply dropout in their
+    forward. The named modules follow ``train()`` and ``eval()``. Call it before wrapping the model in DDP, which
     then needs no ``find_unused_parameters``.
 
     Args:
         model: any module.
-        names: modules or parameters that stay as they are (``"fc.calibration"``); a name covers all below it.
-        held: modules that stay in eval mode; by default the model itself, with all below it. To be narrowed where a
-            framework's modules choose their training path by their flag (Detectron2's ROI heads).
+        names: modules or parameters that are not frozen (``"fc.calibration"``), submodules included.
+        held: modules that stay in eval mode, submodules included; default: the model itself. Narrow it if a framework's
+            modules choose their training path by the flag (Detectron2's ROI heads).
 
     Returns:
         What trains.
 
     Raises:
-        InputError: a name that the model does not have, or nothing left to train.
+        InputError: the model has no such name, or nothing is left to train.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
@@ -116,7 +116,7 @@ def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 @contextmanager
 def assert_frozen(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Prove that nothing outside the named parts changes by a single bit within the ``with`` block.
+    """Check that no tensor outside the named parts changes by a single bit within the ``with`` block.
 
     Raises:
         RuntimeError: on leaving, with the tensors that changed.

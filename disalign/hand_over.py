@@ -186,18 +186,18 @@ def load_stage_one(
     """Load a stage-one checkpoint into a stage-two model, completely or not at all.
 
     Args:
-        model: the frozen stage-two model (see :func:`disalign.freeze_except`); what trains is new in stage two. Its
-            attribute ``not_needed``, if it has one, lists patterns (as in ``fnmatch``) of keys that a stage-one
-            checkpoint may hold in vain, beside BatchNorm's counters.
+        model: the frozen stage-two model (see :func:`disalign.freeze_except`); trainable parameters are new in stage
+            two. Its optional attribute ``not_needed`` lists patterns (as in ``fnmatch``) of unused keys that a
+            stage-one checkpoint may contain, besides BatchNorm's counters.
         checkpoint: a file, or a loaded checkpoint or state dict.
-        name: of the file that a loaded checkpoint comes from, for the messages.
+        name: file name of a loaded checkpoint, for messages.
 
     Returns:
-        What was loaded, what is new, what was left out.
+        The names of loaded, new and ignored tensors.
 
     Raises:
-        InputError: a frozen tensor is missing, mis-shaped, or not finite; a calibration in the checkpoint; or a key
-            that the model does not know; or a model that is not frozen. The model is then unchanged.
+        InputError: a frozen tensor is missing, has another shape or is not finite; the checkpoint holds a calibration
+            or an unknown key; or the model is not frozen. The model is then unchanged.
 
     Examples:
         >>> checkpoint = nn.Linear(4, 3).state_dict()

@@ -116,9 +116,9 @@ class AdaptiveCalibration(nn.Module):
             )
 
     def strength(self, t: float) -> "AdaptiveCalibration":
-        """A copy that goes a part of the way: stage one at ``t`` 0, this calibration at 1, on a straight line.
+        """A copy that interpolates linearly between stage one (``t`` 0) and this calibration (1).
 
-        The confidence stays. Beyond [0, 1] it goes on along the line.
+        The confidence is unchanged. Values outside [0, 1] extrapolate.
 
         Examples:
             >>> calibration = disalign.AdaptiveCalibration(num_classes=2, feature_dim=4)
@@ -133,7 +133,7 @@ class AdaptiveCalibration(nn.Module):
         return dialled
 
     def statistics(self) -> dict[str, Tensor]:
-        """For the log: mean and spread of the last batch's confidence, range of magnitude and margin (scalars)."""
+        """Scalars to log: mean and standard deviation of the last batch's confidence, range of magnitude and margin."""
         report = {
             f"{name}_{bound}": getattr(getattr(self, name).detach(), bound)()
             for name in ("magnitude", "margin")
@@ -207,7 +207,7 @@ class CosineClassifier(nn.Module):
 
 
 class ZeroShotClassifier(CosineClassifier):
-    """A cosine classifier (eq. 3) of given directions, such as CLIP's text embeddings; nothing in it was learnt here.
+    """A cosine classifier (eq. 3) of given directions, such as CLIP's text embeddings.
 
     Args:
         embeddings: (K, d), one a class, of any length.
@@ -226,7 +226,7 @@ class ZeroShotClassifier(CosineClassifier):
 
 
 class Calibrated(nn.Module):
-    """Mixin before a classifier class: the same parameters under the same names, and a ``calibration`` on top.
+    """Mixin for a classifier class: keeps its parameters and their names, and adds a ``calibration``.
 
     For a classifier of your own: ``class Mine(Calibrated, MyClassifier)`` and ``CALIBRATED[MyClassifier] = Mine``; it
     needs ``in_features``, ``out_features``, ``weight``, and a forward from features (N, d) to scores (N, K).
@@ -319,7 +319,7 @@ def _is_pointwise(layer: nn.Conv2d) -> bool:
 
 
 def calibrate_classifier(classifier: nn.Module, **options: Any) -> Calibrated:
-    """Put a calibration on a classifier, in place; its parameters keep their identity and their names.
+    """Add a calibration to a classifier, in place; its parameters keep their identity and names.
 
     Args:
         classifier: an ``nn.Linear`` or a :class:`CosineClassifier`, or of a subclass.
@@ -404,7 +404,7 @@ def wrap_classifier(
     check: bool = True,
     **options: Any,
 ) -> tuple[Model, GRWCrossEntropyLoss]:
-    """Turn any trained classifier into its stage two, in place: calibrate its last layer and freeze the rest.
+    """Turn a trained model into its stage two, in place: calibrate its last layer and freeze the rest.
 
     Args:
         model: a trained module that ends in an ``nn.Linear``, a 1x1 ``nn.Conv2d`` on pooled features, or a
@@ -413,15 +413,15 @@ def wrap_classifier(
         rho: scale of eq. 11.
         classifier: name of the classifier within the model; found by its number of outputs if not given.
         reduction: of the loss.
-        check: let the model's first forward refuse a classifier whose scores are not what the model returns, such as
-            one of two heads, or a layer that has as many outputs by chance (:func:`.output_check.check_output`).
+        check: verify in the model's first forward that the classifier's scores are what the model returns; it could be
+            one of two heads, or a layer with as many outputs by chance (:func:`.output_check.check_output`).
         options: ``learn_magnitude``, ``learn_margin`` and ``confidence`` of :class:`AdaptiveCalibration`.
 
     Returns:
-        The same model, frozen but for its calibration, and the loss to train it with.
+        The same model, frozen except for its calibration, and the loss to train it with.
 
     Raises:
-        InputError: the classifier is not found, is of another type, or does not fit the counts.
+        InputError: the classifier is not found, has another type, or does not match the counts.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))

@@ -24,8 +24,8 @@ class DisAlignClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
     Args:
         rho: scale of eq. 11; 1 aims at class-balanced accuracy, 0 at the training set's own distribution.
         cross_fit: folds whose scores teach the calibration, each by a classifier that has not seen them; 0 for stage
-            one's own scores, which tell nothing where it knows its training set by heart. With fewer examples than
-            folds there are as many folds as examples.
+            one's own scores, which are uninformative if it has memorised its training set. At most as many folds as
+            examples.
         anchor: ``"logit_adjust"`` or ``"zero"``, what the margin is pulled to; the former for ``confidence="one"``.
         confidence: ``"one"``, or ``"learnt"`` as in the paper.
         classifier: ``"linear"``, ``"cosine"``, or a fitted one: an ``nn.Linear`` or :class:`disalign.CosineClassifier`

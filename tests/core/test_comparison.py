@@ -616,9 +616,9 @@ def test_cosine_classifiers():
 
 def test_what_fit_warns_of_is_said_once_and_kept():
     train = draw([5, 4, 3, 2])
-    with pytest.warns(UserWarning, match="knows by heart") as told:
+    with pytest.warns(UserWarning, match="memorised examples") as told:
         found = disalign.compare(train, TEST, disalign.fit(train, "linear", cross_fit=0, C=100.0))
-    about = [str(one.message) for one in told if "knows by heart" in str(one.message)]
+    about = [str(one.message) for one in told if "memorised examples" in str(one.message)]
     assert found["runs"][0]["notes"] == about[-1:]
 
 

@@ -381,7 +381,7 @@ def test_pixels_known_by_heart_are_not_told_to_be_folded():
     with torch.no_grad():
         classifier.weight.copy_(9 * torch.eye(5))
         classifier.bias.zero_()
-    with pytest.warns(UserWarning, match="knows by heart") as told:
+    with pytest.warns(UserWarning, match="memorised examples") as told:
         disalign.fit(known, classifier)
     assert "calibration_features" in str(told[0].message)
     assert "cross_fit" not in str(told[0].message)
@@ -551,7 +551,7 @@ def test_cross_fitting_sees_the_bias_that_a_memorised_training_set_hides():
     features, test = Features.from_arrays(*widened(features)), Features.from_arrays(*widened(test, seed=9))
     options = {"C": 1e4, "confidence": "one"}
     crossed = disalign.fit(features, "linear", 1.0, **options)
-    with pytest.warns(UserWarning, match="knows by heart"):
+    with pytest.warns(UserWarning, match="memorised examples"):
         plain = disalign.fit(features, "linear", 1.0, cross_fit=0, **options)
     one, own, unseen = (
         probes.accuracy([solver.Part(classifier, test)]) for classifier in (plain_classifier(plain), plain, crossed)
