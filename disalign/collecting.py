@@ -81,7 +81,7 @@ def collect(
         loader: its dataset, batch size, workers and collation are used; its order is not.
         classifier: the module whose input is kept, or its name; default: the model's output is kept.
         out: folder for the features, if they do not fit in memory (N x d x 2 or 4 bytes) or are used again. An
-            interrupted pass is resumed; a complete one of the same trunk and data is opened without running the network.
+            interrupted pass is resumed; a complete one of the same trunk and data is opened, not run again.
         dtype: dtype of the features.
         class_counts, weights, groups: :meth:`Features.from_arrays`'s.
         step: function that runs the model on a batch.

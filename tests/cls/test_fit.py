@@ -227,7 +227,7 @@ def test_a_fit_never_replaces_its_own_stage_one(stage_one, tmp_path, capfd):
 
 
 def test_what_the_solver_says_is_printed(stage_one, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(disalign.fitting, "BY_HEART", 1.0)
+    monkeypatch.setattr(disalign.fitting, "MEMORISED", 1.0)
     assert fit(DISALIGN["linear"], stage_one, tmp_path) == 0
     assert "warning: stage one gets " in capfd.readouterr().err
 
