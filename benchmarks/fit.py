@@ -4,6 +4,7 @@
     python benchmarks/fit.py solver                      # 10,847 x 64, K = 100, one thread
     python benchmarks/fit.py large [--rows 300000]       # x 1024, K = 1203 and a background, mapped from a file
     python benchmarks/fit.py imagenet [--classes 1000] [--width 2048]  # ImageNet-LT's counts, on a GPU if there is one
+    python benchmarks/fit.py classes [--classes 100000]  # a whole fit of many classes, mapped from a folder
     python benchmarks/fit.py penalty                     # lambda, on long-tailed digits
     python benchmarks/fit.py frozen TRAIN TEST [--c 0.1] # methods on features of a frozen trunk (disalign.collect)
 
@@ -17,6 +18,8 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,10 +131,22 @@ def anonymous() -> int:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
 
-def watch_memory(peak: list[int], stop: threading.Event) -> None:
-    while not stop.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.02)
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """The peak of :func:`anonymous` within the block, above its start."""
+    before, peak, stop = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            peak[0] = max(peak[0], anonymous() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 def large(args: argparse.Namespace) -> None:
@@ -156,28 +171,20 @@ def large(args: argparse.Namespace) -> None:
 
         def bare() -> None:
             with torch.no_grad():
-                for x, _, _ in solver.Part(classifier, features).chunks():
-                    classifier(x)
+                for chunk in solver.Part(classifier, features).chunks():
+                    classifier(chunk.x)
 
         def measured(parameters, evaluate, penalty, *options):
             found = turns(args.turns, dict(bare=bare, evaluation=evaluate))
             seconds.update(found)
             return solver.Solution(0.0, 0.0, args.turns, False)
 
-        before, peak, stop = (
-            int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]),
-            [0],
-            threading.Event(),
-        )
-        watch = threading.Thread(target=watch_memory, args=(peak, stop))
-        watch.start()
         keep, fitting.minimise = fitting.minimise, measured
-        disalign.fit(features, classifier, 0.8, confidence=args.confidence)
+        with watched_memory() as peak:
+            disalign.fit(features, classifier, 0.8, confidence=args.confidence)
         fitting.minimise = keep
-        stop.set()
-        watch.join()
     print(f"{features!r}, {torch.get_num_threads()} thread(s), confidence {args.confidence}")
-    print(f"memory above the mapped file: {(peak[0] - before) / 2**20:.2f} GiB")
+    print(f"memory above the mapped file: {peak[0] / 2**20:.2f} GiB")
     print(
         f"an evaluation {statistics.median(seconds['evaluation']):.1f} s, / its bare product: "
         f"{ratio(seconds['evaluation'], seconds['bare'])}"
@@ -226,6 +233,41 @@ def imagenet(args: argparse.Namespace) -> None:
     print(f"{about}; {line(facts)}\n\n{text_table(rows)}")
     if args.out:
         write_json(args.out, {"about": about, **facts, "rows": written})
+
+
+def classes(args: argparse.Namespace) -> None:
+    """A whole fit: Gaussian classes, their best classifier as stage one, rows drawn from a long-tailed set."""
+    torch.manual_seed(0)
+    counts, spread = profile(args.classes, 1000, 1000.0), 0.2 * args.width**0.5
+    with tempfile.TemporaryDirectory() as folder, watched_memory() as peak:
+        out = Path(args.out or folder)
+        stage_one: nn.Module = nn.Linear(args.width, args.classes)
+        centres, bias = (parameter.requires_grad_(False) for parameter in stage_one.parameters())
+        torch.add(counts.log(), centres.normal_().square().sum(1), alpha=-0.5 / spread**2, out=bias)
+        y = torch.multinomial(counts.float(), args.rows, replacement=True)
+        x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float16, (args.rows, args.width))
+        for start in range(0, args.rows, 1000):
+            drawn = centres[y[start : start + 1000]]
+            x[start : start + 1000] = (drawn + spread * torch.randn_like(drawn)).div_(spread**2).numpy()
+        Features.from_arrays(x, y, class_counts=counts).save(out / "features")
+        features = Features.open(out / "features")
+        if args.cosine:
+            stage_one = disalign.ZeroShotClassifier(centres, 0.5 * args.width / spread**2)
+        options = dict(anchor="logit_adjust") if args.confidence == "one" else {}
+        begun = time.process_time()
+        found = disalign.fit(features, stage_one.to(DEVICE), 1.0, confidence=args.confidence, **options)
+        cpu = time.process_time() - begun
+        if args.out:
+            torch.save({"state": found.state_dict(), "report": found.fit_report.record()}, out / "fit.pth")
+    seconds, evaluations = found.fit_report.seconds, found.fit_report.solution.evaluations
+    print(f"{features!r}, {torch.get_num_threads()} thread(s), {DEVICE}, confidence {args.confidence}")
+    print(f"fit {seconds:.1f} s, {cpu:.1f} s of CPU, {evaluations} evaluations")
+    if DEVICE == "cpu":
+        seconds = cpu  # other work on the machine does not count
+    print(f"a score in an evaluation: {seconds / evaluations / args.rows / args.classes * 1e9:.2f} ns")
+    print(f"memory above the mapped features: {peak[0] / 2**10:.0f} MiB")
+    if DEVICE != "cpu":
+        print(f"of the device: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 
 
 def accuracy(scores: Tensor, labels: Tensor, classes: int) -> list[float]:
@@ -347,7 +389,7 @@ def methods(train: Features, test: Features, c: float, args: argparse.Namespace)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = parser.add_subparsers(required=True)
-    for run in (one_pass, one_thread, large, imagenet, penalty, frozen):
+    for run in (one_pass, one_thread, large, imagenet, classes, penalty, frozen):
         table = tables.add_parser({"one_pass": "pass", "one_thread": "solver"}.get(run.__name__, run.__name__))
         table.set_defaults(run=run)
         if run is one_pass:
@@ -368,6 +410,13 @@ def main(argv=None):
             )
             table.add_argument("--turns", type=int, default=10)
             table.add_argument("--out", help="also write the table, and the seconds of each turn, to this JSON")
+        if run is classes:
+            table.add_argument("--classes", type=int, default=100_000)
+            table.add_argument("--rows", type=int, default=1000)
+            table.add_argument("--width", type=int, default=256)
+            table.add_argument("--confidence", choices=("one", "learnt"), default="one")
+            table.add_argument("--cosine", action="store_true", help="a cosine classifier as stage one")
+            table.add_argument("--out", help="folder to keep features and fit in")
         if run is penalty:
             table.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
         if run is frozen:
