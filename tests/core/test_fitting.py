@@ -426,6 +426,44 @@ def test_as_many_classes_as_inaturalist_has():
     assert right[1] > right[0]
 
 
+@pytest.mark.slow
+@pytest.mark.minutes
+def test_a_hundred_thousand_classes_in_a_gibibyte(tmp_path):
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "fit.py"
+    command = [sys.executable, str(benchmark), "classes", "--rows", "500", "--out", str(tmp_path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(re.search(r"memory above the mapped features: (\d+) MiB", said)[1]) < 1024, said
+
+    features, kept = Features.open(tmp_path / "features"), torch.load(tmp_path / "fit.pth")
+    weight, bias, magnitude, margin = (tensor.double() for tensor in kept["state"].values())
+    classes = len(features.class_counts)
+    seen = torch.bincount(features.y, minlength=classes) > 0
+    w = torch.from_numpy(weights_of(features.class_counts, 1.0))
+    anchor = w.log()
+    assert (len(features), classes) == (500, 100_000)
+    assert kept["report"]["left_out"] == tuple((~seen).nonzero()[:, 0].tolist())
+    assert (magnitude[~seen] == 1).all()
+    torch.testing.assert_close(margin[~seen], anchor[~seen], rtol=1e-6, atol=1e-6)
+
+    def objective_and_gradients(magnitude, margin):
+        far = torch.stack([magnitude - 1, margin - anchor])
+        value, gradients = 0.05 * far.square().sum(), 0.1 * far
+        for x, y in zip(features.x.double().split(50), features.y.split(50), strict=True):
+            z = x @ weight.T + bias
+            scores = magnitude * z + margin
+            total, share = scores.logsumexp(1), (w[y] / w[features.y].sum())[:, None]
+            value += (share[:, 0] * (total - scores.gather(1, y[:, None])[:, 0])).sum()
+            pull = share * (scores - total[:, None]).exp_().scatter_add_(1, y[:, None], -torch.ones(len(y), 1).double())
+            gradients += torch.stack([(pull * z).sum(0), pull.sum(0)])
+        return float(value), float(gradients[:, seen].abs().max())
+
+    start, steep = objective_and_gradients(torch.ones(classes).double(), torch.where(seen, 0, anchor))
+    end, flat = objective_and_gradients(magnitude, margin)
+    solution = kept["report"]["solution"]
+    assert (solution["start"], solution["end"]) == (pytest.approx(start, rel=1e-6), pytest.approx(end, rel=1e-6))
+    assert flat < 1e-5 * steep
+
+
 def test_half_precision_features_and_importance_weights():
     full = draw()
     features = Features.from_arrays(full.x.half(), full.y)
