@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .features import Features
 
-#: Numbers of the widest tensor of a chunk, of which some ten live at a time: 40 MB on a CPU.
+#: Numbers of the widest tensor of a chunk, of which some ten live at a time, in fp64: 80 MB on a CPU.
 CHUNK = {"cpu": 1 << 20}
 CHUNK_ON_DEVICES = 1 << 25
 
