@@ -126,31 +126,8 @@ def one_thread(args: argparse.Namespace) -> None:
     print(f"{features!r}, one thread\n\n{text_table(rows)}")
 
 
-def anonymous() -> int:
-    """Resident memory, in KiB, that is not backed by a file."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-
-@contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """The peak of :func:`anonymous` within the block, above its start."""
-    before, peak, stop = anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            peak[0] = max(peak[0], anonymous() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
 def large(args: argparse.Namespace) -> None:
-    """Evaluations over mapped features: memory beyond them, and time relative to the bare matrix product."""
+    """Evaluations over mapped features: time relative to the bare matrix product."""
     width, classes = 1024, 1203
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -180,11 +157,9 @@ def large(args: argparse.Namespace) -> None:
             return solver.Solution(0.0, 0.0, args.turns, False)
 
         keep, fitting.minimise = fitting.minimise, measured
-        with watched_memory() as peak:
-            disalign.fit(features, classifier, 0.8, confidence=args.confidence)
+        disalign.fit(features, classifier, 0.8, confidence=args.confidence)
         fitting.minimise = keep
     print(f"{features!r}, {torch.get_num_threads()} thread(s), confidence {args.confidence}")
-    print(f"memory above the mapped file: {peak[0] / 2**20:.2f} GiB")
     print(
         f"an evaluation {statistics.median(seconds['evaluation']):.1f} s, / its bare product: "
         f"{ratio(seconds['evaluation'], seconds['bare'])}"
@@ -233,6 +208,29 @@ def imagenet(args: argparse.Namespace) -> None:
     print(f"{about}; {line(facts)}\n\n{text_table(rows)}")
     if args.out:
         write_json(args.out, {"about": about, **facts, "rows": written})
+
+
+def anonymous() -> int:
+    """Resident memory, in KiB, that is not backed by a file."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """The peak of :func:`anonymous` within the block, above its start."""
+    before, peak, stop = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            peak[0] = max(peak[0], anonymous() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 def classes(args: argparse.Namespace) -> None:
