@@ -25,7 +25,7 @@ from . import methods
 from .collecting import rank_and_number
 from .errors import InputError, some
 from .features import Features
-from .fitting import fit, require_fit
+from .fitting import fit, require_fit, require_options
 from .methods import require_examples_as_rows
 from .modules import AdaptiveCalibration, Calibrated, plain_classifier, sizes, with_calibration
 from .probes import new_classifier, train_classifier
@@ -49,7 +49,9 @@ FIGURES = {"average", "balanced", "mIoU", "ece", "nll"}
 class Problem:
     """Input of a method: features of a training set, and stage one's classifier.
 
-    ``image_counts`` are (K,) training images with each class, where ``features.class_counts`` count something else.
+    ``image_counts`` are (K,) training images with each class, where ``features.class_counts`` count something else;
+    ``C`` is the inverse L2 penalty of classifiers that are trained anew; ``None``: 1, and of cross-fitting the one that
+    its folds choose.
     """
 
     features: Features
@@ -59,6 +61,7 @@ class Problem:
     image_counts: Tensor | None = None
     seed: int = 0
     zero_count: str = "error"
+    C: float | None = None
 
     @property
     def task(self) -> str:
@@ -173,7 +176,12 @@ METHODS = {
         RHOS,
     ),
     "crt": Method(
-        "cRT", lambda problem, rho: methods.crt(problem.features, problem.classifier, rho), "rho", None, RHOS, _NO_ROWS
+        "cRT",
+        lambda problem, rho: methods.crt(problem.features, problem.classifier, rho, problem.C or 1.0),
+        "rho",
+        None,
+        RHOS,
+        _NO_ROWS,
     ),
     "ncm": Method(
         "nearest mean, cosine",
@@ -199,7 +207,12 @@ METHODS = {
     "disalign_anchor": Method("DisAlign, anchored", _fit(**_ANCHORED), "rho", None, RHOS),
     "disalign_shrunk": Method("DisAlign, shrunk", _shrunk, "rho", None, RHOS, needs="examples"),
     "disalign_cross_fit": Method(
-        "DisAlign, cross-fitted", _fit(cross_fit=5, **_ANCHORED), "rho", None, RHOS, refused=_NO_ROWS
+        "DisAlign, cross-fitted",
+        lambda problem, rho: problem.fitted(rho, cross_fit=5, C=problem.C, **_ANCHORED),
+        "rho",
+        None,
+        RHOS,
+        refused=_NO_ROWS,
     ),
 }
 METHODS["bound"] = Method(
@@ -515,6 +528,7 @@ def compare(
     dial: Sequence[float] = DIAL,
     sweep: Sequence[float] = (),
     zero_count: str = "error",
+    C: float | None = None,
     seed: int = 0,
     **facts: Any,
 ) -> dict[str, Any]:
@@ -526,7 +540,7 @@ def compare(
     Args:
         train, test: features of the training and the evaluation set, without a background; rows count by their
             weights.
-        classifier: stage one's; or ``"linear"``, ``"cosine"`` to train one on ``train`` first (C 1).
+        classifier: stage one's; or ``"linear"``, ``"cosine"`` to train one on ``train`` first.
         methods: see :func:`chosen_methods`.
         rho: of all methods that learn with eq. 11.
         groups: name -> (K,) bool; default: :func:`disalign.many_medium_few` of the training set's counts.
@@ -535,11 +549,14 @@ def compare(
             trained anew on them.
         others: title -> classifier of the same features and classes, learnt elsewhere: a trained stage two, say.
         dial, sweep: see :func:`candidates`.
+        C: inverse L2 penalty of classifiers that are trained here, stage one's and methods'. Default: 1, and for
+            ``disalign_cross_fit`` the one whose held-out folds lose least.
         zero_count, seed: :func:`disalign.fit`'s.
         facts: more to keep, ``classes`` (names), ``dataset``, ``split``, ``stage_one`` and the like.
 
     Returns:
-        :func:`comparison`'s; ``per_class`` accuracy, reliability and the confusion of groups for each method.
+        :func:`comparison`'s; ``per_class`` accuracy, reliability and the confusion of groups for each method;
+        ``train``, stage one's figures on its training set, for each run.
 
     Raises:
         InputError: features that do not belong together, a classifier that does not fit them, an unknown method, or one
@@ -559,15 +576,16 @@ def compare(
         raise InputError("expected features without a background, got a detector's; use python -m disalign_d2.compare")
     if taken := METHODS.keys() & (others or {}):
         raise InputError(f"expected titles of others that name no method, got {some(taken)}; choose others")
+    require_options(C=C)
     if isinstance(classifier, str):
         require_examples_as_rows(train)
         base = new_classifier(classifier, train)
-        train_classifier(base, train, 1.0)
+        train_classifier(base, train, 1.0 if C is None else C)
     else:
         base = plain_classifier(classifier)
     for one in (base, *(others or {}).values()):
         require_fit(plain_classifier(one), train)
-    problem = Problem(train, base, rho, seed=seed, zero_count=zero_count)
+    problem = Problem(train, base, rho, seed=seed, zero_count=zero_count, C=C)
     names = chosen_methods(methods, problem.task, hasattr(base, "scale"), {"examples": train.class_counts})
     for what, features in (("test", test), ("validation", validation), ("balanced", balanced)):
         if features is not None and (features.x.shape[1:], len(features.class_counts)) != (
@@ -594,6 +612,7 @@ def compare(
         for one, told in zip(found, tallies, strict=True)
     ]
     run_facts = {name: facts.pop(name, None) for name in ("stage_one", "pass_seconds")} | {"seed": seed, "notes": notes}
+    run_facts["train"] = tally([learnt("stage_one", problem, 0.0)], train, groups)[0].figures()
     columns = {
         "average": "average",
         **{name: name for name in groups},
@@ -666,6 +685,8 @@ def table(content: Mapping[str, Any]) -> str:
         DisAlign               rho 1    100.0     100.0  19.3  0.23  +16.7  ...
     """
     told = [f"settings: {content['settings']}"]
+    if known := [run["train"]["average"] for run in content["runs"] if "train" in run]:
+        told.append(f"stage one gets {_spread(known, '.1f')} % of its training set right")
     if len(content["runs"]) > 1:
         told.append(f"mean +- standard deviation of {len(content['runs'])} stage ones")
     return f"{text_table(table_rows(content))}\n\n{'; '.join(told)}"

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score, log_loss
 from torch import nn
 
@@ -606,6 +607,33 @@ def test_a_probe_can_be_trained_first():
     found = disalign.compare(draw(), TEST, "linear", ["disalign"])
     expected = disalign.compare(draw(), TEST, classifier(), ["disalign"])
     assert methods_of(found)["stage_one"]["figures"] == pytest.approx(methods_of(expected)["stage_one"]["figures"])
+
+
+def test_all_classifiers_that_are_trained_have_the_given_penalty():
+    """scikit-learn's logistic regression: stage one, cRT with its weights, and stage one of the folds."""
+    train, C = draw(), 0.02
+    names = ["crt", "disalign_cross_fit"]
+    found = methods_of(disalign.compare(train, TEST, "linear", names, rho=1.0, C=C, dial=()))
+    balance = {label: 1 / count for label, count in enumerate(COUNTS)}
+    mean = np.average(list(balance.values()), weights=COUNTS)
+    weights = {"stage_one": None, "crt": {label: weight / mean for label, weight in balance.items()}}
+    for name, weight in weights.items():
+        model = LogisticRegression(C=C, class_weight=weight, tol=1e-8, max_iter=10_000).fit(train.x, train.y)
+        loss = log_loss(TEST.y, model.predict_proba(TEST.x))
+        assert found[name]["figures"]["nll"] == pytest.approx(loss, rel=1e-3)
+    expected = disalign.fit(train, "linear", 1.0, C=C, confidence="one", anchor="logit_adjust").calibration
+    assert found["disalign_cross_fit"]["margin"] == pytest.approx(expected.margin.tolist(), abs=1e-4)
+    with pytest.raises(InputError, match="expected a finite C > 0, got 0"):
+        disalign.compare(train, TEST, "linear", C=0)
+
+
+def test_stage_ones_figures_on_its_training_set_are_told(compared):
+    (run,), truth = compared["runs"], draw().y.numpy()
+    best = classifier()(draw().x).argmax(1).numpy()
+    average = 100 * accuracy_score(truth, best)
+    assert run["train"]["average"] == pytest.approx(average)
+    assert run["train"]["balanced"] == pytest.approx(100 * balanced_accuracy_score(truth, best))
+    assert f"stage one gets {average:.1f} % of its training set right" in table(compared)
 
 
 def test_cosine_classifiers():
