@@ -1,4 +1,4 @@
-"""The cost of one pass and of the solver, and the effect of the penalty and the folds; one table each.
+"""The cost of one pass and of the solver, and the effect of the penalty; one table each.
 
     python benchmarks/fit.py pass [--images 2000]        # a ResNet-50 at 224 pixels, random weights
     python benchmarks/fit.py solver                      # 10,847 x 64, K = 100, one thread
@@ -6,7 +6,6 @@
     python benchmarks/fit.py imagenet [--classes 1000] [--width 2048]  # ImageNet-LT's counts, on a GPU if there is one
     python benchmarks/fit.py classes [--classes 100000]  # a whole fit of many classes, mapped from a folder
     python benchmarks/fit.py penalty                     # lambda, on long-tailed digits
-    python benchmarks/fit.py frozen TRAIN TEST [--c 0.1] # methods on features of a frozen trunk (disalign.collect)
 
 Compared steps are timed in turns in one process; ratios are medians over the turns (least to most).
 """
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import disalign
-from disalign import Features, fitting, group_means, many_medium_few, probes, solver
+from disalign import Features, fitting, probes, solver
 from disalign.cli import command
 from disalign.io import write_json
 from disalign.modules import plain_classifier
@@ -314,80 +313,11 @@ def penalty(args: argparse.Namespace) -> None:
     print(text_table(rows))
 
 
-def long_tailed(features: Features, seed: int, classes: int = 40, most: int = 50, factor: float = 25.0):
-    """Training and test rows of some classes of a balanced set: half of each for testing, the rest made long-tailed."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(features.class_counts), generator=generator)[:classes]
-    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for label, count in zip(chosen, profile(classes, most, factor).tolist(), strict=True):
-        own = (features.y == label).nonzero().flatten()
-        own = own[torch.randperm(len(own), generator=generator)]
-        rows[0].append(own[len(own) // 2 :][:count])
-        rows[1].append(own[: len(own) // 2])
-    new_label = torch.empty(len(features.class_counts), dtype=torch.int64).scatter_(0, chosen, torch.arange(classes))
-    for part in map(torch.cat, rows):
-        yield Features.from_arrays(features.x[part], new_label[features.y[part]])
-
-
-def frozen(args: argparse.Namespace) -> None:
-    """Methods on features of a frozen trunk, rho 1: average (many/medium/few) of the test features."""
-    warnings.simplefilter("ignore")
-    train, test = Features.open(args.train), Features.open(args.test)
-    sets = (
-        {"": (train, test)} if not args.draw else {f", draw {seed}": (*long_tailed(test, seed),) for seed in args.draw}
-    )
-    table: dict[str, list[str]] = {"": []}
-    for name, (learnt, seen) in sets.items():
-        for c in args.c:
-            table[""].append(f"C {c:g}{name}")
-            for title, cell in methods(learnt, seen, c, args).items():
-                table.setdefault(title, []).append(cell)
-    print(text_table([[title, *cells] for title, cells in table.items()]))
-
-
-def methods(train: Features, test: Features, c: float, args: argparse.Namespace) -> dict[str, str]:
-    """Method -> its figures. Probe and folds are trained once."""
-    classes, groups = len(train.class_counts), many_medium_few(train.class_counts)
-
-    def shown(scores: Tensor) -> str:
-        found = accuracy(scores, test.y, classes)
-        means = group_means(found, groups)
-        return f"{statistics.mean(found):.1f} ({'/'.join('-' if m is None else f'{m:.0f}' for m in means.values())})"
-
-    parts, _ = probes.held_out("linear", train, 5, c, args.seed)
-    probe = probes.new_classifier("linear", train)
-    probes.train_classifier(probe, train, c)
-    scores = scored(probe, test.x)
-    plain = dict(confidence="one", cross_fit=0)
-    found = {
-        "probe": shown(scores),
-        "its training accuracy": f"{probes.accuracy([solver.Part(probe, train)]):.1f}",
-        "held-out accuracy": f"{probes.accuracy(parts):.1f}",
-        "logit adjustment, 1": shown(scores - train.class_counts.double().log().float()),
-        "tau-norm, 1": shown(scores / probe.weight.detach().norm(dim=1)),
-        "DisAlign, own scores": shown(scored(disalign.fit(train, probe, 1.0, **plain), test.x)),
-    }
-    kinds = {
-        "out of fold, confidence learnt": {},
-        "out of fold": dict(confidence="one"),
-        "out of fold, anchored": dict(confidence="one", anchor="logit_adjust"),
-    }
-    keep = fitting.held_out, fitting.train_classifier
-    fitting.held_out = lambda *_: (parts, c)
-    fitting.train_classifier = lambda new, *_: new.load_state_dict(probe.state_dict())
-    for title, options in kinds.items():
-        for weight in args.penalties:
-            fitted = disalign.fit(train, "linear", 1.0, C=c, penalty=weight, **options)
-            found[f"DisAlign, {title}, lambda {weight:g}"] = shown(scored(fitted, test.x))
-    fitting.held_out, fitting.train_classifier = keep
-    return found
-
-
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = parser.add_subparsers(required=True)
-    for run in (one_pass, one_thread, large, imagenet, classes, penalty, frozen):
+    for run in (one_pass, one_thread, large, imagenet, classes, penalty):
         table = tables.add_parser({"one_pass": "pass", "one_thread": "solver"}.get(run.__name__, run.__name__))
         table.set_defaults(run=run)
         if run is one_pass:
@@ -417,15 +347,6 @@ def main(argv=None):
             table.add_argument("--out", help="folder to keep features and fit in")
         if run is penalty:
             table.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-        if run is frozen:
-            table.add_argument("train", help="folder of features")
-            table.add_argument("test", help="folder of features")
-            table.add_argument(
-                "--c", type=float, nargs="+", default=[0.1, 0.01], help="inverse L2 penalties of the probe"
-            )
-            table.add_argument("--penalties", type=float, nargs="+", default=[0.01, 0.1])
-            table.add_argument("--seed", type=int, default=0, help="of the folds")
-            table.add_argument("--draw", type=int, nargs="+", help="seeds of long-tailed sets drawn from TEST alone")
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -54,9 +54,9 @@ def batches(images, labels, epochs):
             yield images[chosen], labels[chosen]
 
 
-def stage_one(model, data, epochs):
+def stage_one(model, data, epochs, weight_decay=5e-3):
     # Well regularised: if stage one has memorised its training set, stage two has little left to correct.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
     model.train()
     for images, labels in batches(*data, epochs):
         optimizer.zero_grad()
