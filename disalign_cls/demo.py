@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     per_class = ", ".join(map(str, DigitsLT.profile))
     print(
         f"digits, {sum(DigitsLT.profile)} training images ({per_class} per class): "
-        f"{len(args.seeds)} seeds x {len(CLASSIFIERS)} classifiers, stage one and DisAlign"
+        f"stage one and DisAlign with {len(CLASSIFIERS)} classifiers, seeds {' '.join(map(str, args.seeds))}"
     )
     # Several single-threaded processes: torch's own threads only slow down so small a network.
     workers = min(len(tasks), usable_cpus(), 8)
