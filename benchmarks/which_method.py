@@ -87,7 +87,7 @@ def digits(args):
         return dict(train=sets[0], test=sets[1], classifier=model[-1], groups=groups, seed=seed)
 
     for decay in (5e-3, 5e-4):
-        for epochs in (5, 10, 15, 20, 30, 40, 60, 120, 240):
+        for epochs in (5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 120, 240):
             for seed in args.seeds:
                 place = args.out / f"epochs_{epochs}_decay_{decay:g}_seed_{seed}.json"
                 compared(place, args, make, epochs, decay, seed)
