@@ -685,8 +685,8 @@ def table(content: Mapping[str, Any]) -> str:
         DisAlign               rho 1    100.0     100.0  19.3  0.23  +16.7  ...
     """
     told = [f"settings: {content['settings']}"]
-    if known := [run["train"]["average"] for run in content["runs"] if "train" in run]:
-        told.append(f"stage one gets {_spread(known, '.1f')} % of its training set right")
+    if known := [run["train"]["balanced"] for run in content["runs"] if "train" in run]:
+        told.append(f"stage one gets {_spread(known, '.1f')} % of its training set right, averaged over the classes")
     if len(content["runs"]) > 1:
         told.append(f"mean +- standard deviation of {len(content['runs'])} stage ones")
     return f"{text_table(table_rows(content))}\n\n{'; '.join(told)}"

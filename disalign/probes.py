@@ -152,12 +152,15 @@ def _cross_entropy(classifier: nn.Module, chunk: Chunk) -> Tensor:
 
 
 def accuracy(parts: Sequence[Part]) -> float:
-    """Percent of the rows, by their weights, that their classifiers get right; a background's rows do not count."""
+    """Percent of the rows, by their weights, that their classifiers get right, averaged over the classes that have any.
+
+    A background is no class.
+    """
     classes = len(parts[0].features.class_counts)
 
     def hits(classifier: nn.Module, chunk: Chunk) -> Tensor:
-        right, counted = chunk.scores(classifier).argmax(1) == chunk.y, chunk.weights * (chunk.y < classes)
-        return torch.stack([(counted * right).sum(), counted.sum()])
+        right = chunk.weights * (chunk.scores(classifier).argmax(1) == chunk.y)
+        return chunk.weights.new_zeros(2, classes + 1).index_add_(1, chunk.y, torch.stack([right, chunk.weights]))
 
-    right, all_of_them = total(parts, hits)
-    return 100 * float(right / all_of_them.clamp(min=1e-300))
+    right, rows = total(parts, hits)[:, :classes]
+    return 100 * float((right / rows)[rows > 0].mean())

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import scipy.special
 import torch
 import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch import nn
 
 import disalign
@@ -303,11 +305,11 @@ def test_a_balanced_background_is_the_losss():
     assert parameters(found).tolist() == parameters(same).tolist()
 
 
-def test_accuracy_is_of_the_foreground():
+def test_accuracy_is_of_the_foregrounds_classes():
     features = draw([50, 20, 5, 400], class_counts=[50, 20, 5], background=True)
     classifier = linear(4)
-    right = (classifier(features.x).argmax(1) == features.y)[:75].double().mean()
-    assert probes.accuracy([solver.Part(classifier, features)]) == pytest.approx(100 * float(right))
+    expected = recall_score(features.y, classifier(features.x).argmax(1), labels=[0, 1, 2], average="macro")
+    assert probes.accuracy([solver.Part(classifier, features)]) == pytest.approx(100 * expected)
 
 
 def pixels(rows=60, cells=4, seed=0):
@@ -580,6 +582,21 @@ def test_a_training_set_known_by_heart_is_said():
     features = Features.from_arrays(*by_heart())
     with pytest.warns(UserWarning, match=r"stage one gets 100.0 % of its training set right"):
         disalign.fit(features, "linear", cross_fit=0, C=100.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what the warning advises
+        disalign.fit(features, "linear", cross_fit=0, C=100.0, confidence="one", anchor="logit_adjust")
+
+
+def test_a_frequent_class_alone_is_not_the_training_set_known_by_heart():
+    """99 of 100 rows are right, but none of the rare class."""
+    features = Features.from_arrays(torch.ones(100, 1), [0] * 99 + [1])
+    classifier = nn.Linear(1, 2)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        classifier.bias.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert disalign.fit(features, classifier).fit_report.train_accuracy == 50
 
 
 def test_cross_fitting_sees_the_bias_that_a_memorised_training_set_hides():
@@ -788,7 +805,7 @@ def test_scores_of_rows_that_taught_no_one_are_no_cause_for_a_warning(recwarn):
 
 def test_a_given_classifier_that_knows_less_than_the_folds_is_said():
     features, given = draw(), linear()
-    own = 100 * float((given(features.x).argmax(1) == features.y).double().mean())
+    own = 100 * balanced_accuracy_score(features.y, given(features.x).argmax(1))
     with pytest.warns(UserWarning, match=f"and stage one {own:.1f} % of its training set"):
         disalign.fit(features, given, cross_fit=5, C=1.0)
 
@@ -875,13 +892,13 @@ def test_the_folds_choice_is_the_best_of_the_grid_and_comes_back():
 
 
 def test_accuracy_counts_rows_by_their_weights():
-    x, y = torch.eye(3), torch.tensor([0, 1, 0])
+    x, y = torch.eye(3), torch.tensor([0, 1, 0])  # the last one is taken for class 2, of which there are no rows
     classifier = nn.Linear(3, 3)
     with torch.no_grad():
         classifier.weight.copy_(torch.eye(3))
         classifier.bias.zero_()
-    features = Features.from_arrays(x, y, [1.0, 2.0, 5.0])
-    assert probes.accuracy([solver.Part(classifier, features)]) == 37.5
+    features = Features.from_arrays(x, y, [1.0, 2.0, 3.0], class_counts=[2, 1, 5])
+    assert probes.accuracy([solver.Part(classifier, features)]) == pytest.approx((25 + 100) / 2)
 
 
 def test_films_with_a_rare_class_are_dealt_out_evenly():
