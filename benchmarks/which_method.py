@@ -13,6 +13,7 @@ OUT/FAMILY; what is there is not done again. `draw` reads them all, and writes w
 
 import argparse
 import json
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -24,16 +25,17 @@ import disalign
 from disalign import Features
 from disalign.cli import command
 from disalign.comparison import merged, table
+from disalign.fitting import BY_HEART
 from disalign.io import atomic_file, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 DOCS = Path(__file__).parents[1] / "docs"
-TITLES = {
-    "digits": "digits, a CNN, 5 to 240 epochs",
-    "cifar100-lt": "CIFAR-100-LT, ResNet-32, 10 to 200 epochs",
-    "imagenet": "CIFAR-100-LT, probes on an ImageNet trunk",
-    "halves": "CIFAR-100-LT, probes on a trunk of other classes",
+FAMILIES = {
+    "digits": "trained with its trunk: digits, a CNN, 5 to 240 epochs",
+    "cifar100-lt": "trained with its trunk: CIFAR-100-LT, 10 to 200 epochs",
+    "imagenet": "probe: CIFAR-100-LT on an ImageNet trunk",
+    "halves": "probe: half of CIFAR-100-LT on a trunk of the other half",
 }
 METHODS = {
     "disalign": ("DisAlign", "#0072b2", "o"),
@@ -94,14 +96,14 @@ def digits(args):
 
 
 def points(family):
-    """Of each stage one in a folder of comparisons: where it stands, and what each method gains, in percent."""
+    """Of each stage one in a folder of comparisons: its accuracy, and what each method gains, in percent."""
     for place in sorted(family.glob("*.json")):
         for run in json.loads(place.read_text())["runs"]:
             reached = {name: method["figures"]["balanced"] for name, method in run["methods"].items()}
-            before = reached.pop("stage_one")
-            gains = {name: round(after - before, 2) for name, after in reached.items()}
-            seen = {name: None if value is None else round(value, 2) for name, value in run["train"].items()}
-            yield dict(family=family.name, stage_one=Path(run["stage_one"]).stem, train=seen, test=before, gain=gains)
+            gains = {name: round(value - reached["stage_one"], 2) for name, value in reached.items()}
+            train = {name: round(run["train"][name], 2) for name in ("average", "balanced", "few", "nll")}
+            name = Path(run["stage_one"]).name.removesuffix(".pth")
+            yield dict(family=family.name, stage_one=name, train=train, test=round(reached["stage_one"], 2), gain=gains)
 
 
 def draw(args):
@@ -112,28 +114,28 @@ def draw(args):
     with atomic_file(place, "w") as file:
         file.write("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
 
-    families = list(dict.fromkeys(point["family"] for point in found))
-    figure = Figure(figsize=(9, 3.2 * -(-len(families) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(families) // 2), 2, sharex=True).flatten()
-    for panel, family in zip(panels, families, strict=False):
-        own = [point for point in found if point["family"] == family]
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    for panel, (family, title) in zip(figure.subplots(2, 2, sharex=True).flatten(), FAMILIES.items(), strict=True):
+        settings = {}
+        for point in found:
+            if point["family"] == family:
+                settings.setdefault(point["stage_one"].split("_seed")[0], []).append(point)
+        for name, (label, color, marker) in METHODS.items():
+            lines = {}
+            for setting, seeds in settings.items():
+                at, gain = ([p["train"]["balanced"] for p in seeds], [p["gain"][name] for p in seeds])
+                line = lines.setdefault(setting.partition("_decay")[2], [])
+                line.append((statistics.mean(at), statistics.mean(gain)))
+            for line in lines.values():
+                x, y = zip(*sorted(line), strict=True)
+                panel.plot(x, y, marker, color=color, label=label, ls="-", lw=0.6, ms=6, mfc="none")
         panel.axhline(0, color="#999999", linewidth=0.8)
-        for name, (title, color, marker) in METHODS.items():
-            panel.scatter(
-                [point["train"]["balanced"] for point in own],
-                [point["gain"][name] for point in own],
-                20,
-                color,
-                marker,
-                label=title,
-                alpha=0.7,
-                linewidths=1,
-            )
-        panel.set_title(TITLES.get(family, family), fontsize=10, loc="left")
+        panel.axvline(BY_HEART, color="#999999", linewidth=0.8, linestyle=":")
+        panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("stage one's balanced accuracy on its training set, %", fontsize=10)
+    figure.supxlabel("stage one's accuracy on its training set, averaged over the classes, %", fontsize=10)
     figure.supylabel("gain in balanced test accuracy, points", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     with atomic_file(DOCS / "images" / "which_method.png") as file:
         figure.savefig(file, format="png", dpi=160)
 
