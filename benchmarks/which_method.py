@@ -25,7 +25,7 @@ import disalign
 from disalign import Features
 from disalign.cli import command
 from disalign.comparison import merged, table
-from disalign.fitting import BY_HEART
+from disalign.fitting import MEMORISED
 from disalign.io import atomic_file, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -48,7 +48,7 @@ METHODS = {
 def compared(place, args, make, *setting):
     """The comparison kept in a file, else made and kept; ``make`` returns the options of disalign.compare."""
     if not place.exists():
-        warnings.simplefilter("ignore")  # of stage ones that know their training set by heart: the subject
+        warnings.simplefilter("ignore")  # of stage ones that have memorised their training set: the subject
         content = disalign.compare(**make(*setting), methods=args.methods, rho=1.0, dial=(), stage_one=place.stem)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(place, content)
@@ -130,7 +130,7 @@ def draw(args):
                 x, y = zip(*sorted(line), strict=True)
                 panel.plot(x, y, marker, color=color, label=label, ls="-", lw=0.6, ms=6, mfc="none")
         panel.axhline(0, color="#999999", linewidth=0.8)
-        panel.axvline(BY_HEART, color="#999999", linewidth=0.8, linestyle=":")
+        panel.axvline(MEMORISED, color="#999999", linewidth=0.8, linestyle=":")
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("stage one's accuracy on its training set, averaged over the classes, %", fontsize=10)
@@ -150,7 +150,7 @@ def main(argv=None):
         verb.add_argument("out", type=Path)
         if run is probes:
             verb.add_argument("features", help="folder with train and test")
-            verb.add_argument("--c", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 1e-1, 1, 10])
+            verb.add_argument("--c", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 1e-1, 1])
         if run is not draw:
             verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
             verb.add_argument("--methods", nargs="+", default=list(METHODS))
