@@ -20,12 +20,11 @@ import sys
 import timm
 import torch
 import torch.nn.functional as F
-from timing import DEVICE, amp_argument, line, measure, ran_on, table, train
+from timing import DEVICE, amp_argument, measure, ran_on, report, train
 from torch.utils.data import DataLoader, Dataset
 
 import disalign
 from disalign.cli import command
-from disalign.io import write_json
 
 STEPS = {
     "full": "full fine-tuning",
@@ -103,10 +102,8 @@ def main(argv=None):
 
     about = f"{args.model}, {args.images} image(s) of {args.size}x{args.size}, K = {args.classes}"
     facts = ran_on(DEVICE, args.amp, args.repeats)
-    print(f"{about}; {line(facts)}\n\n| step | s | it / forward | peak MiB | it / full |\n|---|---|---|---|---|")
-    rows = table(STEPS, memory, seconds, lambda name: (name, "forward"), lambda name: (name, "full"))
-    if args.out:
-        write_json(args.out, {"about": about, **facts, "rows": rows})
+    to_forward, to_full = lambda name: (name, "forward"), lambda name: (name, "full")
+    report(about, facts, ("it / forward", "it / full"), args.out, STEPS, memory, seconds, to_forward, to_full)
 
 
 if __name__ == "__main__":

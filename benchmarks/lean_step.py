@@ -28,10 +28,9 @@ from detectron2.layers import cat
 from detectron2.modeling import build_model as build_stock_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from timing import amp_argument, line, measure, ran_on, table
+from timing import amp_argument, measure, ran_on, report
 
 from disalign.cli import command
-from disalign.io import write_json
 from disalign_d2 import DisAlignOutputLayers, build_model
 from disalign_d2.freezing import LeanRPN
 from disalign_d2.train_net import Trainer, setup
@@ -160,10 +159,7 @@ def main(argv=None):
         f"{args.images} image(s) of {args.size[0]}x{args.size[1]}, {len(rois[0]) / args.images:g} RoIs an image, "
         f"{foreground:g} of them foreground, {'the same' if same else 'NOT THE SAME'} in every step; K = {classes}"
     )
-    print(f"{about}; {line(facts)}\n\n| step | s | lean / it | peak MiB | lean / it |\n|---|---|---|---|---|")
-    rows = table(STEPS, memory, seconds, *[lambda name: ("lean", name)] * 2)
-    if args.out:
-        write_json(args.out, {"about": about, **facts, "rows": rows})
+    report(about, facts, ("lean / it",) * 2, args.out, STEPS, memory, seconds, *[lambda name: ("lean", name)] * 2)
 
 
 if __name__ == "__main__":

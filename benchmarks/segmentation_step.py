@@ -28,11 +28,10 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from timing import DEVICE, amp_argument, line, measure, ran_on, table
+from timing import DEVICE, amp_argument, measure, ran_on, report
 
 from disalign import InputError
 from disalign.cli import command
-from disalign.io import write_json
 from disalign_mmseg import mmseg_config
 
 STEPS = {
@@ -132,10 +131,8 @@ def main(argv=None):
         f"{os.path.basename(args.config)}, {args.images} image(s) of {args.crop[0]}x{args.crop[1]}, "
         f"K = {args.classes}, {args.sampled_pixels} sampled pixels an image"
     )
-    print(f"{about}; {line(facts)}\n\n| step | s | it / forward | peak MiB | it / official |\n|---|---|---|---|---|")
-    rows = table(STEPS, memory, seconds, lambda name: (name, "forward"), lambda name: (name, "official"))
-    if args.out:
-        write_json(args.out, {"about": about, **facts, "rows": rows})
+    to_forward, to_official = lambda name: (name, "forward"), lambda name: (name, "official")
+    report(about, facts, ("it / forward", "it / official"), args.out, STEPS, memory, seconds, to_forward, to_official)
 
 
 if __name__ == "__main__":

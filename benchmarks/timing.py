@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from disalign.io import write_json
+
 Step = Callable[[], object]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,6 +122,14 @@ def table(
         cells = "| {step} | {seconds:.4g} | {ratio:.2f} ({least:.2f}-{most:.2f}) | {peak_mib:.0f} | {peak_ratio:.2f} |"
         print(cells.format(**row))
     return rows
+
+
+def report(about: str, facts: Mapping[str, Any], ratios: tuple[str, str], out: str | None, *cells: Any) -> None:
+    """Print what was measured and the :func:`table` of ``cells``, whose ratios have these names; also to ``out``."""
+    print(f"{about}; {line(facts)}\n\n| step | s | {ratios[0]} | peak MiB | {ratios[1]} |\n|---|---|---|---|---|")
+    rows = table(*cells)
+    if out:
+        write_json(out, {"about": about, **facts, "rows": rows})
 
 
 def amp_argument(parser: argparse.ArgumentParser) -> None:
