@@ -24,9 +24,9 @@ def calibrate(
 ) -> Tensor:
     """Blend the calibrated scores with the original ones (eq. 4-5).
 
-    With s_j = magnitude_j * z_j + margin_j, the result is confidence * s_j + (1 - confidence) * z_j. It is written as
-    ``z + confidence * ((magnitude - 1) * z + margin)``, which rounds to exactly z at magnitude 1, margin 0; the literal
-    form does not. Half-precision scores are calibrated in fp32.
+    With s_j = magnitude_j * z_j + margin_j, the result is confidence * s_j + (1 - confidence) * z_j. It is computed as an
+    interpolation, z + confidence * (s - z), which rounds to exactly z at magnitude 1, margin 0; the form above does
+    not. Half-precision scores are calibrated in fp32.
 
     Args:
         logits: (N, C, *) stage-one scores z.
@@ -53,10 +53,8 @@ def calibrate(
     precise = torch.promote_types(result, torch.float32)
     per_class = [1, k] + [1] * (logits.dim() - 2)
     z = logits[:, :k].to(precise)
-    # Two fused kernels. The shift is taken negative so that its zero, -margin, leaves a negative zero as it is.
-    minus_margin = -margin.to(precise).view(per_class)
-    minus_shift = torch.addcmul(minus_margin, (magnitude.to(precise) - 1).view(per_class), z, value=-1)
-    calibrated = torch.addcmul(z, confidence.to(precise), minus_shift, value=-1).to(result)
+    s = torch.addcmul(margin.to(precise).view(per_class), magnitude.to(precise).view(per_class), z)  # eq. 4
+    calibrated = torch.lerp(z, s, confidence.to(precise)).to(result)  # eq. 5
     if passthrough == 0:
         return calibrated
     return torch.cat([calibrated, logits[:, k:].to(result)], dim=1)

@@ -92,13 +92,6 @@ def test_magnitude_one_and_margin_zero_are_the_identity_bitwise(dtype, shape):
     assert torch.equal(bits(result), bits(z))
 
 
-@pytest.mark.parametrize("dtype", INTEGER_VIEW)
-def test_the_identity_keeps_the_sign_of_zero(dtype):
-    z = torch.tensor([[-0.0, 0.0]], dtype=dtype)
-    result = calibrate(z, torch.tensor([[0.3]], dtype=dtype), torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype))
-    assert torch.equal(bits(result), bits(z))
-
-
 def test_the_literal_form_is_not_the_identity():
     # Why calibrate() isn't written as the paper prints it.
     z, c = torch.randn(64, 10) * 100, torch.rand(64, 1)
