@@ -24,8 +24,8 @@ def calibrate(
 ) -> Tensor:
     """Blend the calibrated scores with the original ones (eq. 4-5).
 
-    With s_j = magnitude_j * z_j + margin_j, the result is confidence * s_j + (1 - confidence) * z_j. It is computed as an
-    interpolation, z + confidence * (s - z), which rounds to exactly z at magnitude 1, margin 0; the form above does
+    With s_j = magnitude_j * z_j + margin_j, the result is confidence * s_j + (1 - confidence) * z_j. It is computed as
+    an interpolation, z + confidence * (s - z), which rounds to exactly z at magnitude 1, margin 0; the form above does
     not. Half-precision scores are calibrated in fp32.
 
     Args:

@@ -1,10 +1,11 @@
-"""benchmarks/classification_step.py on a small network: what its steps do, and the table."""
+"""The benchmarks of classification on small networks: what their steps do, and the tables."""
 
 import argparse
 import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,3 +89,27 @@ def test_table(classification_step, tmp_path, capsys, amp):
         assert row["seconds"] == sorted(row["turns"])[1]
         assert row["peak_ratio"] == row["peak_mib"] / rows[0]["peak_mib"]
         assert cells[1:3] == [f"{row['seconds']:.4g}", f"{ratios[1]:.2f} ({ratios[0]:.2f}-{ratios[2]:.2f})"]
+
+
+def test_frozen_features_of_the_classes_that_the_trunk_has_not_seen(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(tmp_path)
+    labels = {"train": np.arange(200) % 100, "test": np.arange(100)}
+    random = np.random.default_rng(0)
+    arrays = {f"{split}_labels": y for split, y in labels.items()}
+    arrays |= {
+        f"{split}_images": random.integers(256, size=(len(y), 32, 32, 3)).astype(np.uint8)
+        for split, y in labels.items()
+    }
+    np.savez("data.npz", **arrays)
+    assert (
+        importlib.import_module("frozen_features").main(["halves", "out", "--data", "data.npz", "--epochs", "1"]) == 0
+    )
+    for split, y in labels.items():
+        features = disalign.Features.open(f"out/{split}")
+        assert features.x.shape == (len(y) // 2, 64)
+        assert features.y.tolist() == (y[y % 2 == 1] // 2).tolist()
+    with np.load("out/even.npz") as seen:
+        assert len(seen["train_labels"]) == 150
+        even = np.concatenate([arrays[f"{split}_images"][y % 2 == 0] for split, y in labels.items()])
+        assert np.array_equal(seen["train_images"], even)

@@ -127,7 +127,9 @@ def test_features_are_kept_with_their_classifier(benchmark_module, tmp_path, cap
     torch.manual_seed(0)
     x, y = torch.randn(40, 4).half(), torch.arange(40) % 4 % 3
     layer = torch.nn.Linear(4, 3)
-    torch.save({"state_dict": {f"classifier.{k}": v for k, v in layer.state_dict().items()}}, tmp_path / "stage_one.pth")
+    torch.save(
+        {"state_dict": {f"classifier.{k}": v for k, v in layer.state_dict().items()}}, tmp_path / "stage_one.pth"
+    )
     sets = [disalign.Features.from_arrays(x[part], y[part]) for part in (slice(30), slice(30, 40))]
     for name, features in zip(("train", "test"), sets, strict=True):
         features.save(tmp_path / name)
@@ -171,23 +173,17 @@ def test_which_method_of_probes(benchmark_module, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(module, "DOCS", tmp_path)
     for folder in ("results", "images"):
         (tmp_path / folder).mkdir()
-    others = [{**point, "family": family} for family in module.FAMILIES if family != "imagenet" for point in POINTS]
-    (tmp_path / "results" / "which_method.json").write_text(json.dumps(others + [{**POINTS[0], "family": "imagenet"}]))
+    point = {"stage_one": "a_seed_0", "train": {"balanced": 50.0}, "gain": dict.fromkeys(module.METHODS, 1.0)}
+    earlier = [{"family": family, **point} for family in module.FAMILIES]
+    (tmp_path / "results" / "which_method.json").write_text(json.dumps(earlier))
     module.main(["draw", str(tmp_path / "out")])
     found = json.loads((tmp_path / "results" / "which_method.json").read_text())
     own = [point for point in found if point["family"] == "imagenet"]
     assert [point["stage_one"] for point in own] == ["C_0.1_seed_0", "C_0.1_seed_1"]  # what was there is replaced
-    assert [point for point in found if point["family"] != "imagenet"] == others
+    assert [point for point in found if point not in own] == [
+        point for point in earlier if point["family"] != "imagenet"
+    ]
     run = json.loads((tmp_path / "out" / "imagenet" / "C_0.1_seed_1.json").read_text())["runs"][0]
     reached = [run["methods"][name]["figures"]["balanced"] for name in ("disalign", "stage_one")]
     assert own[1]["gain"]["disalign"] == pytest.approx(reached[0] - reached[1], abs=0.006)
     assert (tmp_path / "images" / "which_method.png").read_bytes().startswith(b"\x89PNG")
-
-
-POINTS = [
-    {
-        "stage_one": "a_seed_0",
-        "train": {"balanced": 50.0},
-        "gain": dict.fromkeys(("disalign", "disalign_anchor", "disalign_cross_fit", "logit_adjust"), 1.0),
-    }
-]
