@@ -110,7 +110,8 @@ def draw(args):
     place = DOCS / "results" / "which_method.json"
     new = [point for family in sorted(args.out.iterdir()) for point in points(family)]
     kept = json.loads(place.read_text()) if place.exists() else []
-    found = [one for one in kept if one["family"] not in {point["family"] for point in new}] + new
+    again = {(point["family"], point["stage_one"]) for point in new}
+    found = [one for one in kept if (one["family"], one["stage_one"]) not in again] + new
     with atomic_file(place, "w") as file:
         file.write("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
 
@@ -130,7 +131,8 @@ def draw(args):
                 x, y = zip(*sorted(line), strict=True)
                 panel.plot(x, y, marker, color=color, label=label, ls="-", lw=0.6, ms=6, mfc="none")
         panel.axhline(0, color="#999999", linewidth=0.8)
-        panel.axvline(MEMORISED, color="#999999", linewidth=0.8, linestyle=":")
+        for between in (75, MEMORISED):  # the advice of docs/which_method.md
+            panel.axvline(between, color="#999999", linewidth=0.8, linestyle=":")
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("stage one's accuracy on its training set, averaged over the classes, %", fontsize=10)

@@ -357,7 +357,8 @@ def _advise(
         warnings.warn(
             f"classifiers get {unseen:.1f} % right of examples that they have not seen, and stage one {seen:.1f} % of "
             "its training set, averaged over the classes: if the trunk was trained on these labels, its features know "
-            "them, and cross-fitting can't show the bias; use cross_fit=0, or calibration_features of a held-out split",
+            "them, and cross-fitting shows less of the bias; compare with anchor='logit_adjust' and cross_fit=0, or "
+            "give calibration_features of a held-out split",
             stacklevel=3,
         )
     if left_out:

@@ -173,16 +173,16 @@ def test_which_method_of_probes(benchmark_module, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(module, "DOCS", tmp_path)
     for folder in ("results", "images"):
         (tmp_path / folder).mkdir()
-    point = {"stage_one": "a_seed_0", "train": {"balanced": 50.0}, "gain": dict.fromkeys(module.METHODS, 1.0)}
-    earlier = [{"family": family, **point} for family in module.FAMILIES]
+    point = {"train": {"balanced": 50.0}, "gain": dict.fromkeys(module.METHODS, 1.0)}
+    earlier = [{"family": family, "stage_one": "C_0.1_seed_0", **point} for family in module.FAMILIES]
+    earlier.append({"family": "imagenet", "stage_one": "C_1_seed_0", **point})
     (tmp_path / "results" / "which_method.json").write_text(json.dumps(earlier))
     module.main(["draw", str(tmp_path / "out")])
     found = json.loads((tmp_path / "results" / "which_method.json").read_text())
-    own = [point for point in found if point["family"] == "imagenet"]
-    assert [point["stage_one"] for point in own] == ["C_0.1_seed_0", "C_0.1_seed_1"]  # what was there is replaced
-    assert [point for point in found if point not in own] == [
-        point for point in earlier if point["family"] != "imagenet"
-    ]
+    own = found[-2:]
+    assert [(one["family"], one["stage_one"]) for one in own] == [("imagenet", f"C_0.1_seed_{seed}") for seed in (0, 1)]
+    replaced = {"family": "imagenet", "stage_one": "C_0.1_seed_0", **point}
+    assert found[:-2] == [one for one in earlier if one != replaced]
     run = json.loads((tmp_path / "out" / "imagenet" / "C_0.1_seed_1.json").read_text())["runs"][0]
     reached = [run["methods"][name]["figures"]["balanced"] for name in ("disalign", "stage_one")]
     assert own[1]["gain"]["disalign"] == pytest.approx(reached[0] - reached[1], abs=0.006)
