@@ -18,13 +18,13 @@ import disalign
 from disalign import Features
 from disalign.cli import command
 from disalign.comparison import table
-from disalign.io import atomic_file, write_json
+from disalign.io import atomic_file, load_file, write_json
 
 SPLITS = ("train", "test")
 
 
 def make(place, checkpoint, folder):
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+    state = load_file(checkpoint)["state_dict"]
     arrays = {name: state[f"classifier.{name}"].numpy() for name in ("weight", "bias")}
     for split in SPLITS:
         features = Features.open(f"{folder}/{split}")

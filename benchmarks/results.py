@@ -4,7 +4,8 @@
     python benchmarks/results.py OUT/comparison.json ... --keep docs/results/NAME.json
 
 ``--keep`` leaves of the files of ``disalign compare`` (one or several, a run for each stage one) the figures, settings
-and seconds of each method, and the curves over rho and the dial; what else the report needs is dropped.
+and seconds of each method, stage one's figures on its training set, and the curves over rho and the dial; what else the
+report needs is dropped.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def kept(content: dict[str, Any]) -> dict[str, Any]:
         return {name: {key: one[key] for key in FIGURES if key in one} for name, one in run["methods"].items()}
 
     runs = [
-        {**{key: run[key] for key in ("dial", "sweep") if key in run}, "methods": figures(run)}
+        {**{key: run[key] for key in ("train", "dial", "sweep") if key in run}, "methods": figures(run)}
         for run in content["runs"]
     ]
     return {key: content[key] for key in FACTS if key in content} | {"runs": runs}

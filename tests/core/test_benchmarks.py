@@ -97,13 +97,16 @@ def test_kept_figures_of_several_comparisons(benchmark_module, tmp_path, capsys)
         "figures": {"average": 50.0},
         "per_class": {"a": [1]},
     }
-    content = {"columns": {"average": "average"}, "runs": [{"stage_one": "f", "methods": {"stage_one": method}}]}
+    content = {
+        "columns": {"average": "average"},
+        "runs": [{"stage_one": "f", "train": {}, "methods": {"stage_one": method}}],
+    }
     for place in ("a", "b"):
         (tmp_path / place).write_text(json.dumps(content))
     benchmark_module("results").main([str(tmp_path / "a"), str(tmp_path / "b"), "--keep", str(tmp_path / "kept")])
     kept = json.loads((tmp_path / "kept").read_text())
     del method["per_class"]
-    assert kept["runs"] == [{"methods": {"stage_one": method}}] * 2
+    assert kept["runs"] == [{"train": {}, "methods": {"stage_one": method}}] * 2
     assert capsys.readouterr().out.splitlines()[-1] == "| stage one |  | 50.0 +- 0.0 | +0.0 +- 0.0 | 0.0 |"
 
 
