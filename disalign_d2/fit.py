@@ -1,4 +1,4 @@
-"""Stage two in one pass and seconds: python -m disalign_d2.fit CONFIG --stage-one FILE
+"""Stage two by one pass and a solver: python -m disalign_d2.fit CONFIG --stage-one FILE
 
 One pass of stage one over the training images, then a solver without a learning rate learns the 2K + d + 1 numbers of
 each box predictor (disalign.fit). CONFIG is a stage two's: its rho, counts and background apply, its schedule

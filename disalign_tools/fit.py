@@ -1,4 +1,4 @@
-"""Stage two in one pass and seconds, for any framework: disalign fit CONFIG --stage-one FILE [--rho ...]
+"""Stage two by one pass and a solver, for any framework: disalign fit CONFIG --stage-one FILE [--rho ...]
 
 CONFIG is the config of a stage two, for classification, Detectron2 or MMSegmentation; `disalign fit CONFIG --help` has
 the options of its framework, which are those of python -m disalign_cls.fit, disalign_d2.fit and disalign_mmseg.fit.
