@@ -1,4 +1,4 @@
-"""Stage two in seconds: python -m disalign_cls.fit CONFIG --stage-one FILE
+"""Stage two by one pass and a solver: python -m disalign_cls.fit CONFIG --stage-one FILE
 
 One pass of stage one over the training images, every image once, then a solver without a learning rate learns the 2K +
 d + 1 numbers (disalign.fit). CONFIG is a stage two's; its rho and calibration apply, its schedule does not. Writes a

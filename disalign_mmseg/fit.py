@@ -1,4 +1,4 @@
-"""Stage two in seconds: python -m disalign_mmseg.fit CONFIG --stage-one FILE
+"""Stage two by one pass and a solver: python -m disalign_mmseg.fit CONFIG --stage-one FILE
 
 One pass of stage one over the training images, with the evaluation's transforms, keeps its classifier's input for a
 few pixels of each; then a solver without a learning rate learns the 2K + d + 1 numbers (disalign.fit). CONFIG is a

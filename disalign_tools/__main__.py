@@ -14,7 +14,7 @@ COMMANDS = {
     "convert": ("disalign_tools.convert", "a checkpoint of other code, as stage one"),
     "check": ("disalign_tools.check", "what is missing of a config's data?"),
     "features": ("disalign_tools.features", "features of images, by a pretrained trunk of timm"),
-    "fit": ("disalign_tools.fit", "stage two in one pass and seconds"),
+    "fit": ("disalign_tools.fit", "stage two by one pass and a solver"),
     "compare": ("disalign_tools.compare", "related methods on the same checkpoint, as a table"),
     "report": ("disalign_tools.report", "a comparison or an evaluation as a page with pictures"),
 }
