@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from tqdm import tqdm
 
 from disalign import InputError, compare, many_medium_few
-from disalign.cli import command, usable_cpus
+from disalign.cli import as_typed, command, usable_cpus
 from disalign.comparison import chosen_methods, merged, table
 from disalign.io import require_folder, write_json
 from disalign_mmengine.cli import load_config
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     out = Path(args.out)
     for classifier in CLASSIFIERS:
-        content = merged([one["comparison"] for one in runs if one["classifier"] == classifier]) | {"columns": COLUMNS}
+        content = merged([one["comparison"] for one in runs if one["classifier"] == classifier])
+        content |= {"columns": COLUMNS, "command": as_typed(run, argv)}
         print(f"\n{classifier} classifier, test accuracy in %\n\n{table(content)}")
         write_json(out / classifier / "comparison.json", content)
     kept = [{key: value for key, value in one.items() if key != "comparison"} for one in runs]
@@ -102,7 +103,7 @@ def run(task: tuple[int, str], folder: str, methods: Sequence[str] | None = None
     )
     sensible = chosen_methods(["all"], "classification", cosine=classifier == "cosine")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the network has memorised its training set
+        warnings.simplefilter("ignore")  # some of the networks have memorised their training set
         compared = compare(
             train_set,
             test_set,
@@ -117,7 +118,6 @@ def run(task: tuple[int, str], folder: str, methods: Sequence[str] | None = None
             dataset="digits-lt",
             split="test",
             classes=[f"rank {rank}" for rank in range(1, 11)],
-            command="python -m disalign_cls.demo",
         )
     return found | {"comparison": by_rank(compared)}
 

@@ -1,6 +1,26 @@
-"""The demo's pure parts; the whole of it takes a minute."""
+"""The demo, of one seed."""
 
-from disalign_cls.demo import by_rank
+import json
+
+from disalign_cls.demo import by_rank, main
+
+
+def test_a_seed(tmp_path, capsys):
+    options = ["--out", str(tmp_path / "out"), "--seeds", "6", "--methods", "logit_adjust", "disalign"]
+    assert main(options) == 0
+    told = capsys.readouterr().out
+    for classifier in ("linear", "cosine"):
+        content = json.loads((tmp_path / "out" / classifier / "comparison.json").read_text())
+        assert content["command"] == " ".join(["python", "-m", "disalign_cls.demo", *options])
+        assert content["class_counts"] == sorted(content["class_counts"], reverse=True)
+        (run,) = content["runs"]
+        assert not {"crt", "lws"} & set(run["methods"])
+        reached = {name: method["figures"]["average"] for name, method in run["methods"].items()}
+        assert min(reached["logit_adjust"], reached["disalign"]) > reached["stage_one"] + 2
+        assert f"{classifier} classifier, test accuracy in %" in told
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(run["seed"], run["classifier"]) for run in report["runs"]} == {(6, "linear"), (6, "cosine")}
+    assert (tmp_path / "out" / "calibration.png").exists()
 
 
 def test_from_many_images_to_few_all_that_belongs_to_a_class_moves_with_it():
