@@ -25,10 +25,10 @@ from . import methods
 from .collecting import rank_and_number
 from .errors import InputError, some
 from .features import Features
-from .fitting import fit, require_fit, require_options
+from .fitting import TRAIN_ACCURACY, fit, require_fit, require_options
 from .methods import require_examples_as_rows
 from .modules import AdaptiveCalibration, Calibrated, plain_classifier, sizes, with_calibration
-from .probes import new_classifier, train_classifier
+from .probes import accuracy, new_classifier, train_classifier
 from .report import gain, shown, text_table, without_nan
 from .solver import Part
 from .splits import group_means, many_medium_few
@@ -68,6 +68,11 @@ class Problem:
         if self.features.background:
             return "detection"
         return "classification" if self.features.bilinear is None else "segmentation"
+
+    @property
+    def train_accuracy(self) -> float:
+        """The classifier's on the features, averaged over the classes, in percent."""
+        return accuracy([Part(self.classifier, self.features)])
 
     def fitted(self, rho: float, **options: Any) -> Calibrated:
         found = fit(self.features, self.classifier, rho, **options, **self.options)
@@ -686,7 +691,7 @@ def table(content: Mapping[str, Any]) -> str:
     """
     told = [f"settings: {content['settings']}"]
     if known := [run["train"]["balanced"] for run in content["runs"] if "train" in run]:
-        told.append(f"stage one gets {_spread(known, '.1f')} % of its training set right, averaged over the classes")
+        told.append(TRAIN_ACCURACY.format(_spread(known, ".1f")))
     if len(content["runs"]) > 1:
         told.append(f"mean +- standard deviation of {len(content['runs'])} stage ones")
     return f"{text_table(table_rows(content))}\n\n{'; '.join(told)}"

@@ -336,6 +336,8 @@ RECIPE = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", 
 #: Training accuracy, averaged over the classes, in percent, from which a training set counts as memorised: DisAlign on
 #: stage one's own scores gains less than logit adjustment there (docs/which_method.md).
 MEMORISED = 90.0
+#: What every fit and comparison tells, see docs/which_method.md.
+TRAIN_ACCURACY = "stage one gets {} % of its training set right, averaged over the classes"
 #: Held-out accuracy, likewise, from which a trunk is suspected of having been trained on the labels.
 TOO_GOOD = 98.0
 
@@ -346,9 +348,9 @@ def _advise(
     """Say what the user must know of the scores that the calibration learns from."""
     if unseen is None and not heeded and seen >= MEMORISED:
         warnings.warn(
-            f"stage one gets {seen:.1f} % of its training set right, averaged over the classes, and the scores of "
-            "memorised examples say little about its bias; set anchor='logit_adjust', give calibration_features of a "
-            "held-out split" + (", or cross_fit=5 if the trunk was not trained on these labels" if refits else ""),
+            f"{TRAIN_ACCURACY.format(f'{seen:.1f}')}, and the scores of memorised examples say little about its bias; "
+            "set anchor='logit_adjust', give calibration_features of a held-out split"
+            + (", or cross_fit=5 if the trunk was not trained on these labels" if refits else ""),
             stacklevel=3,
         )
     if unseen is not None and given:

@@ -88,7 +88,7 @@ def run(args: Namespace) -> None:
             several = len(paths) > 1
             begun = time.perf_counter()
             features = training_features(model, cfg, args, features_of(args.features, number, several))
-            found, calibrations, notes = learn(model, cfg, features, names, rho, image_counts, args)
+            found, calibrations, facts = learn(model, cfg, features, names, rho, image_counts, args)
             with detector_of(model, calibrations) as detect:
                 detections = boxes.detections(detect)
             passed = time.perf_counter() - begun - sum(one.seconds for one in found)
@@ -97,7 +97,7 @@ def run(args: Namespace) -> None:
                 boxes.record(one, [(images, outputs[place]) for images, outputs in detections], below)
                 for place, one in enumerate(found)
             ]
-            runs.append(run_record(records, stage_one=path, seed=args.seed, notes=notes, pass_seconds=passed))
+            runs.append(run_record(records, stage_one=path, seed=args.seed, pass_seconds=passed, **facts))
         content = comparison(
             runs,
             COLUMNS[boxes.kind],
@@ -124,12 +124,13 @@ def learn(
     rho: float,
     image_counts: Tensor | None,
     args: Namespace,
-) -> tuple[list[Candidate], list[list[AdaptiveCalibration]], list[str]]:
+) -> tuple[list[Candidate], list[list[AdaptiveCalibration]], dict[str, Any]]:
     """What each method learns for each box predictor, from its features.
 
     Returns:
         The candidates (of a cascade's last stage, with the seconds of all stages); the calibrations of each, in the
-        order of the box predictors; and the distinct warnings of the fits.
+        order of the box predictors; and ``notes``, the distinct warnings of the fits, and ``train``, what the (last)
+        stage one reaches on its training set.
     """
     stages, notes = [], []
     for predictor, learns_from in zip(model.roi_heads.box_predictors(), features, strict=True):
@@ -145,7 +146,7 @@ def learn(
     calibrations = [[one.calibration.to(device).eval() for one in each] for each in together]
     for note in (notes := list(dict.fromkeys(notes))):
         logger.warning(note)
-    return last, calibrations, notes
+    return last, calibrations, {"notes": notes, "train": {"balanced": problem.train_accuracy}}
 
 
 class BoxEvaluation:

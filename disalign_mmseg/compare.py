@@ -102,7 +102,8 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
             "learning_seconds": learnt - passed,
             "evaluation_seconds": time.perf_counter() - learnt,
         }
-        runs.append(run_record(records, stage_one=path, seed=args.seed, notes=notes, **seconds))
+        train = {"balanced": problem.train_accuracy}
+        runs.append(run_record(records, stage_one=path, seed=args.seed, notes=notes, train=train, **seconds))
         told = ", ".join(f"{name.removesuffix('_seconds')} {value:.1f} s" for name, value in seconds.items())
         print(f"{len(found)} classifiers from {len(features)} pixels: {told}")
     content = comparison(

@@ -5,7 +5,8 @@ import json
 from disalign_cls.demo import by_rank, main
 
 
-def test_a_seed(tmp_path, capsys):
+def test_a_seed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the demo sets it; this takes it back
     options = ["--out", str(tmp_path / "out"), "--seeds", "6", "--methods", "logit_adjust", "disalign"]
     assert main(options) == 0
     told = capsys.readouterr().out

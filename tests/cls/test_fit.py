@@ -45,6 +45,8 @@ def test_its_checkpoint_is_one_of_stage_two(classifier, stage_ones, tmp_path, ca
     assert len(two["state_dict"]) == len(one) + 4
     assert two["meta"]["disalign"]["rho"] == 1.5
     assert two["meta"]["dataset_meta"]["classes"] == [str(digit) for digit in range(10)]
+    seen = two["meta"]["disalign"]["fit"]["train_accuracy"]
+    assert f"stage one gets {seen:.1f} % of its training set right, averaged over the classes" in out.out
     assert "seconds" not in two["meta"]["disalign"]["fit"]  # else no two checkpoints were the same
     assert two["meta"]["disalign"]["class_counts"] == DigitsLT("train").class_counts.tolist()
     assert evaluate(DISALIGN[classifier], path, tmp_path / "test") == 0

@@ -210,6 +210,12 @@ def test_two_stage_ones_and_kept_features(tiny, tmp_path, capfd):
     assert one != two
     assert [run["methods"]["disalign"]["figures"] for run in again["runs"]] == [one[1], two[1]]
     assert [run["stage_one"] for run in content["runs"]] == [str(path) for path in weights]
+    for number, (run, path) in enumerate(zip(content["runs"], weights, strict=True)):
+        rows, state = Features.open(tmp_path / "rows" / f"stage_one_{number}"), load(path)["model"]
+        weight, bias = (state[f"roi_heads.box_predictor.cls_score.{name}"] for name in ("weight", "bias"))
+        right = (rows.x.float() @ weight.T + bias).argmax(1) == rows.y
+        shares = [right[rows.y == label].double().mean().item() for label in range(5) if label in rows.y]
+        assert run["train"] == {"balanced": pytest.approx(100 * sum(shares) / len(shares), abs=1e-6)}
     ap = torch.tensor([one[1]["AP"], two[1]["AP"]])
     row = rf"^DisAlign +rho 0.8 +{ap.mean():.1f} \+- {ap.std():.1f} "
     assert re.search(row, capfd.readouterr().out, re.M)

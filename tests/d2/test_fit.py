@@ -30,7 +30,7 @@ def fitted(config, stage_one, folder, *options, flags=()) -> int:
         return fit.main([*command, *map(str, options)])
 
 
-def test_its_checkpoint_is_one_of_stage_two(tiny, tmp_path):
+def test_its_checkpoint_is_one_of_stage_two(tiny, tmp_path, capfd):
     out = tmp_path / "fit"
     assert fitted(tiny.config_two, tiny.weights_one, out, flags=["--background", 32]) == 0
     stage_one, stage_two = load(tiny.weights_one)["model"], load(out / "fit_rho-0.8.pth")
@@ -40,6 +40,8 @@ def test_its_checkpoint_is_one_of_stage_two(tiny, tmp_path):
     assert (stage_two["model"][PREDICTOR + "magnitude"] != 1).all()
     facts = stage_two["disalign"]
     assert (facts["rho"], facts["background_weight"], facts["class_counts"]) == (0.8, 1.0, [12, 7, 3, 2, 2])
+    seen = facts["fit"][0]["train_accuracy"]
+    assert f"stage one gets {seen:.1f} % of its training set right, averaged over the classes" in capfd.readouterr().out
     assert facts["fit"][0]["solution"]["end"] < facts["fit"][0]["solution"]["start"]
     # What it printed is what its checkpoint gives.
     weights = ["MODEL.WEIGHTS", out / "fit_rho-0.8.pth"]

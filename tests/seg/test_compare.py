@@ -196,6 +196,7 @@ def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch,
     values = [run["methods"]["stage_one"]["figures"]["ece"] for run in content["runs"]]
     assert f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}" in out
     assert "mean +- standard deviation of 2 stage ones" in out
+    assert "% of its training set right, averaged over the classes" in out
     assert [run["notes"] for run in content["runs"]] == [["take care"]] * 2
     assert error.count("warning: take care\n") == 2
     both = [disalign.Features.open(tmp_path / "kept" / f"stage_one_{number}") for number in (0, 1)]
@@ -204,6 +205,10 @@ def test_two_stage_ones(configs, stage_one, other, tmp_path, capfd, monkeypatch,
         weights = load(path)["state_dict"]
         linear = nn.Linear(16, 150)
         linear.load_state_dict({name: weights[f"decode_head.conv_seg.{name}"].squeeze() for name in ("weight", "bias")})
+        cells = kept.x.float() @ linear.weight.detach().T + linear.bias.detach()
+        right = torch.einsum("nck,nc->nk", cells, kept.bilinear.float()).argmax(1) == kept.y
+        shares = [np.average(right[kept.y == one], weights=kept.weights[kept.y == one]) for one in kept.y.unique()]
+        assert run["train"] == {"balanced": pytest.approx(100 * statistics.mean(shares), abs=1e-6)}
         for name, rho in (("rho_0", 0.0), ("disalign", 0.5)):
             expected = disalign.fit(kept, linear, rho).calibration.margin.tolist()
             assert run["methods"][name]["margin"] == pytest.approx(expected, abs=1e-5)

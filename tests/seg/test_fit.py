@@ -62,6 +62,7 @@ def test_its_checkpoint_is_one_of_stage_two(configs, stage_one, stage_two, tmp_p
     assert two["state_dict"].keys() == trained["state_dict"].keys() == {*frozen} | CALIBRATION
     assert two["meta"]["dataset_meta"] == trained["meta"]["dataset_meta"]
     facts = two["meta"]["disalign"]
+    assert f"stage one gets {facts['fit']['train_accuracy']:.1f} % of its training set right" in out
     assert facts.pop("fit")["rho"] == 0.2
     assert facts == trained["meta"]["disalign"]
     assert evaluate(configs.two, path, tmp_path / "test") == 0
