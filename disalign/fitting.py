@@ -36,6 +36,10 @@ PENALTIES = {"zero": 0.01, "logit_adjust": 0.1}
 log = logging.getLogger("disalign")
 
 
+#: What every fit and comparison tells, see docs/which_method.md.
+TRAIN_ACCURACY = "stage one gets {} % of its training set right, averaged over the classes"
+
+
 @dataclass(frozen=True)
 class FitReport:
     """Summary of a :func:`fit`, the attribute ``fit_report`` of the calibrated classifier.
@@ -60,6 +64,10 @@ class FitReport:
     C: float | None
     left_out: tuple[int, ...]
     solution: Solution
+
+    def on_training_set(self) -> str:
+        """Stage one's training accuracy in words, as the commands tell it."""
+        return TRAIN_ACCURACY.format(f"{self.train_accuracy:.1f}")
 
     def record(self) -> dict[str, Any]:
         """Plain values to keep beside a checkpoint, the same for the same fit."""
@@ -334,10 +342,8 @@ def sgd(
 RECIPE = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "max_norm", "schedule")
 
 #: Training accuracy, averaged over the classes, in percent, from which a training set counts as memorised: DisAlign on
-#: stage one's own scores gains less than logit adjustment there (docs/which_method.md).
+#: stage one's own scores mostly gains less than logit adjustment there (docs/which_method.md).
 MEMORISED = 90.0
-#: What every fit and comparison tells, see docs/which_method.md.
-TRAIN_ACCURACY = "stage one gets {} % of its training set right, averaged over the classes"
 #: Held-out accuracy, likewise, from which a trunk is suspected of having been trained on the labels.
 TOO_GOOD = 98.0
 

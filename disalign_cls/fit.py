@@ -25,7 +25,7 @@ from disalign.cli import (
     results_of,
     warnings_to_stderr,
 )
-from disalign.fitting import TRAIN_ACCURACY, require_options
+from disalign.fitting import require_options
 from disalign.io import write_json
 from disalign.stage_two import calibrations
 from disalign_mmengine.checkpoints import class_names, load_checkpoint
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
         save_fit(places[rho], model, dataset.metainfo, model.metadata(), classifier.fit_report)
         print(f"\nrho {rho:g}")
         write_json(results_of(places[rho]), evaluate(model, test, evaluated, config))
-    print(f"\n{TRAIN_ACCURACY.format(f'{classifier.fit_report.train_accuracy:.1f}')}")
+    print(f"\n{classifier.fit_report.on_training_set()}")
     print(f"pass over {len(train)} rows {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
     if len(found) == 1:
         print(f"test it again: python -m disalign_cls.test {args.config} {next(iter(places.values()))}")

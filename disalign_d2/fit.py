@@ -21,7 +21,7 @@ from detectron2.utils import comm
 
 from disalign import AdaptiveCalibration, fit
 from disalign.cli import command, fit_arguments, fit_places, results_of, warnings_to_stderr
-from disalign.fitting import TRAIN_ACCURACY, require_options
+from disalign.fitting import require_options
 from disalign.io import locked_folder, require_folder
 
 from .cli import load_model, log_to, parser, stage_two_config, training_features
@@ -84,7 +84,7 @@ def learn(model: Any, cfg: CfgNode, args: Namespace, rhos: Sequence[float], opti
         with warnings_to_stderr():
             found.append(fit(learns_from, predictor.cls_score, rhos, **options))
         fitted += time.perf_counter() - started
-        logger.info(TRAIN_ACCURACY.format(f"{found[-1][rhos[0]].fit_report.train_accuracy:.1f}"))
+        logger.info(found[-1][rhos[0]].fit_report.on_training_set())
         rows += len(learns_from)
     passed = time.perf_counter() - begun - fitted
     logger.info("pass over %d rows %.1f s, fit %.1f s", rows, passed, fitted)

@@ -19,7 +19,7 @@ from torch import nn
 
 from disalign import fit
 from disalign.cli import fit_arguments, fit_places, results_of, warnings_to_stderr
-from disalign.fitting import TRAIN_ACCURACY, require_options
+from disalign.fitting import require_options
 from disalign_mmengine.cli import command_in_folder, load_config, test
 from disalign_mmengine.hooks import stage_one_of
 from disalign_mmengine.saving import save_fit
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, config: Config, folder: Path) -> None:
         loss.rho = rho
         facts = loss.metadata() | {"total_pixels": record.get("total_pixels")}
         save_fit(places[rho], model, dataset.metainfo, facts, classifier.fit_report)
-    print(TRAIN_ACCURACY.format(f"{classifier.fit_report.train_accuracy:.1f}"))
+    print(classifier.fit_report.on_training_set())
     print(f"pass over {len(features)} pixels {passed:.1f} s, fit {fitted:.1f} s; written to {folder}")
 
     for rho, place in places.items():

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from disalign_cls.demo import by_rank, main
 
 
+@pytest.mark.slow
 def test_a_seed(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the demo sets it; this takes it back
     options = ["--out", str(tmp_path / "out"), "--seeds", "6", "--methods", "logit_adjust", "disalign"]
